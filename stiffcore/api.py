@@ -1,0 +1,164 @@
+"""stiffcore from Python: one spectrum of any torch function, or a run over the blocks of a network."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stiffcore.cluster import Event, InProcess, local_workers
+from stiffcore.errors import InputError
+from stiffcore.jacobian.reduction import reduce_jacobian
+from stiffcore.memory import tree_bytes
+from stiffcore.networks.images import Images
+from stiffcore.plan import Machine, check_budget, make_plan
+from stiffcore.run import Run, carry_out_plan, prepare
+from stiffcore.spectra import Spectrum
+from stiffcore.store import RunStore
+from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Study, unit_key
+from stiffcore.survey import network_bytes_of, unit_facts
+from stiffcore.unit import carry_out, stored_spectrum
+
+
+def spectrum(
+    f: Callable[[Tensor], Tensor] | nn.Module,
+    x: Tensor,
+    *,
+    function: str = "block",
+    dtype: str = "float64",
+    reduce: bool = True,
+    memory: str | int | None = None,
+    scratch: str | Path | None = None,
+    name: str | None = None,
+) -> Spectrum:
+    """All eigenvalues of the Jacobian of `f` at `x`, certified.
+
+    The matrix that is solved goes through a temporary store on disk, column chunk by column chunk, as in a run.
+    Not supported: functions of several tensors (bind the others), rectangular Jacobians (they have no eigenvalues).
+
+    Args:
+        f: with `f(x)` as many numbers as `x`. A module is copied, put in eval mode and cast to `dtype`; any other
+            callable is taken as it is, and works in the dtype of `x`.
+        x: the point, of any shape, with the batch axis `f` expects (of size 1).
+        function: `block`, f itself; `branch`, the residual function F alone, where f(x) = act(F(x) + shortcut).
+        dtype: `float64` or `float32`, for modules.
+        reduce: False solves the full n x n matrix.
+        memory: most bytes this process may hold (`4GiB`); None: 80 % of what is free.
+        scratch: folder for the temporary store; None: the system's.
+        name: how messages call f.
+
+    Returns:
+        The spectrum; `values` are ascending by real part, then imaginary part.
+
+    Raises:
+        InputError: where f cannot be linearised, has no square Jacobian, is not deterministic, or the budget is too
+            small; the message says what to do.
+    """
+    if not isinstance(x, Tensor):
+        raise InputError(f"x must be a torch tensor, got {type(x).__name__}")
+    study = Study.ask({"network": IN_MEMORY, "images": IN_MEMORY, "dtype": dtype, "memory": memory})
+    call: Callable[[Tensor], Tensor] = f
+    if isinstance(f, nn.Module):
+        torch_dtype = getattr(torch, study.dtype)
+        module = copy.deepcopy(f).to(torch_dtype).eval().requires_grad_(False)
+        call, x = module, x.detach().to(torch_dtype)
+    elif x.dtype in (torch.float32, torch.float64):
+        study = study.with_options({"dtype": str(x.dtype).removeprefix("torch.")})
+    label = name or str(getattr(f, "__name__", type(f).__name__))
+    chosen = _choice(BlockFunction, function, "function")
+    reduction = reduce_jacobian(call, x, chosen, reduce=reduce, name=label)
+    key = unit_key(0, label, function, Kind.MATRIX)
+    common: dict[str, Any] = {
+        "key": key,
+        "image": 0,
+        "label": -1,
+        "number": 0,
+        "block": label,
+        "function": chosen,
+    }
+    size = network_bytes_of(f) if isinstance(f, nn.Module) else 0
+    unit = unit_facts(reduction, common | {"kind": Kind.MATRIX, "network_bytes": size, "fingerprint": ""})
+    machine = Machine(torch.get_num_threads(), tree_bytes(), 0, None, 1e10)
+    plan = make_plan([unit], study, machine, workers=1)
+    check_budget(plan)
+    with tempfile.TemporaryDirectory(prefix="stiffcore-", dir=scratch) as folder:
+        store = RunStore(folder, create=True)
+        store.update(key, **unit.model_dump(mode="json"), plan=plan.units[0].to_json(), stage="planned")
+        store.header = {"version": "", "study": study.model_dump(mode="json"), "identity": {}}
+        carry_out(
+            folder,
+            key,
+            threads=plan.threads,
+            emit=lambda event: None,
+            opener=lambda store, record, device: reduction,
+        )
+        return stored_spectrum(store, key, store.record(key))
+
+
+def analyze(
+    network: str | nn.Module,
+    images: str | np.ndarray | Tensor = "samples",
+    labels: Any = None,
+    *,
+    run: str | Path,
+    workers: int | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    **options: Any,
+) -> Run:
+    """Start or continue a run: the spectra of the blocks of a network at some images, stored and resumable.
+
+    Args:
+        network: as for `--network`, or a module (copied; put in eval mode, cast).
+        images: as for `--images`; or an array or tensor: uint8 (N, H, W, 3), to be normalised, or floating
+            (N, ...), as the network takes them.
+        labels: (N,) integers, where `images` is an array; None: unknown.
+        run: new folder or URL, or an existing run, which continues.
+        workers: None works in this process, one unit at a time; a number starts at most so many processes (then a
+            script needs the usual `if __name__ == "__main__":`).
+        on_event: told of every step, a dict with `unit`, `stage`, `done`, `total`.
+        options: fields of `stiffcore.Study`: blocks, functions, dtype, memory, normalize, keep, device, ...
+
+    Returns:
+        The run. A unit that failed is in its metrics, with the reason.
+
+    Raises:
+        InputError: whatever is wrong with the request.
+        BusyError: where another process works on the run.
+    """
+    given = dict(options)
+    unknown = [name for name in given if name not in Study.model_fields]
+    if unknown:
+        raise InputError(f"unknown options: {', '.join(unknown)}; known: {', '.join(Study.model_fields)}")
+    module = network if isinstance(network, nn.Module) else None
+    given["network"] = network if module is None else IN_MEMORY
+    in_memory = None
+    if isinstance(images, str):
+        given["images"] = images
+    else:
+        given["images"] = IN_MEMORY
+        in_memory = _images(images, labels)
+        if in_memory.x.dtype != np.uint8:
+            given.setdefault("normalize", "none")
+    tell = on_event or (lambda event: None)
+    context = nullcontext(InProcess(tell)) if workers is None else local_workers(tell)
+    with context as executor:
+        prepared = prepare(str(run), given, executor, module, in_memory, workers=workers)
+        return carry_out_plan(str(run), prepared, executor, tell, module)[0]
+
+
+def _images(images: np.ndarray | Tensor, labels: Any) -> Images:
+    x = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    y = np.full(len(x), -1) if labels is None else np.asarray(labels)
+    return Images(x, y.astype(np.int64), np.arange(len(x)), "in memory")
+
+
+def _choice(kind: Any, value: str, name: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InputError(f"{name} must be one of {', '.join(kind)}, got {value!r}") from None

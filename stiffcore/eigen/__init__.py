@@ -1,0 +1,1 @@
+"""Spectra from matrices: dense solvers, and the certificate."""

@@ -1,0 +1,175 @@
+"""How far a computed spectrum can be trusted: residuals on the original function, condition numbers, traces.
+
+The error of a simple eigenvalue under a perturbation E of J is at most `|E| |u| |v| / |v^H u|` to first order
+(Golub & Van Loan, section 7.2.2; LAPACK Users' Guide, section 4.8). Here |E| is the residual of the lifted
+eigenvector on the unreduced function, plus the rounding of the arithmetic, `eps |M|_F`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stiffcore.eigen.dense import Eigenvectors
+from stiffcore.jacobian.reduction import Reduction
+from stiffcore.metrics import stiffness_error
+from stiffcore.spectra import Certificate, Certified
+
+EACH = 3
+# Residual, relative to max(1, |l|): rounding gives about k eps; a wrong eigenvalue gives a number near 1.
+RESIDUAL_TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
+TRACE_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
+# Correct float32 solvers differ by this much of the norm at large n (published MAGMA tests).
+FLOAT32_SPREAD = 2e-5
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a matrix M (k x k) before it is overwritten.
+
+    Attributes:
+        trace: of M.
+        trace_square: of M M.
+        frobenius: norm of M.
+    """
+
+    trace: float
+    trace_square: float
+    frobenius: float
+
+
+def matrix_moments(a: np.ndarray) -> Moments:
+    """Trace, trace of the square and Frobenius norm of `a` (k, k), in float64, a panel of columns at a time."""
+    k = len(a)
+    trace_square = squares = 0.0
+    for start in range(0, k, 256):
+        panel = a[:, start : start + 256].astype(np.float64)
+        rows = a[start : start + 256, :].T.astype(np.float64)
+        trace_square += float(np.einsum("ij,ij->", panel, rows))
+        squares += float(np.einsum("ij,ij->", panel, panel))
+    return Moments(float(np.trace(a.astype(np.float64, copy=False))), trace_square, float(np.sqrt(squares)))
+
+
+def select(values: np.ndarray, shift: int) -> np.ndarray:
+    """The eigenvalues to certify: those with the largest, the smallest and the smallest absolute real part.
+
+    Args:
+        values: (k,) complex, of M.
+        shift: what makes them eigenvalues of J.
+
+    Returns:
+        (q,) int, ascending indices into `values`, one of each conjugate pair, at most 3 of each sort.
+    """
+    upper = np.flatnonzero(values.imag >= 0)
+    real = values.real[upper]
+    order = np.argsort(real, kind="stable")
+    nearest = np.argsort(np.abs(real + shift), kind="stable")
+    return np.unique(upper[np.concatenate([order[:EACH], order[-EACH:], nearest[:EACH]])])
+
+
+def certify(
+    reduction: Reduction,
+    values: np.ndarray,
+    chosen: np.ndarray,
+    vectors: Eigenvectors | None,
+    moments: Moments,
+) -> Certificate:
+    """Check a spectrum.
+
+    Args:
+        reduction: what M is, and the function it came from.
+        values: (k,) complex, all eigenvalues of M.
+        chosen: (q,) indices from `select`.
+        vectors: of M, for the chosen ones; None where k = 0.
+        moments: of M.
+
+    Returns:
+        The certificate; a check that fails is listed in it, never raised.
+    """
+    dtype = np.dtype("f8" if reduction.jacobian.x.dtype == torch.float64 else "f4")
+    certified = _certified(reduction, values[chosen], vectors, moments, dtype) if vectors is not None else ()
+    tiny = float(np.finfo(dtype).tiny)
+    total, modulus = values.sum() - moments.trace, float(np.abs(values).sum())
+    trace_error = float(abs(total)) / max(modulus, tiny)
+    square = abs(complex((values**2).sum()) - moments.trace_square)
+    square_error = float(square) / max(moments.frobenius**2, tiny)
+    error = max((c.error for c in certified), default=0.0)
+    axis_error = error if dtype.itemsize == 8 else max(error, FLOAT32_SPREAD * moments.frobenius)
+    near_axis = int(np.count_nonzero(np.abs(values.real + reduction.shift) <= axis_error)) if len(values) else 0
+    return Certificate(
+        certified=certified,
+        trace_error=trace_error,
+        square_error=square_error,
+        reduction_check=reduction.check,
+        error=error,
+        s_error=_ratio_error(reduction, values, certified, structural=True),
+        s_active_error=_ratio_error(reduction, values, certified, structural=False),
+        near_axis=near_axis,
+        axis_error=axis_error,
+        failures=tuple(_failures(certified, trace_error, square_error, dtype)),
+    )
+
+
+def _certified(
+    reduction: Reduction, values: np.ndarray, vectors: Eigenvectors, moments: Moments, dtype: np.dtype
+) -> tuple[Certified, ...]:
+    x = reduction.jacobian.x
+    complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
+    right = torch.as_tensor(np.ascontiguousarray(vectors.right.T), dtype=complex_dtype, device=x.device)
+    left = torch.as_tensor(np.ascontiguousarray(vectors.left.conj().T), dtype=complex_dtype, device=x.device)
+    mu = torch.as_tensor(values, dtype=complex_dtype, device=x.device)
+    u, v = reduction.lift(right, left, mu)
+    u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    images = reduction.jacobian.jvp(torch.cat([u.real, u.imag]).contiguous())
+    image = torch.complex(images[: len(u)], images[len(u) :])
+    residual = torch.linalg.vector_norm(image - (reduction.shift + mu)[:, None] * u, dim=1)
+    condition = 1 / torch.abs((v * u).sum(dim=1))
+    rounding = float(np.finfo(dtype).eps) * moments.frobenius
+    return tuple(
+        Certified(
+            value=complex(reduction.shift + value),
+            residual=_finite(r),
+            condition=_finite(c),
+            error=_finite(c) * (_finite(r) + rounding),
+            converged=bool(ok),
+        )
+        for value, r, c, ok in zip(values, residual.tolist(), condition.tolist(), vectors.converged, strict=True)
+    )
+
+
+def _finite(value: float) -> float:
+    # a lifted vector of length zero divides 0 by 0: nothing is known of that eigenvalue
+    return float(value) if np.isfinite(value) else float("inf")
+
+
+def _ratio_error(
+    reduction: Reduction, values: np.ndarray, certified: tuple[Certified, ...], *, structural: bool
+) -> float:
+    """The error of S, or of S_active: ends that are exact ones or zeros have none."""
+    real = (reduction.shift + values).real
+    exact = [1.0] * min(reduction.ones, 1) + [0.0] * min(reduction.zeros, 1 if structural else 0)
+    if not len(real) and not exact:
+        return float("nan")
+    ends = {"max": max([*real, *exact]), "min": min([*real, *exact])}
+    errors = {}
+    for end, value in ends.items():
+        found = [c.error for c in certified if c.value.real == value]
+        errors[end] = 0.0 if value in exact else max(found, default=float("inf"))
+    if ends["min"] == 0.0 and 0.0 in exact:
+        return 0.0  # S is infinite, or undefined, exactly
+    return stiffness_error(ends, errors["max"], errors["min"])
+
+
+def _failures(certified: tuple[Certified, ...], trace_error: float, square_error: float, dtype: np.dtype) -> list[str]:
+    lines = []
+    for c in certified:
+        if not c.converged:
+            lines.append(f"no eigenvector found for {c.value:.6g}")
+        elif c.residual > RESIDUAL_TOLERANCE[dtype] * max(1.0, abs(c.value)):
+            lines.append(f"residual of {c.value:.6g} is {c.residual:.1e}")
+    if not trace_error <= TRACE_TOLERANCE[dtype]:
+        lines.append(f"the eigenvalues' sum misses the trace by {trace_error:.1e}")
+    if not square_error <= TRACE_TOLERANCE[dtype]:
+        lines.append(f"the squares' sum misses the trace of the square by {square_error:.1e}")
+    return lines

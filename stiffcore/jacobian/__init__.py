@@ -1,0 +1,1 @@
+"""Linearisation of functions, and the exact reduction of their Jacobians."""

@@ -1,0 +1,286 @@
+"""The graph of a function at a point: its residual sum, its waists, and the functions between its nodes.
+
+The function is traced once, at the point itself, into ATen operations (`make_fx` with functionalisation), so
+that hand-written control flow, in-place activations and third-party blocks all look alike.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from stiffcore.jacobian.linearise import Function, differentiable_kernels
+
+# Operations whose Jacobian is diagonal, of one tensor (other arguments are numbers).
+ELEMENTWISE = frozenset(
+    {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "threshold", "leaky_relu", "elu", "celu", "selu"}
+    | {"gelu", "silu", "sigmoid", "tanh", "softplus", "softsign", "hardsigmoid", "hardswish", "mish"}
+    | {"erf", "exp", "abs", "neg", "sqrt", "sin", "cos", "atan"}
+)
+# Operations that keep the numbers and their row-major order.
+IDENTITY = frozenset(
+    {"alias", "clone", "detach", "view", "_unsafe_view", "reshape", "lift_fresh", "_to_copy", "contiguous"}
+    | {"flatten", "unflatten", "squeeze", "unsqueeze"}
+)
+
+
+@dataclass(frozen=True)
+class Waist:
+    """An interior node that every path from the input to the branch's end passes through.
+
+    Attributes:
+        node: the node in the graph.
+        active: (k,) int64, its units whose own derivative is not zero, ordered by position, then channel.
+        size: all its units.
+    """
+
+    node: fx.Node
+    active: Tensor
+    size: int
+
+
+class FunctionGraph:
+    """The traced graph of `f` at `x`."""
+
+    def __init__(self, f: Function, x: Tensor) -> None:
+        """Trace `f`.
+
+        Args:
+            f: takes and returns one tensor.
+            x: the point it is traced at.
+
+        Raises:
+            Exception: whatever tracing raises; the caller goes on without a graph.
+        """
+        with differentiable_kernels():
+            self.module = make_fx(torch.func.functionalize(f), tracing_mode="real")(x.clone())
+        nodes = list(self.module.graph.nodes)
+        self.input = next(n for n in nodes if n.op == "placeholder")
+        result = nodes[-1].args[0]
+        self.output = result[0] if isinstance(result, (tuple, list)) else result
+        self._point = x
+        for node in nodes:  # the traced values are not needed, and hold memory
+            node.meta = {"shape": _shape(node.meta.get("val"))}
+
+    @cached_property
+    def dependent(self) -> frozenset[fx.Node]:
+        """The nodes that depend on the input."""
+        found = {self.input}
+        for node in self.module.graph.nodes:
+            if any(a in found for a in node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
+
+    def between(self, start: fx.Node, ends: Sequence[fx.Node]) -> fx.GraphModule:
+        """The function from the value of `start` to the sum of the values of `ends`, sharing all parameters."""
+        needed: set[fx.Node] = set()
+        stack = list(ends)
+        while stack:
+            node = stack.pop()
+            if node in needed or node is start:
+                continue
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+        if self.input in needed:
+            raise ValueError(f"{start} does not dominate {list(ends)}")
+        graph = fx.Graph()
+        copies = {start: graph.placeholder("start")}
+        for node in self.module.graph.nodes:
+            if node in needed:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+                copies[node].meta = dict(node.meta)
+        copies[start].meta = dict(start.meta)
+        total = copies[ends[0]]
+        for end in ends[1:]:
+            total = graph.call_function(torch.ops.aten.add.Tensor, (total, copies[end]))
+            total.meta = dict(end.meta)
+        graph.output(total)
+        return fx.GraphModule(self.module, graph)
+
+    def values(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
+        """The values of some nodes at the point, from one evaluation."""
+        wanted = set(nodes)
+        kept: dict[fx.Node, Tensor] = {}
+
+        class Keep(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                if n in wanted:
+                    kept[n] = value
+                return value
+
+        with differentiable_kernels():
+            Keep(self.module).run(self._point.clone())
+        return kept
+
+    def activation_start(self, end: fx.Node) -> fx.Node:
+        """The node before the chain of elementwise operations that ends in `end` (`end` where there is none)."""
+        node = end
+        while _name(node) in ELEMENTWISE | IDENTITY and _single_tensor(node):
+            node = node.all_input_nodes[0]
+        return node
+
+    def residual_sum(self, end: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The terms of the sum at `end`: those that are the input itself, and the others; nested sums are opened."""
+        identity: list[fx.Node] = []
+        others: list[fx.Node] = []
+        stack = [end]
+        while stack:
+            node = stack.pop()
+            terms = self._terms(node)
+            if terms:
+                stack.extend(reversed(terms))
+            elif node in self.dependent:
+                (identity if self._is_input(node) else others).append(node)
+        return identity, others
+
+    def _terms(self, node: fx.Node) -> list[fx.Node]:
+        if _name(node) != "add" or node.kwargs.get("alpha", 1) != 1:
+            return []
+        terms = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+        same = all(t.meta.get("shape") == node.meta.get("shape") for t in terms)
+        return terms if len(terms) == 2 and same and all(t in self.dependent for t in terms) else []
+
+    def _is_input(self, node: fx.Node) -> bool:
+        while node is not self.input and _name(node) in IDENTITY and _single_tensor(node):
+            node = node.all_input_nodes[0]
+        return node is self.input
+
+    def depth(self, node: fx.Node) -> int:
+        """How many dependent nodes lie above `node`: the residual path is the deeper side of its sum."""
+        seen: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in self.dependent and current not in seen:
+                seen.add(current)
+                stack.extend(current.all_input_nodes)
+        return len(seen)
+
+    def waists(self, ends: Sequence[fx.Node]) -> list[Waist]:
+        """The waists between the input and the sum of `ends`, smallest first.
+
+        A node is one where removing it leaves no path from the input to any end (a dominator of the ends).
+        """
+        candidates = [n for n in self.dependent if n is not self.input and _is_tensor(n) and n not in ends]
+        found = [n for n in candidates if not self._reaches(ends, without=n)]
+        diagonal = [n for n in found if _name(n) in ELEMENTWISE and _single_tensor(n)]
+        before = self.values([n.all_input_nodes[0] for n in diagonal])
+        waists = []
+        for node in found:
+            size = math.prod(node.meta["shape"])
+            if node in diagonal:
+                slope = _slope(node, before[node.all_input_nodes[0]]).reshape(-1)
+                active = torch.nonzero(slope).reshape(-1)
+            else:
+                active = torch.arange(size)
+            waists.append(Waist(node, by_position(active.cpu(), node.meta["shape"]), size))
+        order = {node: i for i, node in enumerate(self.module.graph.nodes)}
+        return sorted(waists, key=lambda w: (len(w.active), order[w.node]))
+
+    def _reaches(self, ends: Sequence[fx.Node], without: fx.Node) -> bool:
+        seen: set[fx.Node] = set()
+        stack = list(ends)
+        while stack:
+            node = stack.pop()
+            if node is self.input:
+                return True
+            if node is not without and node in self.dependent and node not in seen:
+                seen.add(node)
+                stack.extend(node.all_input_nodes)
+        return False
+
+
+def by_position(index: Tensor, shape: Sequence[int]) -> Tensor:
+    """Order flat indices of a (1, C, H, W) tensor by (y, x, channel), so that local operators are banded.
+
+    Args:
+        index: (k,) int64, ascending.
+        shape: of the tensor they index; other than four axes, the order stays.
+
+    Returns:
+        (k,) int64, a permutation of `index`.
+    """
+    if len(shape) != 4 or shape[0] != 1:
+        return index
+    plane = shape[2] * shape[3]
+    return index[torch.argsort((index % plane) * shape[1] + index // plane)]
+
+
+def live_items(module: fx.GraphModule) -> int:
+    """The most numbers alive at once while `module` runs, the unfolded input of convolutions included.
+
+    Every node's tensor lives from its creation to its last use. Kernels of more than one tap on the CPU unfold
+    their input into C_in * kh * kw * H_out * W_out numbers (slow_conv2d, the only float64 path).
+
+    Args:
+        module: from `FunctionGraph.between`; its dependent nodes know their shapes.
+
+    Returns:
+        A count of numbers for one tangent.
+    """
+    nodes = list(module.graph.nodes)
+    moving = set()
+    for node in nodes:
+        if node.op == "placeholder" or any(a in moving for a in node.all_input_nodes):
+            moving.add(node)
+    last = {a: i for i, n in enumerate(nodes) for a in n.all_input_nodes}
+    live, peak = 0, 0
+    for i, node in enumerate(nodes):
+        if node not in moving or node.op == "output":
+            continue
+        size = _items(node)
+        peak = max(peak, live + size + _unfolded_items(node))
+        live += size
+        for a in {a for a in node.all_input_nodes if a in moving and last[a] == i}:
+            live -= _items(a)
+    return peak
+
+
+def _items(node: fx.Node) -> int:
+    # a view holds no numbers of its own, and a tuple's items are counted once they are taken out
+    if _name(node) in IDENTITY - {"clone"} or not _is_tensor(node):
+        return 0
+    return math.prod(node.meta["shape"])
+
+
+def _unfolded_items(node: fx.Node) -> int:
+    if _name(node) != "convolution":
+        return 0
+    source, weight = node.all_input_nodes[0].meta["shape"], node.all_input_nodes[1].meta["shape"]
+    taps = math.prod(weight[2:])
+    if taps == 1:
+        return 0
+    return source[1] * taps * math.prod(node.meta["shape"][2:])
+
+
+def _slope(node: fx.Node, value: Tensor) -> Tensor:
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+
+    def call(v: Tensor) -> Tensor:
+        return target(v, *node.args[1:], **node.kwargs)
+
+    with differentiable_kernels():
+        return torch.func.jvp(call, (value,), (torch.ones_like(value),))[1]
+
+
+def _name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else ""
+
+
+def _single_tensor(node: fx.Node) -> bool:
+    return len(node.all_input_nodes) == 1 and _is_tensor(node)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.meta.get("shape") is not None
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None

@@ -1,0 +1,108 @@
+"""A function at a point as a linear operator: products with its Jacobian and with the transpose."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stiffcore.errors import InputError
+
+Function = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Use only attention kernels that have forward-mode derivatives, inside the context.
+
+    The fused transformer layer and flash attention have none (torch 2.14); both compute what their plain
+    versions compute.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class Linearisation:
+    """The Jacobian J (m x n) of `f` at `x`, known by its products; rows and columns are row-major flattened.
+
+    Not supported: functions of several tensors (bind the others first), complex or integer tensors.
+
+    Attributes:
+        n: numbers in `x`, the columns of J.
+        m: numbers in `f(x)`, the rows of J.
+        value: `f(x)`, detached.
+    """
+
+    def __init__(self, f: Function, x: Tensor, name: str = "the function") -> None:
+        """Evaluate `f` at `x` twice, and refuse what cannot be linearised.
+
+        Args:
+            f: takes a tensor like `x`, returns one floating tensor.
+            x: the point, any shape, floating.
+            name: how error messages call `f`.
+
+        Raises:
+            InputError: where `x` or `f(x)` is not a finite floating tensor, or two evaluations differ.
+        """
+        self.f, self.x, self.name = f, x.detach(), name
+        if not x.is_floating_point():
+            raise InputError(f"{name}: its input must be a floating tensor, got {x.dtype}")
+        if not bool(torch.isfinite(x).all()):
+            raise InputError(f"{name}: its input has values that are not finite")
+        with differentiable_kernels():
+            first, second = self._call(self.x.clone()), self._call(self.x.clone())
+        if not torch.equal(first, second):
+            if not bool(torch.isfinite(first).all()):
+                raise InputError(f"{name}: its output has values that are not finite")
+            raise InputError(
+                f"{name} is not deterministic: two evaluations at the same input differ by up to "
+                f"{float((first - second).abs().max()):.3g}. Is dropout left on? Call .eval(), or pass training=False."
+            )
+        if not bool(torch.isfinite(first).all()):
+            raise InputError(f"{name}: its output has values that are not finite")
+        self.n, self.m, self.value = x.numel(), first.numel(), first
+
+    def _call(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            got = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise InputError(f"{self.name} must return one floating tensor, got {got}")
+        return y
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """Return `tangents @ J.T`: one forward-mode product per row, all at once.
+
+        Args:
+            tangents: (c, n), of the dtype and device of `x`.
+
+        Returns:
+            (c, m).
+        """
+
+        def product(tangent: Tensor) -> Tensor:
+            # the clone keeps x unchanged where f works in place on its input
+            primal = (self.x.clone(),)
+            return torch.func.jvp(self.f, primal, (tangent.reshape(self.x.shape),))[1].reshape(-1)
+
+        with differentiable_kernels():
+            return torch.func.vmap(product)(tangents)
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """Return `cotangents @ J`: one reverse-mode product per row.
+
+        Args:
+            cotangents: (c, m), of the dtype and device of `x`.
+
+        Returns:
+            (c, n).
+        """
+        with differentiable_kernels(), torch.enable_grad():
+            pull = torch.func.vjp(lambda x: self.f(x.clone()), self.x)[1]
+            (rows,) = torch.func.vmap(lambda c: pull(c.reshape(self.value.shape)))(cotangents)
+        return rows.reshape(len(cotangents), -1).detach()

@@ -1,0 +1,347 @@
+"""The exact reduction: a k x k matrix M whose eigenvalues, with counted ones and zeros, are those of J (n x n).
+
+With J = D (s I + U V), D the 0/1 mask of active outputs (index set S), V the derivative into a waist, U the
+derivative from the waist to the sum, and s = 1 where the skip is the identity (else 0), Sylvester's identity
+`eig(U V) = eig(V U)` up to zeros gives, for the active units a of the waist,
+
+    eig(J) = {s + eig(V[a,S] U[S,a])}, |S| - k ones (where s = 1), and zeros for the rest.
+
+Without a waist, `eig(J) = eig(J[S,S])` and n - |S| zeros. Every reduction is compared with J itself on random
+tangents before it is used, and the next one is taken where it disagrees.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from stiffcore.errors import InputError
+from stiffcore.jacobian.graph import FunctionGraph, Waist, live_items
+from stiffcore.jacobian.linearise import Function, Linearisation
+from stiffcore.study import BlockFunction
+
+PROBES = 3
+# What random tangents may disagree by, relative to the largest entry of J t; rounding stays far below it.
+PROBE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
+
+
+class NoSpectrumError(InputError):
+    """The function has no eigenvalues to ask for: its Jacobian is rectangular, or it has no branch.
+
+    Attributes:
+        n: columns of the Jacobian.
+        m: its rows.
+    """
+
+    def __init__(self, message: str, n: int, m: int) -> None:
+        super().__init__(message)
+        self.n, self.m = n, m
+
+
+class Route(StrEnum):
+    """Which matrix is built."""
+
+    WAIST = "waist"
+    ACTIVE = "active"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A matrix M (k x k), known by its columns, and how its eigenvalues give those of J (n x n).
+
+    `eig(J) = {shift + eig(M)}`, `ones` exact ones, `zeros` exact zeros; k + ones + zeros = n.
+
+    Attributes:
+        jacobian: J, of the original function.
+        route: which matrix M is.
+        shift: 1 where the identity skip was split off, else 0.
+        index: (k,) the flat indices of M's rows and columns in the waist, or in the output.
+        ones: exact eigenvalues 1.
+        zeros: exact eigenvalues 0.
+        reason: one line for people: why this route, and what it rests on.
+        check: largest relative difference from J on random tangents.
+        column_items: numbers alive at once while one column is computed.
+        head: V, input to waist (waist route only).
+        tail: U, waist to sum (waist route only).
+        mask: (n,) bool, S (waist route with shift only).
+    """
+
+    jacobian: Linearisation
+    route: Route
+    shift: int
+    index: Tensor
+    ones: int
+    zeros: int
+    reason: str
+    check: float
+    column_items: int
+    head: Linearisation | None = None
+    tail: Linearisation | None = None
+    mask: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        """The order of J."""
+        return self.jacobian.n
+
+    @property
+    def k(self) -> int:
+        """The order of M."""
+        return len(self.index)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns start..stop-1 of M, by one forward-mode product each.
+
+        Returns:
+            (k, stop - start), of J's dtype and device; row-major of its transpose, so a column is contiguous.
+        """
+        at = self.index[start:stop]
+        source = self.jacobian.n if self.tail is None else self.tail.n
+        tangents = self.jacobian.x.new_zeros((len(at), source))
+        tangents[torch.arange(len(at), device=at.device), at] = 1
+        return self._rows(tangents)[:, self.index].T
+
+    def _rows(self, tangents: Tensor) -> Tensor:
+        if self.head is None or self.tail is None:
+            return self.jacobian.jvp(tangents)
+        return self.head.jvp(self._masked(self.tail.jvp(tangents)))
+
+    def _masked(self, rows: Tensor) -> Tensor:
+        return rows if self.mask is None else rows.mul_(self.mask)
+
+    def lift(self, right: Tensor, left: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvectors of J from those of M.
+
+        For the waist route u = D U w, and v^T = z^T V D + mu z^T V (with shift) or z^T V (without): insert them
+        in J = D (s I + U V) with M w = mu w, z^T M = mu z^T. For the active route u = [w; 0] and v^T = z^T J / mu.
+
+        Args:
+            right: (q, k) complex, rows w with M w = mu w.
+            left: (q, k) complex, rows z with z^T M = mu z^T (the conjugate of the usual left eigenvector).
+            values: (q,) complex, mu.
+
+        Returns:
+            u: (q, n) complex with J u = (shift + mu) u.
+            v: (q, n) complex with v^T J = (shift + mu) v^T; neither is normalised.
+        """
+        if self.head is None or self.tail is None:
+            u = _scatter(right, self.index, self.n)
+            v = _complex(self.jacobian.vjp, _scatter(left, self.index, self.n))
+            return u, v
+        u = _complex(lambda t: self._masked(self.tail.jvp(t)), _scatter(right, self.index, self.tail.n))
+        v = _complex(self.head.vjp, _scatter(left, self.index, self.head.m))
+        if self.mask is not None:
+            v = v * self.mask + values[:, None] * v
+        return u, v
+
+
+def reduce_jacobian(
+    f: Function,
+    x: Tensor,
+    function: BlockFunction = BlockFunction.BLOCK,
+    *,
+    reduce: bool = True,
+    name: str = "f",
+) -> Reduction:
+    """Find the smallest checked matrix with the eigenvalues of the Jacobian of `f`, or of its branch, at `x`.
+
+    Args:
+        f: takes and returns one tensor.
+        x: the point, any shape, floating.
+        function: `block`: f itself; `branch`: the residual function F alone, where f(x) = act(F(x) + shortcut).
+        reduce: False takes the full matrix.
+        name: how errors call f.
+
+    Returns:
+        The reduction; J in it is of the function asked for.
+
+    Raises:
+        NoSpectrumError: where J is rectangular, or there is no branch.
+        InputError: where f cannot be linearised.
+    """
+    whole = Linearisation(f, x, name)
+    graph, untraced = _trace(f, x)
+    if function is BlockFunction.BRANCH:
+        if graph is None:
+            raise NoSpectrumError(
+                f"{name}: its graph could not be traced for the branch ({untraced})", whole.n, whole.m
+            )
+        branch = _branch(graph)
+        if branch is None:
+            raise NoSpectrumError(f"{name} has no residual sum, so it has no branch", whole.n, whole.m)
+        jacobian = Linearisation(branch, x, f"the branch of {name}")
+    else:
+        jacobian = whole
+    if jacobian.n != jacobian.m:
+        raise NoSpectrumError(
+            f"{jacobian.name} has a rectangular Jacobian ({jacobian.m} x {jacobian.n}), which has no eigenvalues",
+            jacobian.n,
+            jacobian.m,
+        )
+    if not reduce:
+        return _full(jacobian, "full matrix, as asked", graph)
+    if graph is None:
+        return _active(jacobian, graph, f"not traced ({untraced})")
+    if function is BlockFunction.BRANCH:
+        graph, untraced = _trace(jacobian.f, x)
+        if graph is None:
+            return _active(jacobian, graph, f"branch not traced ({untraced})")
+    return _smallest(jacobian, graph, split_skip=function is BlockFunction.BLOCK)
+
+
+def is_residual(f: Function, x: Tensor) -> bool:
+    """Whether the output of `f` is a sum of two things that depend on `x`, up to elementwise operations."""
+    graph, _ = _trace(f, x)
+    if graph is None:
+        return False
+    identity, others = graph.residual_sum(graph.activation_start(graph.output))
+    return len(identity) + len(others) > 1
+
+
+def _trace(f: Function, x: Tensor) -> tuple[FunctionGraph | None, str]:
+    try:
+        return FunctionGraph(f, x), ""
+    except Exception as error:  # any failure to trace only costs the reduction, never the result
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+
+
+def _branch(graph: FunctionGraph) -> Function | None:
+    end = graph.activation_start(graph.output)
+    identity, others = graph.residual_sum(end)
+    if identity and others:
+        return graph.between(graph.input, [*identity[1:], *others])
+    if len(others) > 1:
+        return graph.between(graph.input, [max(others, key=graph.depth)])
+    return None
+
+
+def _smallest(jacobian: Linearisation, graph: FunctionGraph, *, split_skip: bool) -> Reduction:
+    end = graph.activation_start(graph.output)
+    slope = _chain_slope(graph, end)
+    identity, others = graph.residual_sum(end)
+    active = int(torch.count_nonzero(slope))
+    shift, ends, why_not = 0, [graph.output], ""
+    if split_skip and identity and others:
+        if bool(((slope == 0) | (slope == 1)).all()):
+            shift, ends = 1, [*identity[1:], *others]
+        else:
+            why_not = "the outer activation's slope is neither 0 nor 1"
+    elif split_skip and identity:
+        why_not = "nothing but the skip depends on the input"
+    if not why_not:
+        for waist in graph.waists(ends):
+            if len(waist.active) >= active:
+                break
+            found = _from_waist(jacobian, graph, waist, ends, slope, shift)
+            if found.check <= PROBE_TOLERANCE[jacobian.x.dtype]:
+                return found
+            why_not = f"the waist failed its check on random tangents ({found.check:.1e})"
+    return _active(jacobian, graph, why_not or "no waist smaller than the active outputs", slope)
+
+
+def _from_waist(
+    jacobian: Linearisation, graph: FunctionGraph, waist: Waist, ends: list, slope: Tensor, shift: int
+) -> Reduction:
+    n, k, x = jacobian.n, len(waist.active), jacobian.x
+    into, out = graph.between(graph.input, [waist.node]), graph.between(waist.node, ends)
+    head = Linearisation(into, x, "input to waist")
+    tail = Linearisation(out, head.value, "waist to sum")
+    index = waist.active.to(x.device)
+    mask = (slope != 0).reshape(-1) if shift else None
+    tangents = _probes(x, n)
+    interior = torch.zeros_like(head.value.reshape(1, -1)).repeat(PROBES, 1)
+    interior[:, index] = head.jvp(tangents)[:, index]
+    reduced = tail.jvp(interior) + shift * tangents
+    if mask is not None:
+        reduced = reduced * mask
+    ones = int(mask.sum()) - k if mask is not None else 0
+    skip = "identity skip split off" if shift else "no skip to split off"
+    return Reduction(
+        jacobian=jacobian,
+        route=Route.WAIST,
+        shift=shift,
+        index=index,
+        ones=ones,
+        zeros=n - k - ones,
+        reason=f"waist of {waist.size} units ({waist.node.name}), {k} active; {skip}",
+        check=_difference(reduced, jacobian.jvp(tangents)),
+        column_items=max(live_items(into), live_items(out)) + waist.size + n,
+        head=head,
+        tail=tail,
+        mask=mask,
+    )
+
+
+def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slope: Tensor | None = None) -> Reduction:
+    if slope is None or bool((slope != 0).all()):
+        return _full(jacobian, f"full matrix: {why}", graph)
+    index = torch.nonzero(slope.reshape(-1)).reshape(-1)
+    mask = (slope != 0).reshape(-1)
+    products = jacobian.jvp(_probes(jacobian.x, jacobian.n))
+    check = _difference(products * mask, products)
+    if check > PROBE_TOLERANCE[jacobian.x.dtype]:
+        return _full(jacobian, f"full matrix: {why}; rows of inactive outputs are not zero ({check:.1e})", graph)
+    return Reduction(
+        jacobian=jacobian,
+        route=Route.ACTIVE,
+        shift=0,
+        index=index,
+        ones=0,
+        zeros=jacobian.n - len(index),
+        reason=f"active outputs, {len(index)} of {jacobian.n}: {why}",
+        check=check,
+        column_items=_function_items(jacobian, graph),
+    )
+
+
+def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> Reduction:
+    return Reduction(
+        jacobian=jacobian,
+        route=Route.FULL,
+        shift=0,
+        index=torch.arange(jacobian.n, device=jacobian.x.device),
+        ones=0,
+        zeros=0,
+        reason=reason,
+        check=0.0,
+        column_items=_function_items(jacobian, graph),
+    )
+
+
+def _function_items(jacobian: Linearisation, graph: FunctionGraph | None) -> int:
+    if graph is None:  # no graph to count: eight copies of input and output hold any block seen so far
+        return 8 * (jacobian.n + jacobian.m)
+    return live_items(graph.between(graph.input, [graph.output])) + jacobian.n + jacobian.m
+
+
+def _chain_slope(graph: FunctionGraph, end) -> Tensor:  # type: ignore[no-untyped-def]
+    value = graph.values([end])[end]
+    if end is graph.output:
+        return torch.ones_like(value)
+    chain = Linearisation(graph.between(end, [graph.output]), value, "outer activation")
+    ones = value.new_ones((1, value.numel()))
+    return chain.jvp(ones)[0].reshape(value.shape)
+
+
+def _probes(x: Tensor, n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((PROBES, n), generator=generator, dtype=x.dtype).to(x.device)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    gap = float((a - b).abs().max()) if b.numel() else 0.0
+    return gap if scale == 0 else gap / scale
+
+
+def _scatter(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    out = rows.new_zeros((len(rows), size))
+    out[:, index] = rows
+    return out
+
+
+def _complex(product, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    both = product(torch.cat([rows.real, rows.imag]).contiguous())
+    return torch.complex(both[: len(rows)], both[len(rows) :])

@@ -1,0 +1,105 @@
+"""What is read off a spectrum: the stiffness index, the shares by sign, and the extremes. From stored spectra alone.
+
+The stiffness index is Eq. 10 of "Block-level stiffness analysis of residual networks" (after Kim et al. 2021),
+`S = max Re / min Re`. Structural zeros (outputs that a ReLU holds at zero) make it infinite wherever no eigenvalue
+has negative real part, so `S_active` gives the same ratio without them. The paper's Eq. 11 counts Re > 0 but its
+text and tables mean Re < 0: all three shares are given, and add up to 1.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+NAMES = (
+    "S",
+    "S_active",
+    "negative",
+    "positive",
+    "zero",
+    "abscissa",
+    "min_re",
+    "min_re_active",
+    "radius",
+    "max_im",
+    "euler_stable",
+)
+
+
+def spectrum_metrics(computed: np.ndarray, ones: int, zeros: int, *, branch: bool) -> dict[str, float]:
+    """The metrics of one spectrum.
+
+    Args:
+        computed: (k,) complex, the eigenvalues that were computed.
+        ones: how many more are exactly 1.
+        zeros: how many more are exactly 0 (structural zeros).
+        branch: whether it is the Jacobian of an ODE's right-hand side, so that `euler_stable` has a meaning.
+
+    Returns:
+        By name, see `NAMES`: `S` and `S_active` (may be inf, -inf or nan); `negative`, `positive`, `zero` (shares of
+        all n eigenvalues); `abscissa` (max Re), `min_re`, `min_re_active` (without structural zeros), `radius`
+        (max |l|), `max_im` (max |Im|); `euler_stable` (share with |1 + l| <= 1, forward Euler's stability disc
+        at step 1; nan where not `branch`). Empty sets give nan.
+    """
+    n = len(computed) + ones + zeros
+    active = np.concatenate([computed.real, np.ones(min(ones, 1))])
+    everything = np.concatenate([active, np.zeros(min(zeros, 1))])
+    modulus = np.concatenate([np.abs(computed), everything[len(computed) :]])
+    inside = int(np.count_nonzero(np.abs(1 + computed) <= 1)) + zeros
+    return {
+        "S": stiffness_index(everything),
+        "S_active": stiffness_index(active),
+        "negative": _share(np.count_nonzero(computed.real < 0), n),
+        "positive": _share(np.count_nonzero(computed.real > 0) + ones, n),
+        "zero": _share(np.count_nonzero(computed.real == 0) + zeros, n),
+        "abscissa": _largest(everything),
+        "min_re": -_largest(-everything) + 0.0,
+        "min_re_active": -_largest(-active) + 0.0,
+        "radius": _largest(modulus),
+        "max_im": _largest(np.concatenate([np.abs(computed.imag), np.zeros(min(ones + zeros, 1))])),
+        "euler_stable": _share(inside, n) if branch else float("nan"),
+    }
+
+
+def stiffness_index(real_parts: np.ndarray) -> float:
+    """`max Re / min Re` (Eq. 10), by IEEE rules: a zero minimum gives inf (nan where the maximum is zero too)."""
+    if not len(real_parts):
+        return float("nan")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(real_parts.max()) / np.float64(real_parts.min() + 0.0))
+
+
+def spell(value: float, digits: int = 5) -> str:
+    """A number for people: infinities and nan in words, the rest with `digits` significant digits."""
+    if np.isnan(value):
+        return "undefined"
+    if np.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    return f"{value:.{digits}g}"
+
+
+def stiffness_error(values: Mapping[str, float], error_max: float, error_min: float) -> float:
+    """First-order error of `max Re / min Re`, from the errors of its two ends.
+
+    Args:
+        values: with `max` and `min`, the two real parts.
+        error_max: of the largest real part.
+        error_min: of the smallest real part.
+
+    Returns:
+        `|S| (error_max / |max| + error_min / |min|)`; inf where the minimum is within its error of zero, 0 where
+        both ends are exact.
+    """
+    if error_max == 0 and error_min == 0:
+        return 0.0
+    top, bottom = abs(values["max"]), abs(values["min"])
+    if bottom <= error_min:
+        return float("inf")
+    return error_max / bottom + top * error_min / bottom**2
+
+
+def _share(count: int | np.integer, n: int) -> float:
+    return float(count) / n if n else float("nan")
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(values.max()) if len(values) else float("nan")

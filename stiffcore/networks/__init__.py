@@ -1,0 +1,1 @@
+"""What comes in: checkpoints, networks, their blocks, and images."""

@@ -1,0 +1,353 @@
+"""Images in: the few that are asked for, with their labels and their place in the source."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from stiffcore.errors import InputError, refuse
+
+_Triple = tuple[float, float, float]
+
+NORMALIZE: dict[str, tuple[_Triple, _Triple]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and standard deviation of each colour, by name, for values in [0, 1]."""
+
+SOURCES = "samples, cifar10, a .npz file with x and y, or a folder of class folders"
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_LISTED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A few images, their labels, and where each lies in its source; checked on construction.
+
+    Attributes:
+        x: (N, H, W, 3) uint8; or floating (N, ...) where given from Python, already as the network takes
+            them.
+        y: (N,) int64, -1 where unknown.
+        index: (N,) int64, index in the source.
+        source: one line for people.
+
+    Raises:
+        InputError: an array of the wrong dtype or shape, or values that are not finite.
+    """
+
+    x: np.ndarray
+    y: NDArray[np.int64]
+    index: NDArray[np.int64]
+    source: str
+
+    def __post_init__(self) -> None:
+        problems = [] if len(self.x.shape) and len(self.x) else ["x holds no image"]
+        problems += _pixel_problems(self.x, axis=1, what="x")
+        for name, values in (("y", self.y), ("index", self.index)):
+            if values.dtype != np.int64 or values.shape != self.x.shape[:1]:
+                problems.append(
+                    f"{name} is {values.dtype} {values.shape}, it must be int64 {self.x.shape[:1]}, one an image"
+                )
+        refuse(problems, f"the images of {self.source} are not usable:")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def digest(self, i: int) -> str:
+        """SHA-256, in hexadecimal, of the dtype, shape and bytes of one image.
+
+        Args:
+            i: position among these images (not the index in the source).
+        """
+        image = np.ascontiguousarray(self.x[i])
+        sha = hashlib.sha256(f"{image.dtype}\0{image.shape}\0".encode())
+        sha.update(image.tobytes())
+        return sha.hexdigest()
+
+
+def network_input(image: np.ndarray, normalize: str, dtype: torch.dtype) -> Tensor:
+    """One image as the network takes it: a batch of one, normalised in `dtype`.
+
+    Args:
+        image: (H, W, 3) uint8; or floating of any shape, which is passed through.
+        normalize: a key of `NORMALIZE`; "none" for a floating image.
+        dtype: floating dtype of the result.
+
+    Returns:
+        (1, 3, H, W), or (1, ...) of a floating image, in `dtype`, contiguous.
+
+    Raises:
+        InputError: an unknown normalisation, one for a floating image, or an array of the wrong dtype or
+            shape.
+    """
+    problems = _pixel_problems(image, axis=0, what="the image")
+    if normalize not in NORMALIZE:
+        problems.append(f"unknown normalize {normalize!r}: use one of {', '.join(NORMALIZE)}")
+    elif image.dtype != np.uint8 and normalize != "none":
+        problems.append(f"a {image.dtype} image is taken as it is: use normalize 'none', not {normalize!r}")
+    refuse(problems)
+    # a copy, so that neither a read-only array nor a later change to it matters
+    values = torch.from_numpy(np.array(image, order="C")).to(dtype).unsqueeze(0)
+    if image.dtype != np.uint8:
+        return values
+    mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in NORMALIZE[normalize])
+    return ((values.permute(0, 3, 1, 2) / 255 - mean) / std).contiguous()
+
+
+def load_images(
+    source: str,
+    *,
+    data_root: Path | None = None,
+    download: bool = False,
+    count: int | None = None,
+    index: Sequence[int] | None = None,
+    per_label: int | None = None,
+) -> Images:
+    """The asked-for images of a source, and no others: only those are decoded.
+
+    Args:
+        source: "samples" (the first twenty CIFAR-10 test images, from foolbox); "cifar10" (the CIFAR-10 test
+            set); a `.npz` file with `x` (N, H, W, 3) uint8 and `y` (N,) integers; or a folder of class
+            folders, labelled 0, 1, ... in sorted order, whose chosen images have one size.
+        data_root: the folder of `cifar-10-batches-py`, for "cifar10" only.
+        download: fetch CIFAR-10 into `data_root` where it is not there.
+        count: the first so many; 1 where nothing is asked for.
+        index: these, in this order.
+        per_label: the first so many of each known label in the source, in source order.
+
+    Raises:
+        InputError: more than one of `count`, `index` and `per_label`; a source that is unknown, not there or
+            malformed; or a choice that the source cannot meet.
+    """
+    _check_choice(count, index, per_label)
+    found = _open(str(source), data_root, download)
+    chosen = _choose(found, count, index, per_label)
+    return Images(found.read(chosen), found.labels[chosen], chosen, found.name)
+
+
+# ----------------------------------------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Labels (N,) int64 of everything there is, and how to read the images at some positions."""
+
+    name: str
+    labels: NDArray[np.int64]
+    read: Callable[[NDArray[np.int64]], np.ndarray]
+
+
+def _open(source: str, data_root: Path | None, download: bool) -> _Source:
+    if source == "samples":
+        return _open_samples()
+    if source == "cifar10":
+        return _open_cifar10(data_root, download)
+    path = Path(source)
+    if path.suffix.lower() == ".npz":
+        return _open_npz(path)
+    if path.is_dir():
+        return _open_folder(path)
+    raise InputError(f"no images at {source!r}: use {SOURCES}")
+
+
+def _open_samples() -> _Source:
+    # Found without importing foolbox, which pulls in other frameworks.
+    spec = importlib.util.find_spec("foolbox")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(path for root in roots for path in Path(root, "data").glob("cifar10_[0-9][0-9]_[0-9].png"))
+    if not files:
+        raise InputError("the samples come with foolbox, which is not installed: pip install 'stiffcore[demo]'")
+    labels = [int(path.stem.rsplit("_", 1)[1]) for path in files]
+    return _files_source(f"samples (foolbox {_version('foolbox')})", files, labels)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _open_cifar10(data_root: Path | None, download: bool) -> _Source:
+    if data_root is None:
+        raise InputError("cifar10 needs --data-root: the folder that has cifar-10-batches-py, or shall have it")
+    # Imported here: torchvision takes seconds, and no other source needs it.
+    from torchvision.datasets import CIFAR10
+
+    try:
+        # checks the MD5 sum of each file before it unpickles any
+        data = CIFAR10(str(data_root), train=False, download=download)
+    except Exception as error:  # absent or damaged files, network, permissions, a full disk
+        wish = "the download failed; try again, or put" if download else "use --download, or put"
+        raise InputError(
+            f"CIFAR-10 is not (or not intact) in {data_root} ({type(error).__name__}: {error}): {wish} "
+            f"the files of cifar-10-python.tar.gz in {Path(data_root, CIFAR10.base_folder)}"
+        ) from error
+    return _Source("cifar10 test set", np.asarray(data.targets, dtype=np.int64), lambda chosen: data.data[chosen])
+
+
+def _open_npz(path: Path) -> _Source:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: check the path")
+    arrays, problems = _read_npz(path)
+    refuse(problems or _npz_problems(arrays), f"{path} is not usable:")
+    x, y = arrays["x"], arrays["y"].astype(np.int64)
+    return _Source(str(path), y, lambda chosen: x[chosen])
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            absent = [key for key in ("x", "y") if key not in stored]
+            there = f"it has {', '.join(map(repr, stored.files)) or 'none'}"
+            problems = [
+                f"{path} has no array {key!r} ({there}): save x (N, H, W, 3) uint8 and y (N,)" for key in absent
+            ]
+            return {key: stored[key] for key in ("x", "y") if key in stored}, problems
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        return {}, [f"{path} is damaged, or holds Python objects, which are not read ({error}): save plain arrays"]
+
+
+def _npz_problems(arrays: dict[str, np.ndarray]) -> list[str]:
+    x, y = arrays["x"], arrays["y"]
+    problems = []
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
+        problems.append(f"x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3)")
+    if y.dtype.kind not in "iu" or y.ndim != 1:
+        problems.append(f"y is {y.dtype} {y.shape}, it must be integers (N,)")
+    elif y.shape != x.shape[:1]:
+        problems.append(f"y has {y.shape[0]} labels for an x of shape {x.shape}: one label an image")
+    return problems
+
+
+def _open_folder(root: Path) -> _Source:
+    classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = [(path, label) for label, folder in enumerate(classes) for path in _image_files(folder)]
+    if not found:
+        loose = " (the images lie in it directly: move them into one)" if _image_files(root) else ""
+        raise InputError(f"{root} has no class folder with an image{loose}: {', '.join(_SUFFIXES)} are read")
+    return _files_source(f"{root} ({len(classes)} classes)", [path for path, _ in found], [label for _, label in found])
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+
+
+def _files_source(name: str, files: list[Path], labels: list[int]) -> _Source:
+    def read(chosen: NDArray[np.int64]) -> np.ndarray:
+        return _decode([files[i] for i in chosen])
+
+    return _Source(name, np.asarray(labels, dtype=np.int64), read)
+
+
+def _decode(paths: list[Path]) -> np.ndarray:
+    images = [_decode_one(path) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise InputError(
+                f"{path} is {_size(image)} but {paths[0]} is {_size(images[0])}: all images must have one size"
+            )
+    return np.stack(images)
+
+
+def _decode_one(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+# ------------------------------------------------------------------------------------------------ choice
+
+
+def _check_choice(count: int | None, index: Sequence[int] | None, per_label: int | None) -> None:
+    given = {"count": count, "index": index, "per_label": per_label}
+    named = [name for name, value in given.items() if value is not None]
+    problems = []
+    if len(named) > 1:
+        problems.append(f"{' and '.join(named)} exclude each other: give one of count, index and per_label")
+    problems += [
+        f"{name} is {given[name]}: it must be at least 1" for name in ("count", "per_label") if _low(given[name])
+    ]
+    if index is not None and len(index) == 0:
+        problems.append("index is empty: name at least one image")
+    refuse(problems)
+
+
+def _low(value: object) -> bool:
+    return isinstance(value, int) and value < 1
+
+
+def _choose(found: _Source, count: int | None, index: Sequence[int] | None, per_label: int | None) -> NDArray[np.int64]:
+    if index is not None:
+        return _by_index(found, index)
+    if per_label is not None:
+        return _by_label(found, per_label)
+    wanted, total = count or 1, len(found.labels)
+    if wanted > total:
+        raise InputError(f"{found.name} has {total} images, {wanted} were asked for: use count {total} or less")
+    return np.arange(wanted, dtype=np.int64)
+
+
+def _by_index(found: _Source, index: Sequence[int]) -> NDArray[np.int64]:
+    wanted, total = [int(i) for i in index], len(found.labels)
+    outside = [i for i in wanted if not 0 <= i < total]
+    twice = sorted({i for i in wanted if wanted.count(i) > 1})
+    problems = []
+    if outside:
+        problems.append(f"{found.name} has {total} images, index 0 to {total - 1}: not {_some(outside)}")
+    if twice:
+        problems.append(f"index names an image twice: {_some(twice)}")
+    refuse(problems)
+    return np.asarray(wanted, dtype=np.int64)
+
+
+def _by_label(found: _Source, per_label: int) -> NDArray[np.int64]:
+    known = np.unique(found.labels[found.labels >= 0])
+    if not known.size:
+        raise InputError(f"{found.name} has no known label: use count or index, not per_label")
+    places = {int(label): np.flatnonzero(found.labels == label) for label in known}
+    short = [f"label {label} has {len(at)}" for label, at in places.items() if len(at) < per_label]
+    if short:
+        fewest = min(len(at) for at in places.values())
+        raise InputError(
+            f"{found.name} has fewer than {per_label} images of some labels ({_some(short)}): "
+            f"use per_label {fewest} or less, or index"
+        )
+    return np.sort(np.concatenate([at[:per_label] for at in places.values()])).astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------- checking
+
+
+def _pixel_problems(array: np.ndarray, axis: int, what: str) -> list[str]:
+    """What keeps `array` from being images, whose own axes begin at `axis`."""
+    shape = "(N, H, W, 3)" if axis else "(H, W, 3)"
+    if array.dtype == np.uint8:
+        fits = array.ndim == axis + 3 and array.shape[-1] == 3
+        return [] if fits else [f"{what} is uint8 {array.shape}, it must be {shape}"]
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        return [f"{what} is {array.dtype} {array.shape}, it must be uint8 {shape} or floating"]
+    bad = int(array.size - np.isfinite(array).sum())
+    return [f"{what} has {bad} values that are NaN or infinite"] if bad else []
+
+
+def _some(values: Sequence[object]) -> str:
+    more = f" and {len(values) - _LISTED} more" if len(values) > _LISTED else ""
+    return ", ".join(map(str, values[:_LISTED])) + more

@@ -1,0 +1,313 @@
+"""Bytes, flops and seconds of every unit before any work, in integers; picks the solver and the chunk.
+
+Four quantities, always in bytes: *allowed* (what the user gave), *reserved* (what the processes hold before any
+unit: interpreter, libraries; measured), *projected* (what a unit will hold at its fullest stage, on top of that;
+computed here) and *measured* (the peak that was seen).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from stiffcore.eigen import dense
+from stiffcore.errors import InputError
+from stiffcore.memory import default_allowed_bytes
+from stiffcore.study import Keep, Study, Unit, format_bytes
+
+# Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
+# for the whole matrix, 64 take 38 s (2 cores, float64).
+BUILD_TARGET_BYTES = 32 << 20
+SHARD_COLUMNS = 64
+SHARD_TARGET_BYTES = 32 << 20
+TILE_ROWS = 256
+# How many eigenvalues are certified at most, see `certificate.select`.
+CERTIFIED = 9
+PROBES = 3
+# Share of the machine's product rate that gehrd and hseqr reach, one thread (see bench/).
+DENSE_EFFICIENCY = 0.45
+
+
+class Solver(StrEnum):
+    """The rungs of the ladder."""
+
+    CUDA_DENSE = "cuda-dense"
+    HOST_DENSE = "host-dense"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """What one unit will take.
+
+    Attributes:
+        unit: the facts.
+        solver: the rung; `none` where the unit has no spectrum, or fits no rung.
+        why: why this rung, or why none.
+        refused: whether it has a spectrum but the budget holds no rung.
+        chunk: columns built at once.
+        shard: columns in one file.
+        stages: projected bytes by stage, host memory on top of what is reserved.
+        device_bytes: projected bytes on the device.
+        disk_bytes: most bytes in the store while it runs.
+        kept_bytes: bytes that stay in the store.
+        flops: of the eigenvalue solve.
+        seconds: estimate of build and solve.
+    """
+
+    unit: Unit
+    solver: Solver
+    why: str
+    refused: bool = False
+    chunk: int = 1
+    shard: int = 1
+    stages: dict[str, int] | None = None
+    device_bytes: int = 0
+    disk_bytes: int = 0
+    kept_bytes: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+
+    @property
+    def projected_bytes(self) -> int:
+        """Host memory at the fullest stage, on top of what is reserved."""
+        return max((self.stages or {"": 0}).values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, without the unit's facts."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unit"} | {"solver": str(self.solver)}
+
+    @classmethod
+    def from_json(cls, unit: Unit, values: dict[str, Any]) -> "UnitPlan":
+        """The inverse of `to_json`."""
+        return cls(unit=unit, **{**values, "solver": Solver(values["solver"])})
+
+    @property
+    def works(self) -> bool:
+        """Whether there is something to compute."""
+        return self.solver is not Solver.NONE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        units: cheap first.
+        allowed_bytes: the budget for all processes together.
+        reserved_bytes: held before any unit, by the parent and the first worker.
+        worker_bytes: held by each further worker.
+        workers: how many units may run side by side.
+        threads: of each unit's arithmetic.
+        disk_bytes: most bytes that the run adds to the store.
+    """
+
+    units: tuple[UnitPlan, ...]
+    allowed_bytes: int
+    reserved_bytes: int
+    worker_bytes: int
+    workers: int
+    threads: int
+    disk_bytes: int
+
+    @property
+    def data_bytes(self) -> int:
+        """What all units that run side by side may hold together."""
+        return self.allowed_bytes - self.reserved_bytes - (self.workers - 1) * self.worker_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Estimate for the whole run: the work spread evenly, but never less than the longest unit."""
+        each = [u.seconds for u in self.units]
+        return max(sum(each) / self.workers, max(each, default=0.0))
+
+    @property
+    def refused(self) -> list[UnitPlan]:
+        """The units that the budget does not hold."""
+        return [u for u in self.units if u.refused]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan may count on.
+
+    Attributes:
+        cores: for arithmetic.
+        reserved_bytes: held by the parent and the first worker before any unit.
+        worker_bytes: held by each further worker.
+        device_bytes: free on the CUDA device; None where it is not used.
+        flops_per_s: rate of a float64 matrix product on one thread.
+    """
+
+    cores: int
+    reserved_bytes: int
+    worker_bytes: int
+    device_bytes: int | None
+    flops_per_s: float
+
+
+def make_plan(units: Iterable[Unit], study: Study, machine: Machine, *, workers: int | None = None) -> Plan:
+    """Plan all units: each one's solver, chunk and bytes, and how many run side by side.
+
+    A unit starts when what is projected for all that run then stays within `Plan.data_bytes`.
+
+    Args:
+        units: the facts.
+        study: for the budget, the dtype and what is kept.
+        machine: what there is.
+        workers: None: one a core, at most one a unit, as memory allows.
+    """
+    units = list(units)
+    allowed = study.memory or default_allowed_bytes()
+    single = allowed - machine.reserved_bytes
+    plans = [_plan_unit(u, study, machine, single) for u in units]
+    plans.sort(key=lambda p: (p.works, p.seconds))
+    busy = [p for p in plans if p.works]
+    count = workers or _workers(busy, machine, single)
+    threads = max(1, machine.cores // count)
+    kept = sum(p.kept_bytes for p in plans)
+    largest = sorted((p.disk_bytes - p.kept_bytes for p in plans), reverse=True)
+    return Plan(
+        units=tuple(plans),
+        allowed_bytes=allowed,
+        reserved_bytes=machine.reserved_bytes,
+        worker_bytes=machine.worker_bytes,
+        workers=count,
+        threads=threads,
+        disk_bytes=kept + sum(largest[:count]),
+    )
+
+
+def _workers(busy: Sequence[UnitPlan], machine: Machine, single: int) -> int:
+    """One a core, unless that would leave the largest unit no room."""
+    largest = max((p.projected_bytes for p in busy), default=0)
+    count = max(1, min(machine.cores, len(busy)))
+    while count > 1 and single - (count - 1) * machine.worker_bytes < largest:
+        count -= 1
+    return count
+
+
+def _plan_unit(unit: Unit, study: Study, machine: Machine, data_bytes: int) -> UnitPlan:
+    if unit.route == "none":
+        return UnitPlan(unit, Solver.NONE, unit.reason)
+    itemsize = np.dtype(study.dtype).itemsize
+    column_bytes = unit.column_items * itemsize
+    chunk, shard = _chunk_and_shard(unit.k, column_bytes, itemsize, data_bytes)
+    build_s = unit.column_s * unit.k
+    matrix = unit.k * unit.k * itemsize
+    kept = 2 * itemsize * unit.k + (2 * matrix if study.keep is Keep.ALL else 0)
+    base = UnitPlan(
+        unit,
+        Solver.HOST_DENSE,
+        "",
+        chunk=chunk,
+        shard=shard,
+        disk_bytes=2 * matrix + 2 * itemsize * unit.k,
+        kept_bytes=kept,
+        flops=dense.to_hessenberg_flops(unit.k) + dense.hessenberg_eigenvalues_flops(unit.k),
+    )
+    solve_s = base.flops / (machine.flops_per_s * DENSE_EFFICIENCY)
+    first = _first_stages(unit, column_bytes, itemsize, chunk, shard)
+    why_not = []
+    if machine.device_bytes is not None:
+        from stiffcore.eigen.device import (
+            CUSOLVER_MAX_ORDER,
+            device_bytes,
+        )  # imports torch: only with a device
+
+        needed = device_bytes(unit.k, itemsize) + first["build"]
+        if unit.k > CUSOLVER_MAX_ORDER:
+            why_not.append(f"cuda-dense: k = {unit.k:,} is over cuSOLVER's {CUSOLVER_MAX_ORDER:,}")
+        elif needed > machine.device_bytes:
+            why_not.append(f"cuda-dense: needs {format_bytes(needed)} of {format_bytes(machine.device_bytes)} free")
+        else:
+            stages = first | {"solve": matrix + _shard_bytes(unit.k, shard, itemsize)}
+            return replace(
+                base,
+                solver=Solver.CUDA_DENSE,
+                why="fits the device",
+                stages=stages,
+                device_bytes=needed,
+                seconds=build_s + solve_s,
+            )
+    stages = first | _host_stages(unit, column_bytes, itemsize, shard)
+    largest = max(stages, key=lambda s: stages[s])
+    if unit.k > dense.LAPACK_MAX_ORDER:
+        why_not.append(f"host-dense: k = {unit.k:,} is over 32-bit LAPACK's {dense.LAPACK_MAX_ORDER:,}")
+    elif stages[largest] > data_bytes:
+        total, budget = stages[largest] + machine.reserved_bytes, data_bytes + machine.reserved_bytes
+        why_not.append(
+            f"host-dense of {unit.block} needs {format_bytes(total)} ({largest} {format_bytes(stages[largest])}, "
+            f"reserved {format_bytes(machine.reserved_bytes)}), budget {format_bytes(budget)}"
+            f": use --memory {-(-total // (1 << 20))}MiB"
+        )
+    else:
+        why = "; ".join([*why_not, "fits the host budget"])
+        return replace(base, why=why, stages=stages, seconds=build_s + solve_s)
+    return replace(base, solver=Solver.NONE, refused=True, why="; ".join(why_not), stages=stages, seconds=0.0)
+
+
+def _chunk_and_shard(k: int, column_bytes: int, itemsize: int, data_bytes: int) -> tuple[int, int]:
+    """Columns built at once, and columns in one file: a whole number of chunks, about 64, within 32 MiB."""
+    target = max(column_bytes, min(BUILD_TARGET_BYTES, max(data_bytes, 0) // 4))
+    chunk = max(1, min(target // max(1, column_bytes), SHARD_COLUMNS, k))
+    columns = max(chunk, min(SHARD_COLUMNS, SHARD_TARGET_BYTES // max(1, k * itemsize)))
+    return chunk, max(chunk, columns // chunk * chunk)
+
+
+def _first_stages(unit: Unit, column_bytes: int, itemsize: int, chunk: int, shard: int) -> dict[str, int]:
+    """Stages before the solve.
+
+    open: the network, and the probes of the reduction, three tangents through it:
+        network_bytes + 2 * 3 * column_bytes.
+    build: a chunk of columns, and a shard with the two copies that Zarr makes of it:
+        chunk * column_bytes + 3 * k * shard * itemsize.
+    """
+    return {
+        "open": unit.network_bytes + 2 * PROBES * column_bytes,
+        "build": chunk * column_bytes + _shard_bytes(unit.k, shard, itemsize),
+    }
+
+
+def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
+    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`), and the shard that is read.
+
+    certify adds 2 * 9 lifted vectors' products to the inverse iteration's vectors, after its matrices are gone.
+    """
+    k, io = unit.k, _shard_bytes(unit.k, shard, itemsize)
+    return {
+        "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize), k * k * itemsize + io),
+        "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize), k * k * itemsize + io),
+        "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED, itemsize),
+        "certify": 2 * CERTIFIED * (column_bytes + 2 * (unit.n + k) * itemsize),
+    }
+
+
+def _shard_bytes(k: int, shard: int, itemsize: int) -> int:
+    return 3 * k * shard * itemsize
+
+
+def check_disk(plan: Plan, free_bytes: int | None) -> None:
+    """Refuse a run whose store would fill the disk.
+
+    Raises:
+        InputError: with what is needed and what is free.
+    """
+    if free_bytes is not None and plan.disk_bytes > free_bytes:
+        raise InputError(
+            f"the run needs up to {format_bytes(plan.disk_bytes)} of disk while it works, "
+            f"{format_bytes(free_bytes)} is free there: choose another place, or fewer --blocks"
+        )
+
+
+def check_budget(plan: Plan) -> None:
+    """Refuse a run with units that the budget does not hold.
+
+    Raises:
+        InputError: naming each block once, with what would be enough.
+    """
+    lines = {u.unit.block: u.why for u in plan.refused}
+    if lines:
+        raise InputError("the budget is too small:\n" + "\n".join(f"  - {why}" for why in lines.values()))

@@ -1,0 +1,403 @@
+"""A run: started or continued, carried out under its budget, and read."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from stiffcore.cluster import Event, Executor
+from stiffcore.errors import InputError, NoRunError, StiffcoreError
+from stiffcore.memory import PeakMeter, own_bytes, tree_bytes
+from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan
+from stiffcore.spectra import Spectrum
+from stiffcore.store import RunStore
+from stiffcore.study import Study, Unit, versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stiffcore.survey import Survey
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How carrying out a run ended.
+
+    Attributes:
+        done: units with a spectrum, those of earlier sessions too.
+        failed: reasons by unit.
+        wall_s: seconds of this session.
+        peak_bytes: most memory seen in the process tree (proportional set size).
+    """
+
+    done: int
+    failed: dict[str, str]
+    wall_s: float
+    peak_bytes: int
+
+
+class Run:
+    """A stored run, to be read; every call reads what the store holds at that moment."""
+
+    def __init__(self, store: RunStore) -> None:
+        """Open it.
+
+        Args:
+            store: with its header written.
+        """
+        self.store = store
+        header = store.header
+        if header is None:
+            raise InputError(f"{store.url} was begun, but nothing is recorded in it: start the run again")
+        self.header: dict[str, Any] = header
+        self.study = Study(**header["study"])
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What is recorded of each unit, by key."""
+        return self.store.units()
+
+    def spectrum(self, image: int = 0, block: str | int = 1, function: str = "block", kind: str = "matrix") -> Spectrum:
+        """One stored spectrum.
+
+        Args:
+            image: position among the run's images.
+            block: module path, or number among the residual blocks.
+            function: `block` or `branch`.
+            kind: `matrix`.
+
+        Raises:
+            InputError: where there is no such unit, or it has no spectrum (yet), saying why.
+        """
+        for key, record in self.records().items():
+            names = (record["block"], str(record["number"])) if record["number"] else (record["block"],)
+            if (
+                record["image"] == image
+                and str(block) in names
+                and record["function"] == function
+                and record["kind"] == kind
+            ):
+                if record["stage"] != "done":
+                    raise InputError(
+                        f"{key} has no spectrum: {state_of(record)}; {record.get('failure') or record['reason']}"
+                    )
+                return self._spectrum(key, record)
+        raise InputError(f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}")
+
+    def _spectrum(self, key: str, record: dict[str, Any]) -> Spectrum:
+        from stiffcore.unit import stored_spectrum
+
+        return stored_spectrum(self.store, key, record)
+
+    def metrics(self) -> "pd.DataFrame":
+        """One row a unit: what it is, its state, its metrics (nan where there is no spectrum), its certificate."""
+        import pandas as pd
+
+        images = {name: self.store.get_array("images", name) for name in ("index", "y", "prediction", "loss")}
+        return pd.DataFrame([self._row(key, record, images) for key, record in self.records().items()])
+
+    def _row(self, key: str, record: dict[str, Any], images: dict[str, np.ndarray]) -> dict[str, Any]:
+        i = record["image"]
+        row = {
+            "image": i,
+            "image_index": int(images["index"][i]),
+            "label": int(images["y"][i]),
+            "prediction": int(images["prediction"][i]),
+            "loss": float(images["loss"][i]),
+            **{
+                name: record[name]
+                for name in ("number", "block", "function", "kind", "m", "n", "k", "ones", "zeros", "route")
+            },
+            "state": state_of(record),
+            "solver": record["plan"]["solver"],
+        }
+        if record["stage"] != "done":
+            return row | {"note": record.get("failure") or record["reason"]}
+        spectrum = self._spectrum(key, record)
+        certificate = spectrum.certificate
+        return (
+            row
+            | spectrum.metrics
+            | {
+                "S_error": certificate.s_error,
+                "S_active_error": certificate.s_active_error,
+                "value_error": certificate.error,
+                "near_axis": certificate.near_axis,
+                "max_residual": max((c.residual for c in certificate.certified), default=0.0),
+                "max_condition": max((c.condition for c in certificate.certified), default=0.0),
+                "trace_error": certificate.trace_error,
+                "square_error": certificate.square_error,
+                "certified": certificate.passed,
+                "note": "; ".join(certificate.failures),
+                "seconds": sum(record["seconds"].values()),
+            }
+        )
+
+
+def state_of(record: Mapping[str, Any]) -> str:
+    """A unit's state for people: `done`, `not certified`, `failed`, `under way`, `planned` or `no spectrum`."""
+    if record["plan"]["solver"] == "none":
+        return "no spectrum"
+    if record["stage"] == "done":
+        return "not certified" if record["certificate"]["failures"] else "done"
+    if record.get("failure"):
+        return "failed"
+    return "under way" if "made_with" in record else "planned"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study ready to be carried out: its plan, and what the store will begin with.
+
+    Attributes:
+        study: settled.
+        plan: for this machine.
+        survey: None where the run exists and continues as first asked.
+    """
+
+    study: Study
+    plan: Plan
+    survey: "Survey | None"
+
+
+def prepare(
+    url: str,
+    options: Mapping[str, Any],
+    executor: Executor,
+    module: Any = None,
+    images: Any = None,
+    *,
+    workers: int | None = None,
+) -> Prepared:
+    """Look at a study before any work; writes nothing.
+
+    Args:
+        url: of the run, which may exist.
+        options: fields of `Study`; None means not given.
+        executor: where the look is taken.
+        module: the network, where it is in memory.
+        images: `Images`, where they are in memory.
+        workers: at most so many processes; None: one a core.
+
+    Raises:
+        InputError: whatever is wrong with the request, or disagrees with what the run began with.
+    """
+    header, units = _existing(url)
+    given = {name: value for name, value in options.items() if value is not None}
+    study = Study(**header["study"]).with_options(given) if header else Study.ask(given)
+    found: Survey | None = None
+    if not header or given.keys() - {"memory", "keep"}:
+        from_survey = executor.submit(_survey, study, module, images).result()
+        found = from_survey
+        if header:
+            _check_same(header["identity"], from_survey.identity, url)
+        study = from_survey.study
+        facts = list(from_survey.units)
+        device_bytes = from_survey.device_bytes
+    else:
+        facts = [Unit(**record) for record in units.values()]
+        device_bytes = executor.submit(_device, study).result()
+    plan = _plan(study, facts, units, device_bytes, executor, workers)
+    return Prepared(study, plan, found)
+
+
+def _existing(url: str) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    try:
+        store = RunStore(url)
+    except NoRunError:
+        RunStore.check_new(url)
+        return None, {}
+    return store.header, store.units()
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], url: str) -> None:
+    differing = [name for name in before if before[name] != now.get(name)]
+    if differing:
+        shown = "\n".join(f"  - {n}: {_short(before[n])} in the run, {_short(now.get(n))} asked for" for n in differing)
+        raise InputError(f"{url} was made by other settings:\n{shown}\nGive a new RUN, or leave these options out.")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _survey(study: Study, module: Any, images: Any, emit: OnEvent) -> "Survey":
+    from stiffcore.survey import survey
+
+    return survey(study, module, images)
+
+
+def _device(study: Study, emit: OnEvent) -> int | None:
+    from stiffcore.survey import free_device_bytes
+
+    return free_device_bytes(study.device)
+
+
+def _plan(
+    study: Study,
+    facts: list[Unit],
+    units: Mapping[str, Any],
+    device_bytes: int | None,
+    executor: Executor,
+    workers: int | None,
+) -> Plan:
+    pids = executor.worker_pids()
+    cores = len(psutil.Process().cpu_affinity())
+    machine = Machine(
+        cores=min(cores, workers or cores),
+        reserved_bytes=tree_bytes(),
+        worker_bytes=own_bytes(pids[0]) if pids else 0,
+        device_bytes=device_bytes,
+        flops_per_s=_product_rate(),
+    )
+    plan = make_plan(facts, study, machine, workers=None if pids else 1)
+    begun = {k: r["plan"] for k, r in units.items() if "made_with" in r}
+    kept = [UnitPlan.from_json(p.unit, begun[p.unit.key]) if p.unit.key in begun else p for p in plan.units]
+    return Plan(**{**plan.__dict__, "units": tuple(kept)})
+
+
+def _product_rate(order: int = 512) -> float:
+    a = np.random.default_rng(0).standard_normal((order, order))
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    return 2 * order**3 / (time.perf_counter() - start)
+
+
+def carry_out_plan(
+    url: str, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any = None
+) -> tuple[Run, Outcome]:
+    """Create the run or open it, and bring every unit to its end.
+
+    Args:
+        url: of the run.
+        prepared: from `prepare`.
+        executor: where units are worked on.
+        on_event: told when units begin and end, in this thread; the units' own events come through the executor.
+        module: the network, where it is in memory.
+
+    Returns:
+        The run, and how it ended. A unit that fails is recorded as failed, and the others go on.
+
+    Raises:
+        InputError: where budget or disk do not hold the plan.
+        BusyError: where another process holds the run.
+    """
+    check_budget(prepared.plan)
+    store = RunStore(url, create=True)
+    with store.hold(), PeakMeter() as meter:
+        start = time.perf_counter()
+        store.sweep()
+        check_disk(prepared.plan, store.free_bytes())
+        _write_beginning(store, prepared)
+        executor.scale(prepared.plan.workers)
+        failed = _work(store, prepared, executor, on_event, module)
+        run = Run(RunStore(url))
+        done = sum(r["stage"] == "done" for r in run.records().values())
+        return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
+
+
+def _write_beginning(store: RunStore, prepared: Prepared) -> None:
+    """Inputs, then units, then the header, which makes it a run; of one that exists, only what may change."""
+    study = prepared.study.model_dump(mode="json")
+    if store.header is not None:
+        store.header = {**store.header, "study": study}
+        return
+    found = prepared.survey
+    if found is None:
+        raise StiffcoreError(f"{store.url} was emptied while it was being opened")
+    store.put_array("images", "x", found.images.x, ("image", *(f"axis{i}" for i in range(1, found.images.x.ndim))))
+    store.put_array("images", "y", found.images.y, ("image",))
+    store.put_array("images", "index", found.images.index, ("image",))
+    store.put_array("images", "prediction", found.prediction, ("image",))
+    store.put_array("images", "loss", found.loss, ("image",))
+    for plan in prepared.plan.units:
+        store.update(plan.unit.key, **plan.unit.model_dump(mode="json"), plan=plan.to_json(), stage="planned")
+    store.header = {
+        "version": versions()["stiffcore"],
+        "study": study,
+        "identity": found.identity,
+        "description": found.description,
+        "source": found.images.source,
+        "versions": versions(),
+        "threads": prepared.plan.threads,
+    }
+
+
+def _work(store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any) -> dict[str, str]:
+    records = store.units()
+    threads = (store.header or {})["threads"]
+    pending = [p for p in prepared.plan.units if p.works and records[p.unit.key]["stage"] != "done"]
+    for plan in pending:
+        if "made_with" not in records[plan.unit.key]:
+            store.update(plan.unit.key, plan=plan.to_json())
+    running: dict[Future, UnitPlan] = {}
+    failed: dict[str, str] = {}
+    while pending or running:
+        held = sum(p.projected_bytes for p in running.values())
+        for plan in list(pending):
+            fits = held + plan.projected_bytes <= prepared.plan.data_bytes or not running
+            if len(running) < prepared.plan.workers and fits:
+                pending.remove(plan)
+                held += plan.projected_bytes
+                on_event({"unit": plan.unit.key, "stage": "begun", "done": 0, "total": 1})
+                if records[plan.unit.key].get("failure"):
+                    store.update(plan.unit.key, failure=None)
+                running[executor.submit(_carry_out, store.url, plan.unit.key, threads, module)] = plan
+        # a time-out, so that signals are seen while a long solve goes on
+        finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+        for future in finished:
+            plan = running.pop(future)
+            failure = _failure(future)
+            if failure:
+                failed[plan.unit.key] = failure
+                store.update(plan.unit.key, failure=failure)
+            on_event(
+                {
+                    "unit": plan.unit.key,
+                    "stage": "failed" if failure else "ended",
+                    "done": 1,
+                    "total": 1,
+                    "note": failure,
+                }
+            )
+    return failed
+
+
+def _carry_out(url: str, key: str, threads: int, module: Any, emit: OnEvent) -> str:
+    from stiffcore.unit import carry_out, open_reduction
+
+    return carry_out(url, key, threads=threads, emit=emit, opener=partial(open_reduction, module=module))
+
+
+def _failure(future: "Future[Any]") -> str:
+    error = future.exception()
+    if error is None:
+        return ""
+    if isinstance(error, OSError):
+        raise StiffcoreError(
+            f"the store cannot be written: {error}; free some space, then run again to continue"
+        ) from error
+    if isinstance(error, (StiffcoreError, MemoryError)):
+        return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error}"
+
+
+def open_run(url: str) -> Run:
+    """Open a stored run to read it.
+
+    Args:
+        url: folder or URL.
+
+    Raises:
+        InputError: where there is none.
+    """
+    return Run(RunStore(str(url)))

@@ -1,0 +1,152 @@
+"""The eigenvalues of one Jacobian, with what is exact about them and how far the rest can be trusted."""
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from stiffcore.metrics import spectrum_metrics
+
+
+@dataclass(frozen=True)
+class Certified:
+    """One eigenvalue that was checked on the original, unreduced function.
+
+    Attributes:
+        value: the eigenvalue of J as stored.
+        residual: `|J u - l u|` for the unit eigenvector u lifted to the input space, by jvp.
+        condition: `|u| |v| / |v^H u|`, v the left eigenvector: how far l moves per unit perturbation of J.
+        error: estimate of the eigenvalue's error, see `stiffcore.eigen.certificate`.
+        converged: whether inverse iteration found both eigenvectors.
+    """
+
+    value: complex
+    residual: float
+    condition: float
+    error: float
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was checked about a spectrum after it was computed.
+
+    Attributes:
+        certified: the eigenvalues that set S, and a few more.
+        trace_error: |sum of eigenvalues - trace| of the matrix solved, relative to the sum of |eigenvalues|.
+        square_error: |sum of squares - trace of the square|, relative to the squared Frobenius norm.
+        reduction_check: largest relative difference of the reduction from J on random tangents.
+        error: the largest error estimate of the certified eigenvalues (absolute).
+        s_error: error estimate of S; inf where min Re is within its error of zero.
+        s_active_error: error estimate of S_active.
+        near_axis: how many computed eigenvalues have |Re| within `axis_error` of zero: their sign is not known.
+        axis_error: the distance used for `near_axis`.
+        failures: one line for each check that failed; empty where all passed.
+    """
+
+    certified: tuple[Certified, ...]
+    trace_error: float
+    square_error: float
+    reduction_check: float
+    error: float
+    s_error: float
+    s_active_error: float
+    near_axis: int
+    axis_error: float
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; complex as [re, im], infinities as strings."""
+        fields = asdict(self)
+        fields["certified"] = [{**c, "value": [c["value"].real, c["value"].imag]} for c in map(asdict, self.certified)]
+        return _spelled(fields)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Certificate":
+        """The inverse of `to_json`."""
+        plain = _unspelled(fields)
+        plain["certified"] = tuple(Certified(**{**c, "value": complex(*c["value"])}) for c in plain["certified"])
+        return cls(**{**plain, "failures": tuple(plain["failures"])})
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All n eigenvalues of a Jacobian J (n x n): k computed, `ones` exactly 1, `zeros` exactly 0.
+
+    Attributes:
+        computed: (k,) complex, ascending by real part, then imaginary part; conjugate pairs are exact.
+        ones: exact eigenvalues 1 (outputs that only the identity skip reaches).
+        zeros: exact structural zeros (outputs that the outer activation holds at zero, or the rank of the waist).
+        kind: `matrix`.
+        function: `block` or `branch`.
+        name: of the block.
+        solver: which solver computed it.
+        reason: which matrix was solved, and why.
+        certificate: what was checked.
+        record: image, label and what else made it, where it comes from a run.
+    """
+
+    computed: np.ndarray
+    ones: int
+    zeros: int
+    kind: str
+    function: str
+    name: str
+    solver: str
+    reason: str
+    certificate: Certificate
+    record: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def n(self) -> int:
+        """The order of J."""
+        return self.k + self.ones + self.zeros
+
+    @property
+    def k(self) -> int:
+        """The order of the matrix that was solved."""
+        return len(self.computed)
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """(n,) complex: all eigenvalues, ascending by real part, then imaginary part."""
+        exact = np.repeat(np.array([0, 1], dtype=self.computed.dtype), [self.zeros, self.ones])
+        joined = np.concatenate([self.computed, exact])
+        return joined[np.lexsort((joined.imag, joined.real))]
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """See `stiffcore.metrics.spectrum_metrics`."""
+        return spectrum_metrics(self.computed, self.ones, self.zeros, branch=self.function == "branch")
+
+    def __repr__(self) -> str:
+        m, c = self.metrics, self.certificate
+        verdict = "certified" if c.passed else "NOT certified: " + "; ".join(c.failures)
+        return (
+            f"Spectrum({self.name}, {self.kind} of {self.function}, n={self.n}: {self.k} computed, {self.ones} ones, "
+            f"{self.zeros} zeros; S={m['S']:.6g}, S_active={m['S_active']:.6g} +- {c.s_active_error:.1e}, "
+            f"Re<0: {100 * m['negative']:.4g} %; {verdict})"
+        )
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _spelled(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelled(v) for v in value]
+    # strict JSON has no infinities
+    return repr(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _unspelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _unspelled(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_unspelled(v) for v in value]
+    return float(value) if value in ("inf", "-inf", "nan") else value

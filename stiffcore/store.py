@@ -1,0 +1,400 @@
+"""The run on disk or on a URL: a Zarr v3 hierarchy that knows what is done. The one place that imports zarr.
+
+Layout:
+
+    RUN/zarr.json                      attributes: format, study, identity, versions
+    RUN/holder.json                    who works on it now
+    RUN/images/{x,y,index,...}         the inputs
+    RUN/units/UNIT/zarr.json           attributes: the unit's record, its stage among it
+    RUN/units/UNIT/{matrix,hessenberg} (k, k), while needed; beside each, NAME_tiles says what is written
+    RUN/units/UNIT/eigenvalues         (k,) complex, the computed ones
+
+Nothing is inferred from files. A matrix's column shard is done when its column in NAME_tiles says so, written
+after the shard; a stage is done when the unit's record says so, written after its arrays.
+"""
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import zarr
+from filelock import FileLock, Timeout
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore
+
+from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
+
+FORMAT = 1
+HEARTBEAT_S = 15.0
+DEAD_AFTER_S = 60.0
+
+# Zarr's own pools would multiply under several workers on one machine.
+zarr.config.set({"async.concurrency": 4, "threading.max_workers": 2})
+
+
+class Tile(IntEnum):
+    """What is known of a tile of a matrix."""
+
+    ZERO = 0
+    STORED = 1
+    MISSING = 255
+
+
+class TiledMatrix:
+    """A (rows, columns) matrix written once, column shard by column shard, whose all-zero tiles cost nothing.
+
+    A shard is one file (one object) of all rows and `shard` columns, tiles of `tile` rows inside it, each with
+    a checksum. `NAME_tiles` (row tiles, shards) holds a `Tile` each.
+    """
+
+    def __init__(self, group: zarr.Group, name: str) -> None:
+        """Open a matrix that exists in `group`; see `create`."""
+        self._data = _array(group, name)
+        self._tiles = _array(group, f"{name}_tiles")
+        self.shape: tuple[int, int] = self._data.shape  # type: ignore[assignment]
+        self.dtype: np.dtype = self._data.dtype
+        self.tile, self.shard = self._data.chunks
+
+    @classmethod
+    def create(
+        cls, group: zarr.Group, name: str, shape: tuple[int, int], dtype: np.dtype, tile: int, shard: int
+    ) -> "TiledMatrix":
+        """Create the matrix, or open it as it is where the same one exists (its shards stay).
+
+        Args:
+            group: the unit's group.
+            name: of the array.
+            shape: (rows, columns), both at least 1.
+            dtype: of the numbers.
+            tile: rows of a tile.
+            shard: columns of a shard.
+        """
+        if f"{name}_tiles" not in group:
+            rows, columns = shape
+            tile, shard = min(tile, rows), min(shard, columns)
+            row_tiles = -(-rows // tile)
+            group.create_array(
+                name,
+                shape=shape,
+                dtype=dtype,
+                chunks=(tile, shard),
+                shards=(row_tiles * tile, shard),
+                fill_value=0,
+                compressors=(Crc32cCodec(),),
+                filters=None,
+                dimension_names=("row", "column"),
+                overwrite=True,
+            )
+            group.create_array(
+                f"{name}_tiles",
+                shape=(row_tiles, -(-columns // shard)),
+                dtype="uint8",
+                chunks=(row_tiles, 1),
+                fill_value=int(Tile.MISSING),
+                compressors=(Crc32cCodec(),),
+                filters=None,
+                dimension_names=("row_tile", "column_shard"),
+            )
+        return cls(group, name)
+
+    @property
+    def shards(self) -> int:
+        """How many column shards there are."""
+        return self._tiles.shape[1]
+
+    def columns(self, shard: int) -> tuple[int, int]:
+        """First and one past the last column of a shard."""
+        return shard * self.shard, min((shard + 1) * self.shard, self.shape[1])
+
+    def missing(self) -> list[int]:
+        """The shards that are not recorded as done, ascending."""
+        done = (np.asarray(self._tiles[:]) != Tile.MISSING).all(axis=0)
+        return [int(i) for i in np.flatnonzero(~done)]
+
+    def write(self, shard: int, block: np.ndarray) -> int:
+        """Write one shard whole, then record it as done.
+
+        Args:
+            shard: its number.
+            block: (rows, columns of the shard), of the matrix's dtype; not kept.
+
+        Returns:
+            How many of its tiles are zero and cost nothing.
+        """
+        start, stop = self.columns(shard)
+        block = block + 0  # -0.0 becomes 0.0, which Zarr counts as the fill value
+        self._data[:, start:stop] = block
+        states = [
+            Tile.STORED if block[r : r + self.tile].any() else Tile.ZERO for r in range(0, self.shape[0], self.tile)
+        ]
+        self._tiles[:, shard : shard + 1] = np.array(states, dtype="uint8")[:, None]
+        return states.count(Tile.ZERO)
+
+    def read(self) -> np.ndarray:
+        """The whole matrix, Fortran-ordered: one copy, plus one shard while it is read.
+
+        Raises:
+            DamagedError: where a shard is not done, a checksum fails, or a recorded tile is not there.
+        """
+        out = np.empty(self.shape, dtype=self.dtype, order="F")
+        states = np.asarray(self._tiles[:])
+        for shard in range(self.shards):
+            start, stop = self.columns(shard)
+            out[:, start:stop] = self._read_shard(shard, states[:, shard])
+        return out
+
+    def _read_shard(self, shard: int, states: np.ndarray) -> np.ndarray:
+        start, stop = self.columns(shard)
+        where = f"{self._data.store_path}, columns {start} to {stop - 1}"
+        if (states == Tile.MISSING).any():
+            raise DamagedError(f"{where}: not written yet")
+        if (states == Tile.ZERO).all():
+            return np.zeros((self.shape[0], stop - start), dtype=self.dtype)
+        try:
+            block = np.asarray(self._data[:, start:stop])
+        except ValueError as error:  # zarr's checksum codec raises ValueError
+            raise DamagedError(f"{where}: {error}") from error
+        for tile, state in enumerate(states):
+            rows = block[tile * self.tile : (tile + 1) * self.tile]
+            if bool(rows.any()) != (state == Tile.STORED):
+                raise DamagedError(f"{where}: rows {tile * self.tile} and on are recorded as {Tile(state).name}")
+        return block
+
+
+class RunStore:
+    """The hierarchy of one run."""
+
+    @staticmethod
+    def check_new(url: str) -> None:
+        """Refuse a place where a new run would touch what is not its own.
+
+        Raises:
+            InputError: where a file, or a folder with something else in it, is there.
+        """
+        folder = Path(url).expanduser() if "://" not in url else None
+        if folder is None or not folder.exists():
+            return
+        if not folder.is_dir() or any(p.name not in (".lock", "zarr.json") for p in folder.iterdir()):
+            raise InputError(f"{url} exists and is not a run: give a new folder")
+
+    def __init__(self, url: str, *, create: bool = False) -> None:
+        """Open a run.
+
+        Args:
+            url: a folder, or a URL that fsspec knows.
+            create: make it where it does not exist; never touches one that does.
+
+        Raises:
+            NoRunError: where there is no run.
+            InputError: where something else is there, or a newer stiffcore made it.
+        """
+        self.url = str(url)
+        self.local = None if "://" in self.url else Path(self.url).expanduser().absolute()
+        self._store = LocalStore(self.local) if self.local else FsspecStore.from_url(self.url)
+        try:
+            self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+        except FileNotFoundError:
+            if not create:
+                raise NoRunError(
+                    f"there is no run at {self.url}: `stiffcore run {self.url} --network ...` starts one"
+                ) from None
+            self.check_new(self.url)
+            self.root = zarr.open_group(store=self._store, mode="a", zarr_format=3)
+        found = self.header
+        if found is None and not create:
+            raise NoRunError(f"{self.url} is a Zarr group, but not a run of stiffcore")
+        if found is not None and found["format"] > FORMAT:
+            raise InputError(
+                f"{self.url} was made by a newer stiffcore ({found['version']}): update stiffcore to read it"
+            )
+
+    @property
+    def header(self) -> dict[str, Any] | None:
+        """What made the run (study, identity, versions); None until it is written."""
+        return self.root.attrs.get("stiffcore")  # type: ignore[return-value]
+
+    @header.setter
+    def header(self, value: Mapping[str, Any]) -> None:
+        self.root.attrs["stiffcore"] = {"format": FORMAT, **value}
+
+    def unit_group(self, key: str) -> zarr.Group:
+        """The group of a unit, made where it does not exist."""
+        return self.root.require_group(f"units/{key}")
+
+    def record(self, key: str) -> dict[str, Any]:
+        """What is recorded of a unit, as it stands on disk now."""
+        return dict(zarr.open_group(store=self._store, path=f"units/{key}", mode="r").attrs)
+
+    def update(self, key: str, /, **fields: Any) -> None:
+        """Add fields to a unit's record, in one atomic write."""
+        self.unit_group(key).attrs.update(fields)
+
+    def units(self) -> dict[str, dict[str, Any]]:
+        """The records of all units, by key."""
+        if "units" not in self.root:
+            return {}
+        return {key: dict(group.attrs) for key, group in sorted(self.root["units"].groups())}  # type: ignore[union-attr]
+
+    def put_array(self, group: str, name: str, values: np.ndarray, dims: tuple[str, ...]) -> None:
+        """Write a small array whole, with a checksum, replacing one of that name."""
+        array = self.root.require_group(group).create_array(
+            name,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=tuple(max(1, s) for s in values.shape),
+            compressors=(Crc32cCodec(),),
+            filters=None,
+            dimension_names=dims,
+            overwrite=True,
+            config={"write_empty_chunks": True},
+        )
+        array[...] = values
+
+    def get_array(self, group: str, name: str) -> np.ndarray:
+        """Read an array written by `put_array`.
+
+        Raises:
+            DamagedError: where its checksum fails or it is not there.
+        """
+        try:
+            return np.asarray(self.root[f"{group}/{name}"][...])  # type: ignore[index]
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            raise DamagedError(f"{self.url}/{group}/{name}: {error}") from error
+
+    def drop(self, key: str, *names: str) -> None:
+        """Delete arrays of a unit, their bookkeeping first, so that a half-deleted one counts as not there."""
+        group = self.unit_group(key)
+        for name in names:
+            for part in (f"{name}_tiles", name):
+                if part in group:
+                    del group[part]
+
+    def sweep(self) -> int:
+        """Delete what a killed writer left behind (`*.partial` files of zarr's local store); how many there were."""
+        if self.local is None:
+            return 0
+        orphans = list(self.local.rglob("*.partial"))
+        for path in orphans:
+            path.unlink(missing_ok=True)
+        return len(orphans)
+
+    def free_bytes(self) -> int | None:
+        """Free space where the run lies; None where it cannot be known."""
+        return None if self.local is None else shutil.disk_usage(self.local).free
+
+    def stored_bytes(self, key: str) -> int:
+        """Bytes a unit holds on disk now (local runs; else 0)."""
+        if self.local is None:
+            return 0
+        return sum(p.stat().st_size for p in (self.local / "units" / key).rglob("*") if p.is_file())
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the run against other processes while the context lasts.
+
+        On a folder the lock is the operating system's, and ends with its process. On a URL it is a record with
+        a heartbeat, taken over where the heartbeat stopped.
+
+        Raises:
+            BusyError: where another process holds it; the message says who.
+        """
+        if self.local is not None:
+            lock = FileLock(self.local / ".lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise BusyError(self._who()) from None
+            try:
+                self._write_json("holder.json", _me())
+                yield
+            finally:
+                sync(self._store.delete("holder.json"))
+                lock.release()
+            return
+        yield from self._hold_by_heartbeat()
+
+    def _hold_by_heartbeat(self) -> Iterator[None]:
+        holder = self._read_json("holder.json")
+        if holder and time.time() - holder["heartbeat"] < DEAD_AFTER_S and not _dead_here(holder):
+            raise BusyError(self._who())
+        me = _me()
+        self._write_json("holder.json", me)
+        time.sleep(0.5)  # of two that write at once, the later one is left, and the other sees it here
+        if (self._read_json("holder.json") or {}).get("token") != me["token"]:
+            raise BusyError(self._who())
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(HEARTBEAT_S):
+                self._write_json("holder.json", {**me, "heartbeat": time.time()})
+
+        thread = threading.Thread(target=beat, daemon=True, name="stiffcore-heartbeat")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            sync(self._store.delete("holder.json"))
+
+    def _who(self) -> str:
+        holder = self._read_json("holder.json") or {}
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", time.time())))
+        return (
+            f"{self.url} is being worked on by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
+            f"since {since}: wait for it, or stop it; `stiffcore status {self.url}` shows how far it is"
+        )
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who holds the run now, if a living process does."""
+        holder = self._read_json("holder.json")
+        return holder if holder and not _dead_here(holder) else None
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        sync(self._store.set(name, default_buffer_prototype().buffer.from_bytes(data)))
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        found = sync(self._store.get(name, default_buffer_prototype()))
+        return None if found is None else json.loads(found.to_bytes())
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    found = group.get(name)
+    if not isinstance(found, zarr.Array):
+        raise DamagedError(f"{group.store_path}/{name}: not there")
+    return found
+
+
+def _me() -> dict[str, Any]:
+    now = time.time()
+    return {
+        "token": uuid.uuid4().hex,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": now,
+        "heartbeat": now,
+    }
+
+
+def _dead_here(holder: Mapping[str, Any]) -> bool:
+    if holder["host"] != socket.gethostname():
+        return False
+    try:
+        # a process started after the holder was written only has its number
+        return psutil.Process(holder["pid"]).create_time() > holder["since"]
+    except psutil.NoSuchProcess:
+        return True

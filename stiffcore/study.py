@@ -1,0 +1,278 @@
+"""What was asked: a frozen, validated study, its units of work, and the fingerprint that says what made a result."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from stiffcore.errors import InputError, refuse
+from stiffcore.version import __version__
+
+
+class BlockFunction(StrEnum):
+    """Which function of a block is analysed: the whole block, or its residual branch F alone."""
+
+    BLOCK = "block"
+    BRANCH = "branch"
+
+
+class Kind(StrEnum):
+    """Which spectrum: `matrix`, the eigenvalues of the n x n Jacobian."""
+
+    MATRIX = "matrix"
+
+
+class Precision(StrEnum):
+    """The arithmetic of everything: network, Jacobian, eigenvalues."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+
+
+class Device(StrEnum):
+    """Where Jacobians are built and eigenvalues computed; `auto` takes CUDA where there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Keep(StrEnum):
+    """What stays in the store: the spectra, or the matrices too."""
+
+    SPECTRA = "spectra"
+    ALL = "all"
+
+
+class Normalize(StrEnum):
+    """How 8-bit images become the network's input."""
+
+    CIFAR10 = "cifar10"
+    IMAGENET = "imagenet"
+    NONE = "none"
+
+
+class Pool(StrEnum):
+    """Whether a ResNet's stem keeps its max-pool; `auto` follows the checkpoint's layout."""
+
+    AUTO = "auto"
+    MAX = "max"
+    NONE = "none"
+
+
+IN_MEMORY = "in memory"
+
+
+class Study(BaseModel):
+    """One question, fully stated. Frozen; validated when made.
+
+    Attributes:
+        network: `resnet18`, `resnet34`, `resnet50`, `package.module:factory`, or `in memory`.
+        weights: checkpoint file; None takes the bundled one, or the factory's own; `random` initialises.
+        images: `samples`, `cifar10`, a .npz, a folder of class folders, or `in memory`.
+        data_root: where `cifar10` lies.
+        download: whether torchvision may download it.
+        count: the first so many images (1 where neither count, index nor per_label is given).
+        index: these images.
+        per_label: the first so many of each label.
+        normalize: None lets the network choose.
+        pool: see `Pool`.
+        blocks: `all`, numbers among all (1-based), or module paths, comma-separated.
+        functions: see `BlockFunction`.
+        kinds: see `Kind`.
+        dtype: see `Precision`.
+        memory: bytes that the run's processes may use together; None: what the machine or container has left.
+        device: see `Device`.
+        keep: see `Keep`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: str = "resnet50"
+    weights: str | None = None
+    images: str = "samples"
+    data_root: str | None = None
+    download: bool = False
+    count: int | None = Field(default=None, ge=1)
+    index: tuple[int, ...] | None = None
+    per_label: int | None = Field(default=None, ge=1)
+    normalize: Normalize | None = None
+    pool: Pool = Pool.AUTO
+    blocks: str = "all"
+    functions: tuple[BlockFunction, ...] = (BlockFunction.BLOCK,)
+    kinds: tuple[Kind, ...] = (Kind.MATRIX,)
+    dtype: Precision = Precision.FLOAT64
+    memory: int | None = Field(default=None, gt=0)
+    device: Device = Device.AUTO
+    keep: Keep = Keep.SPECTRA
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("index", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return [int(part) for part in _split(value)] if isinstance(value, str) else value
+
+    @field_validator("functions", "kinds", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return _split(value) if isinstance(value, str) else value
+
+    @field_validator("functions", "kinds", "index")
+    @classmethod
+    def _once(cls, value: tuple | None) -> tuple | None:
+        if value is not None and (not value or len(set(value)) < len(value)):
+            raise ValueError("give at least one, and none twice")
+        return value
+
+    @field_validator("weights", "data_root", mode="before")
+    @classmethod
+    def _absolute(cls, value: Any) -> Any:
+        # a run is continued from anywhere
+        return value if value in (None, "random", IN_MEMORY) else str(Path(value).expanduser().absolute())
+
+    @field_validator("images")
+    @classmethod
+    def _absolute_images(cls, value: str) -> str:
+        known = value in ("samples", "cifar10", IN_MEMORY)
+        return value if known else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _one_selection(self) -> "Study":
+        given = [name for name in ("count", "index", "per_label") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {', '.join('--' + g.replace('_', '-') for g in given)}, not several")
+        return self
+
+    @classmethod
+    def ask(cls, options: Mapping[str, Any]) -> "Study":
+        """A study from options as a user gives them; None means not given.
+
+        Raises:
+            InputError: naming every option that is wrong, and what it may be.
+        """
+        try:
+            return cls(**{k: v for k, v in options.items() if v is not None})
+        except ValidationError as error:
+            refuse((_problem(e) for e in error.errors()), "some options are wrong:")
+            raise
+
+    def with_options(self, options: Mapping[str, Any]) -> "Study":
+        """The study with some options changed; None means not given. One way to choose images replaces another."""
+        given = {k: v for k, v in options.items() if v is not None}
+        base = self.model_dump(mode="json")
+        if {"count", "index", "per_label"} & given.keys():
+            base |= {"count": None, "index": None, "per_label": None}
+        return Study.ask(base | given)
+
+
+class Unit(BaseModel):
+    """One spectrum to find, with the facts its plan follows from.
+
+    Attributes:
+        key: its name in the store.
+        image: position among the run's images.
+        label: of the image; -1 where unknown.
+        number: of the block among all residual blocks, from 1; 0 where it is none of them.
+        block: module path.
+        function: see `BlockFunction`.
+        kind: see `Kind`.
+        n: columns of J.
+        m: rows of J.
+        k: order of the matrix to solve.
+        ones: exact eigenvalues 1.
+        zeros: exact eigenvalues 0.
+        route: which matrix is solved (`waist`, `active`, `full`); `none` where there is no spectrum.
+        reason: why, in one line.
+        column_items: numbers alive at once while one column is computed.
+        column_s: seconds a column took when tried.
+        network_bytes: parameters and buffers of the network.
+        fingerprint: sha256 of all that decides the result.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    key: str
+    image: int
+    label: int
+    number: int
+    block: str
+    function: BlockFunction
+    kind: Kind
+    n: int
+    m: int
+    k: int = 0
+    ones: int = 0
+    zeros: int = 0
+    route: str
+    reason: str
+    column_items: int = 0
+    column_s: float = 0.0
+    network_bytes: int = 0
+    fingerprint: str
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from text like `4GiB`, `500MB` or `1073741824`.
+
+    Raises:
+        InputError: where it is not a size.
+    """
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise InputError(f"{text!r} is not a size: write 4GiB, 500MiB or a number of bytes") from None
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def versions() -> dict[str, str]:
+    """The versions that can change a digit of a result."""
+    return {"stiffcore": __version__, **{name: version(name) for name in ("torch", "numpy", "scipy")}}
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """sha256 of what made a result, as canonical JSON; the same parts in any order give the same text."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def unit_key(image: int, block: str, function: str, kind: str) -> str:
+    """The name of a unit in the store: one spectrum of one block's function at one image."""
+    return f"{image:06d}-{re.sub(r'[^A-Za-z0-9_.]', '_', block)}-{function}-{kind}"
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _problem(error: Any) -> str:
+    name = "--" + str(error["loc"][0]).replace("_", "-") if error["loc"] else ""
+    name = {"--functions": "--function", "--kinds": "--kind"}.get(name, name)
+    message = error["msg"].removeprefix("Value error, ")
+    got = f", got {error['input']!r}" if name else ""
+    return f"{name}: {message}{got}".lstrip(": ")

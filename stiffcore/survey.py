@@ -1,0 +1,222 @@
+"""The look before the work: network, images and blocks of a study, and the facts of each unit."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stiffcore.errors import InputError, refuse
+from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual, reduce_jacobian
+from stiffcore.networks.blocks import BlockCall, capture, choose_blocks, loss_and_prediction, residual_blocks
+from stiffcore.networks.images import Images, load_images, network_input
+from stiffcore.networks.zoo import Network, load_network, wrap_network
+from stiffcore.study import IN_MEMORY, BlockFunction, Device, Study, Unit, fingerprint, unit_key
+
+COLUMNS_TRIED = 2
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a study turns out to be.
+
+    Attributes:
+        study: with weights and normalisation filled in.
+        identity: what decides the results; a run refuses to continue with another one.
+        description: of the network, one line.
+        images: those chosen.
+        prediction: (N,) the class the network gives; -1 where it is no classifier.
+        loss: (N,) cross-entropy; nan where the label is unknown.
+        units: in order of image, block, function.
+        device_bytes: free memory of the CUDA device; None where there is none, or it is not asked for.
+    """
+
+    study: Study
+    identity: dict[str, Any]
+    description: str
+    images: Images
+    prediction: np.ndarray
+    loss: np.ndarray
+    units: tuple[Unit, ...]
+    device_bytes: int | None
+
+
+def survey(study: Study, module: nn.Module | None = None, images: Images | None = None) -> Survey:
+    """Load everything once, and look at every unit; no eigenvalue is computed.
+
+    Args:
+        study: what was asked.
+        module: the network, where the study says `in memory`.
+        images: the images, where the study says `in memory`.
+
+    Raises:
+        InputError: whatever is wrong with the request.
+    """
+    device_bytes = free_device_bytes(study.device)
+    network = open_network(study, module)
+    images = images if images is not None else open_images(study)
+    settled = study.model_copy(update={"normalize": study.normalize or network.normalize, "weights": network.weights})
+    inputs = [image_input(images.x[i], settled) for i in range(len(images))]
+    found = residual_blocks(network.module, inputs[0], is_residual)
+    blocks = choose_blocks(study.blocks, found, network.module)
+    made_of = {
+        "network": network.name,
+        "weights": network.weights_digest,
+        "normalize": str(settled.normalize),
+        "pool": str(study.pool),
+        "dtype": str(study.dtype),
+    }
+    digests = [images.digest(i) for i in range(len(images))]
+    network_bytes = network_bytes_of(network.module)
+    units: list[Unit] = []
+    predictions, losses = [], []
+    for i, x in enumerate(inputs):
+        calls, output = capture(network.module, x, blocks)
+        loss, prediction = loss_and_prediction(output, int(images.y[i]))
+        predictions.append(prediction)
+        losses.append(loss)
+        for block, function, kind in product(blocks, study.functions, study.kinds):
+            asked = {"image": digests[i], "block": block, "function": function, "kind": kind}
+            common = {
+                "key": unit_key(i, block, function, kind),
+                "image": i,
+                "label": int(images.y[i]),
+                "number": found.index(block) + 1 if block in found else 0,
+                "block": block,
+                "function": function,
+                "kind": kind,
+                "network_bytes": network_bytes,
+                "fingerprint": fingerprint(made_of | asked),
+            }
+            units.append(_look(calls[block], function, common))
+    identity = made_of | {
+        "images": digests,
+        "blocks": blocks,
+        "functions": [str(f) for f in study.functions],
+        "kinds": [str(k) for k in study.kinds],
+    }
+    return Survey(
+        settled,
+        identity,
+        network.description,
+        images,
+        np.array(predictions),
+        np.array(losses),
+        tuple(units),
+        device_bytes,
+    )
+
+
+def open_network(study: Study, module: nn.Module | None = None) -> Network:
+    """The study's network; `module` is it where the study says `in memory`."""
+    dtype = getattr(torch, study.dtype)
+    if study.network == IN_MEMORY:
+        if module is None:
+            raise InputError(
+                "this run was made from Python with a network in memory: continue it there, with stiffcore.analyze"
+            )
+        return wrap_network(module, dtype)
+    weights = None if study.weights in (None, IN_MEMORY) else Path(study.weights)
+    return load_network(study.network, weights, dtype, study.pool)
+
+
+def open_images(study: Study) -> Images:
+    """The study's images, from their source."""
+    if study.images == IN_MEMORY:
+        raise InputError("this run was made from Python with images in memory: continue it with stiffcore.analyze")
+    root = Path(study.data_root) if study.data_root else None
+    return load_images(
+        study.images,
+        data_root=root,
+        download=study.download,
+        count=study.count,
+        index=study.index,
+        per_label=study.per_label,
+    )
+
+
+def image_input(image: np.ndarray, study: Study) -> torch.Tensor:
+    """One image as the network takes it."""
+    normalize = "none" if image.dtype != np.uint8 else str(study.normalize)
+    return network_input(image, normalize, getattr(torch, study.dtype))
+
+
+def reduction_of(
+    network: nn.Module, x: torch.Tensor, block: str, function: BlockFunction, device: str = "cpu"
+) -> Reduction:
+    """The reduction of one block's function at one image; what it does not need of the network is let go."""
+    calls, _ = capture(network, x, [block])
+    call = calls[block]
+    if device != "cpu":
+        dict(network.named_modules())[block].to(device)
+    return reduce_jacobian(call.function, call.x.to(device), function, name=block)
+
+
+def free_device_bytes(device: Device) -> int | None:
+    """Free memory of the CUDA device that a study would use; None for the CPU.
+
+    Raises:
+        InputError: where CUDA is asked for and there is none.
+    """
+    if device is Device.CPU:
+        return None
+    if not torch.cuda.is_available():
+        refuse(
+            ["--device cuda: torch finds no CUDA device here; leave --device out, or use cpu"]
+            if device is Device.CUDA
+            else []
+        )
+        return None
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def _look(call: BlockCall, function: BlockFunction, common: dict[str, Any]) -> Unit:
+    try:
+        return unit_facts(reduce_jacobian(call.function, call.x, function, name=call.name), common)
+    except NoSpectrumError as error:
+        return Unit(**common, n=error.n, m=error.m, route="none", reason=str(error))
+
+
+def unit_facts(reduction: Reduction, common: dict[str, Any]) -> Unit:
+    """The facts of a unit that has a spectrum.
+
+    Args:
+        reduction: its operator; two of its columns are timed.
+        common: the fields of `Unit` that do not follow from it.
+    """
+    return Unit(
+        **common,
+        n=reduction.n,
+        m=reduction.n,
+        k=reduction.k,
+        ones=reduction.ones,
+        zeros=reduction.zeros,
+        route=reduction.route,
+        reason=reduction.reason,
+        column_items=reduction.column_items,
+        column_s=_column_seconds(reduction),
+    )
+
+
+def _column_seconds(reduction: Reduction) -> float:
+    if reduction.k == 0:
+        return 0.0
+    columns = min(COLUMNS_TRIED, reduction.k)
+    start = time.perf_counter()
+    reduction.columns(0, columns)
+    return (time.perf_counter() - start) / columns
+
+
+def network_bytes_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+
+    def tensors() -> Iterator[torch.Tensor]:
+        yield from module.parameters()
+        yield from module.buffers()
+
+    return sum(t.numel() * t.element_size() for t in tensors())

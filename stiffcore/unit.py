@@ -1,0 +1,271 @@
+"""One unit, from its plan to its certified spectrum, in stages that each leave the store whole.
+
+Stages, as the unit's record names the last one done: `planned`, `built` (matrix in the store), `reduced`
+(Hessenberg form in the store), `solved` (eigenvalues in the store), `done` (certificate in the record). A stage
+begins from what the store holds and writes its arrays first, its record last; killed anywhere, it is begun again.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from stiffcore.eigen import certificate, dense, device
+from stiffcore.errors import DamagedError, StiffcoreError
+from stiffcore.jacobian.reduction import Reduction
+from stiffcore.plan import TILE_ROWS, Solver
+from stiffcore.spectra import Certificate, Spectrum
+from stiffcore.store import RunStore, TiledMatrix
+from stiffcore.study import BlockFunction, Keep, Study, versions
+from stiffcore.survey import image_input, open_network, reduction_of
+
+Emit = Callable[[dict[str, Any]], None]
+Opener = Callable[[RunStore, dict[str, Any], str], Reduction]
+SCRATCH = ("matrix", "hessenberg", "tau", "scale")
+STAGES = ("planned", "built", "reduced", "solved", "done")
+
+
+def open_reduction(store: RunStore, record: dict[str, Any], device: str, module: nn.Module | None = None) -> Reduction:
+    """The operator of a stored unit, made again from the study's network and the stored image.
+
+    Raises:
+        StiffcoreError: where the weights are not those that the run began with.
+    """
+    header = store.header or {}
+    study = Study(**header["study"])
+    network = open_network(study, module)
+    if network.weights_digest != header["identity"]["weights"]:
+        raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
+    x = image_input(store.get_array("images", "x")[record["image"]], study)
+    return reduction_of(network.module, x, record["block"], BlockFunction(record["function"]), device)
+
+
+@dataclass
+class UnitRun:
+    """The state of one unit while it is carried out.
+
+    Attributes:
+        store: the run.
+        key: of the unit.
+        emit: told of every step that the store has recorded.
+        opener: makes the unit's operator.
+    """
+
+    store: RunStore
+    key: str
+    emit: Emit
+    opener: Opener
+
+    def __post_init__(self) -> None:
+        study = Study(**(self.store.header or {})["study"])
+        self.keep = study.keep
+        self.dtype = np.dtype(study.dtype)
+        self.record = self.store.record(self.key)
+        self.device = "cuda" if self.record["plan"]["solver"] == Solver.CUDA_DENSE else "cpu"
+
+    @cached_property
+    def reduction(self) -> Reduction:
+        """The operator, checked against what was planned.
+
+        Raises:
+            StiffcoreError: where it is not the one planned.
+        """
+        reduction = self.opener(self.store, self.record, self.device)
+        planned = {name: self.record[name] for name in ("n", "k", "ones", "zeros")}
+        found = {name: getattr(reduction, name) for name in planned}
+        if found != planned:
+            raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
+        return reduction
+
+    def matrix(self, name: str) -> TiledMatrix:
+        """The tiled matrix of that name, made where it is not there."""
+        k, plan = self.record["k"], self.record["plan"]
+        return TiledMatrix.create(self.store.unit_group(self.key), name, (k, k), self.dtype, TILE_ROWS, plan["shard"])
+
+    def reach(self, stage: str, **fields: Any) -> None:
+        """Record a stage as done, and tell."""
+        self.store.update(self.key, stage=stage, **fields)
+        self.record = self.record | fields | {"stage": stage}
+        self.emit({"unit": self.key, "stage": stage, "done": 1, "total": 1})
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """Tell of progress inside a stage."""
+        self.emit({"unit": self.key, "stage": stage, "done": done, "total": total})
+
+
+def carry_out(url: str, key: str, *, threads: int, emit: Emit, opener: Opener = open_reduction) -> str:
+    """Bring one unit to `done`, from wherever its record says it is.
+
+    Args:
+        url: of the run.
+        key: of the unit.
+        threads: of BLAS and torch; decides the last bits of the results.
+        emit: told of every step that the store has recorded.
+        opener: makes the unit's operator.
+
+    Returns:
+        The key.
+
+    Raises:
+        StiffcoreError: where it cannot be done; what is recorded stays.
+    """
+    torch.set_num_threads(threads)
+    with threadpool_limits(threads):
+        run = UnitRun(RunStore(url), key, emit, opener)
+        _restart_if_foreign(run)
+        timing = dict(run.record.get("seconds", {}))
+        for stage, work in _route(run):
+            if STAGES.index(run.record["stage"]) < STAGES.index(stage):
+                start = time.perf_counter()
+                run.step(stage, 0, 1)
+                fields = work(run)
+                timing[stage] = timing.get(stage, 0.0) + time.perf_counter() - start
+                run.reach(stage, **fields, seconds=timing)
+        if run.keep is Keep.SPECTRA:
+            run.store.drop(key, *SCRATCH)
+    return key
+
+
+def _route(run: UnitRun) -> list[tuple[str, Callable[[UnitRun], dict[str, Any]]]]:
+    if run.record["k"] == 0:
+        return [("solved", _solve_nothing), ("done", _certify)]
+    if run.device == "cuda":
+        return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
+    return [("built", _build), ("reduced", _reduce), ("solved", _solve), ("done", _certify)]
+
+
+def _restart_if_foreign(run: UnitRun) -> None:
+    """Begin again what other library versions left unfinished: their digits would mix in one spectrum."""
+    made_with, now = run.record.get("made_with"), versions()
+    if made_with == now or run.record["stage"] == "done":
+        return
+    if made_with is not None:
+        run.store.update(run.key, stage="planned", seconds={})
+        run.store.drop(run.key, *SCRATCH, "eigenvalues")
+        run.emit({"unit": run.key, "stage": "restarted", "done": 0, "total": 1, "note": f"begun by {made_with}"})
+    run.store.update(run.key, made_with=now)
+    run.record = run.store.record(run.key)
+
+
+def _build(run: UnitRun) -> dict[str, Any]:
+    matrix, chunk = run.matrix("matrix"), run.record["plan"]["chunk"]
+    for shard in matrix.missing():
+        start, stop = matrix.columns(shard)
+        block = np.empty((matrix.shape[0], stop - start), dtype=run.dtype, order="F")
+        for at in range(start, stop, chunk):
+            end = min(at + chunk, stop)
+            block[:, at - start : end - start] = run.reduction.columns(at, end).cpu().numpy()
+        if not np.isfinite(block).all():
+            raise StiffcoreError(f"{run.key}: columns {start} to {stop - 1} of the Jacobian are not finite")
+        matrix.write(shard, block)
+        run.step("built", shard + 1, matrix.shards)
+    return {}
+
+
+def _read(run: UnitRun, name: str, stage: str, earlier: str) -> np.ndarray:
+    """A stored matrix; where it is damaged, the stage that made it is undone, so that the next run makes it again."""
+    try:
+        return run.matrix(name).read()
+    except DamagedError:
+        run.store.update(run.key, stage=earlier)
+        run.store.drop(run.key, name)
+        raise
+
+
+def _reduce(run: UnitRun) -> dict[str, Any]:
+    run.__dict__.pop("reduction", None)  # its tensors are not needed until the certificate
+    a = _read(run, "matrix", "built", "planned")
+    moments = certificate.matrix_moments(a)
+    h = dense.to_hessenberg(a)
+    target = run.matrix("hessenberg")
+    for shard in range(target.shards):
+        start, stop = target.columns(shard)
+        target.write(shard, h.a[:, start:stop])
+    where = f"units/{run.key}"
+    run.store.put_array(where, "tau", h.tau, ("reflector",))
+    run.store.put_array(where, "scale", h.scale, ("row",))
+    return {"ilo": int(h.ilo), "ihi": int(h.ihi), "moments": asdict(moments)}
+
+
+def _hessenberg(run: UnitRun) -> dense.Hessenberg:
+    where = f"units/{run.key}"
+    return dense.Hessenberg(
+        a=_read(run, "hessenberg", "reduced", "built"),
+        tau=run.store.get_array(where, "tau"),
+        scale=run.store.get_array(where, "scale"),
+        ilo=run.record["ilo"],
+        ihi=run.record["ihi"],
+    )
+
+
+def _solve(run: UnitRun) -> dict[str, Any]:
+    return _store_eigenvalues(run, dense.hessenberg_eigenvalues(_hessenberg(run)))
+
+
+def _solve_on_device(run: UnitRun) -> dict[str, Any]:
+    a = _read(run, "matrix", "built", "planned")
+    moments = certificate.matrix_moments(a)
+    try:
+        values = device.device_eigenvalues(a, run.device)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        note = f"the device is out of memory ({str(error).splitlines()[0]}): solving on the host"
+        run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": note})
+        del a
+        plan = run.record["plan"] | {"solver": str(Solver.HOST_DENSE), "why": note}
+        run.store.update(run.key, plan=plan)
+        run.record["plan"], run.device = plan, "cpu"
+        run.reach("reduced", **_reduce(run))
+        return _solve(run)
+    return _store_eigenvalues(run, values) | {"moments": asdict(moments)}
+
+
+def _solve_nothing(run: UnitRun) -> dict[str, Any]:
+    empty = np.empty(0, dtype=np.result_type(run.dtype, np.complex64))
+    return _store_eigenvalues(run, empty) | {"moments": asdict(certificate.Moments(0.0, 0.0, 0.0))}
+
+
+def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
+    run.store.put_array(f"units/{run.key}", "eigenvalues", values, ("eigenvalue",))
+    return {}
+
+
+def _certify(run: UnitRun) -> dict[str, Any]:
+    values = run.store.get_array(f"units/{run.key}", "eigenvalues")
+    chosen = certificate.select(values, run.reduction.shift)
+    vectors = None
+    if len(values):
+        if run.device == "cuda":
+            vectors = device.device_eigenvectors(_read(run, "matrix", "built", "planned"), values[chosen], run.device)
+        else:
+            vectors = dense.hessenberg_eigenvectors(_hessenberg(run), values[chosen])
+    moments = certificate.Moments(**run.record["moments"])
+    found = certificate.certify(run.reduction, values, chosen, vectors, moments)
+    return {"certificate": found.to_json(), "shift": run.reduction.shift}
+
+
+def stored_spectrum(store: RunStore, key: str, record: dict[str, Any]) -> Spectrum:
+    """The spectrum of a unit that is `done`.
+
+    Raises:
+        DamagedError: where its eigenvalues cannot be read.
+    """
+    values = store.get_array(f"units/{key}", "eigenvalues")
+    return Spectrum(
+        computed=dense.sort_eigenvalues(values + values.dtype.type(record["shift"])),
+        ones=record["ones"],
+        zeros=record["zeros"],
+        kind=record["kind"],
+        function=record["function"],
+        name=record["block"],
+        solver=record["plan"]["solver"],
+        reason=record["reason"],
+        certificate=Certificate.from_json(record["certificate"]),
+        record=record,
+    )

@@ -1,0 +1,301 @@
+"""Images: each source gives what it holds, only what is asked for is decoded, and each refusal says why."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stiffcore.errors import InputError
+from stiffcore.networks.images import NORMALIZE, Images, load_images, network_input
+
+CIFAR10_FIRST = [3, 8, 8, 0, 6, 6, 1, 6, 3, 1, 0, 9, 5, 7, 9, 8, 5, 7, 8, 6]
+
+
+def refused(*args: object, **options: object) -> str:
+    with pytest.raises(InputError) as caught:
+        load_images(*args, **options)
+    return str(caught.value)
+
+
+def some_pixels(n: int, height: int = 4, width: int = 5) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def npz(tmp_path) -> Path:
+    np.savez(tmp_path / "a.npz", x=some_pixels(6), y=np.array([1, 0, 1, 2, 0, -1]))
+    return tmp_path / "a.npz"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Classes `bird` (2 images), `cat` (1), `dog` (3), beside things that are no images."""
+    root, pixels = tmp_path / "pets", some_pixels(6)
+    names = ["bird/b.png", "bird/a.PNG", "cat/a.bmp", "dog/3.png", "dog/1.jpg", "dog/2.webp"]
+    for name, image in zip(names, pixels, strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / name)
+    (root / "readme.txt").write_text("x")
+    (root / "cat" / "notes.txt").write_text("x")
+    (root / ".hidden").mkdir()
+    return root
+
+
+# ----------------------------------------------------------------------------------------------- samples
+
+
+def test_the_samples_are_the_first_twenty_test_images():
+    images = load_images("samples", count=20)
+    assert images.x.shape == (20, 32, 32, 3)
+    assert images.x.dtype == np.uint8
+    assert images.y.tolist() == CIFAR10_FIRST
+    assert images.index.tolist() == list(range(20))
+    assert images.source.startswith("samples (foolbox ")
+    assert len({images.digest(i) for i in range(len(images))}) == 20
+
+
+def test_one_image_is_the_default_and_foolbox_is_never_imported():
+    before = "foolbox" in sys.modules
+    assert len(load_images("samples")) == 1
+    assert ("foolbox" in sys.modules) == before
+
+
+def test_absent_samples_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    assert "pip install 'stiffcore[demo]'" in refused("samples")
+
+
+# ----------------------------------------------------------------------------------------------- cifar10
+
+
+def test_cifar10_without_its_files_says_where_they_should_be(tmp_path):
+    assert "--data-root" in refused("cifar10")
+    message = refused("cifar10", data_root=tmp_path)
+    assert "--download" in message
+    assert str(tmp_path / "cifar-10-batches-py") in message
+
+
+def test_a_failed_download_is_reported(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    def unreachable(self: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(CIFAR10, "download", unreachable)
+    message = refused("cifar10", data_root=tmp_path, download=True)
+    assert "download failed" in message
+    assert "network is unreachable" in message
+
+
+def test_cifar10_reads_the_test_batch(tmp_path, monkeypatch):
+    import torchvision.datasets.cifar as cifar
+
+    # the real sums are of the real files; these stand-ins have the same layout
+    monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())
+    monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = some_pixels(4, 32, 32)
+    planes = pixels.transpose(0, 3, 1, 2).reshape(4, -1)
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": planes, "labels": [3, 1, 1, 0]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b", "c", "d"]}))
+    images = load_images("cifar10", data_root=tmp_path, index=[3, 1])
+    assert np.array_equal(images.x, pixels[[3, 1]])
+    assert images.y.tolist() == [0, 1]
+    assert images.y.dtype == np.int64
+
+
+# --------------------------------------------------------------------------------------------------- npz
+
+
+def test_an_npz_gives_its_images(npz):
+    images = load_images(str(npz), count=6)
+    assert np.array_equal(images.x, some_pixels(6))
+    assert images.y.tolist() == [1, 0, 1, 2, 0, -1]
+    assert images.source == str(npz)
+
+
+def test_each_thing_wrong_with_an_npz_is_named_at_once(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.zeros((2, 3, 4, 4)), y=np.zeros((2, 1)))
+    message = refused(str(path))
+    assert "x is float64 (2, 3, 4, 4)" in message
+    assert "y is float64 (2, 1)" in message
+    np.savez(path, a=np.zeros(1))
+    message = refused(str(path))
+    assert "no array 'x' (it has 'a')" in message
+    assert "no array 'y'" in message
+    np.savez(path, x=some_pixels(3), y=np.zeros(2, dtype=int))
+    assert "2 labels" in refused(str(path))
+    np.savez(path, x=some_pixels(0), y=np.zeros(0, dtype=int))
+    assert "(0, 4, 5, 3)" in refused(str(path))
+    np.savez(path, x=np.uint8(3), y=np.int64(3))
+    message = refused(str(path))
+    assert "x is uint8 ()" in message
+    assert "y is int64 ()" in message
+
+
+def test_an_npz_of_objects_a_damaged_one_and_an_absent_one_are_refused(tmp_path):
+    np.savez(tmp_path / "o.npz", x=some_pixels(1), y=np.array([{}], dtype=object))
+    assert "Python objects" in refused(str(tmp_path / "o.npz"))
+    for content in (b"", b"junk", (tmp_path / "o.npz").read_bytes()[:100]):
+        (tmp_path / "d.npz").write_bytes(content)
+        assert "damaged" in refused(str(tmp_path / "d.npz"))
+    assert "there is no file" in refused(str(tmp_path / "absent.npz"))
+
+
+# ------------------------------------------------------------------------------------------------ folder
+
+
+def test_a_folder_is_labelled_by_its_sorted_classes(folder):
+    images = load_images(str(folder), count=6)
+    assert images.y.tolist() == [0, 0, 1, 2, 2, 2]
+    assert images.x.shape == (6, 4, 5, 3)
+    pixels = some_pixels(6)
+    # the lossless ones, in sorted order of their names: bird/a.PNG, bird/b.png, cat/a.bmp, dog/3.png
+    assert np.array_equal(images.x[[0, 1, 2, 5]], pixels[[1, 0, 2, 3]])
+    assert images.source == f"{folder} (3 classes)"
+
+
+def test_other_colour_modes_become_rgb(tmp_path):
+    (tmp_path / "c").mkdir()
+    Image.fromarray(some_pixels(1)[0, :, :, 0]).save(tmp_path / "c" / "a.png")
+    x = load_images(str(tmp_path)).x
+    assert np.array_equal(x[0], np.repeat(some_pixels(1)[0, :, :, :1], 3, axis=2))
+
+
+def test_only_chosen_images_are_decoded(folder):
+    (folder / "cat" / "a.bmp").write_bytes(b"junk")
+    assert load_images(str(folder), index=[0, 5]).y.tolist() == [0, 2]
+    message = refused(str(folder), index=[2])
+    assert "a.bmp cannot be read" in message
+
+
+def test_the_first_image_of_another_size_is_named(folder):
+    Image.fromarray(some_pixels(1, 7, 8)[0]).save(folder / "cat" / "a.bmp")
+    message = refused(str(folder), count=6)
+    assert "a.bmp is 8x7" in message
+    assert "a.PNG is 5x4" in message
+
+
+def test_a_folder_without_class_folders_says_so(tmp_path):
+    assert "no class folder" in refused(str(tmp_path))
+    Image.fromarray(some_pixels(1)[0]).save(tmp_path / "a.png")
+    assert "lie in it directly" in refused(str(tmp_path))
+
+
+def test_an_unknown_source_lists_the_known_ones(tmp_path):
+    message = refused(str(tmp_path / "nowhere"))
+    for form in ("samples", "cifar10", ".npz", "folder of class folders"):
+        assert form in message
+
+
+# ------------------------------------------------------------------------------------------------ choice
+
+
+def test_an_index_keeps_its_order(npz):
+    images = load_images(str(npz), index=[4, 0, 2])
+    assert images.index.tolist() == [4, 0, 2]
+    assert images.y.tolist() == [0, 1, 1]
+    assert np.array_equal(images.x, some_pixels(6)[[4, 0, 2]])
+
+
+def test_bad_indices_are_all_named(npz):
+    message = refused(str(npz), index=[0, 6, -1, 2, 2])
+    assert "has 6 images" in message
+    assert "6, -1" in message
+    assert "twice: 2" in message
+    assert "empty" in refused(str(npz), index=[])
+
+
+def test_per_label_takes_the_first_of_each_known_label_in_source_order(npz):
+    images = load_images(str(npz), per_label=1)
+    assert images.index.tolist() == [0, 1, 3]
+    assert images.y.tolist() == [1, 0, 2]
+    message = refused(str(npz), per_label=2)
+    assert "label 2 has 1" in message
+    assert "per_label 1" in message
+
+
+def test_per_label_of_the_samples():
+    images = load_images("samples", per_label=1)
+    assert images.index.tolist() == [CIFAR10_FIRST.index(label) for label in dict.fromkeys(CIFAR10_FIRST)]
+
+
+def test_per_label_needs_known_labels(tmp_path):
+    np.savez(tmp_path / "a.npz", x=some_pixels(2), y=np.array([-1, -1]))
+    assert "no known label" in refused(str(tmp_path / "a.npz"), per_label=1)
+
+
+def test_a_count_beyond_the_source_is_refused(npz):
+    assert "has 6 images, 7 were asked for" in refused(str(npz), count=7)
+
+
+def test_choices_exclude_each_other_and_are_positive(npz):
+    message = refused(str(npz), count=0, index=[0], per_label=-1)
+    assert "count and index and per_label exclude each other" in message
+    assert "count is 0" in message
+    assert "per_label is -1" in message
+
+
+# -------------------------------------------------------------------------------------------- the arrays
+
+
+@pytest.mark.parametrize("normalize", list(NORMALIZE))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_network_input_normalises_in_the_dtype(normalize, dtype):
+    image = some_pixels(1)[0]
+    x = network_input(image, normalize, dtype)
+    assert x.shape == (1, 3, 4, 5)
+    assert x.dtype == dtype
+    assert x.is_contiguous()
+    mean, std = (np.array(v) for v in NORMALIZE[normalize])
+    expected = ((image / 255 - mean) / std).transpose(2, 0, 1)[None]
+    np.testing.assert_allclose(x.numpy(), expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_a_floating_image_passes_through():
+    image = np.random.default_rng(0).normal(size=(2, 7))
+    image.flags.writeable = False
+    x = network_input(image, "none", torch.float64)
+    assert x.shape == (1, 2, 7)
+    assert np.array_equal(x[0].numpy(), image)
+
+
+@pytest.mark.parametrize(
+    ("image", "normalize", "said"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), "mnist", "unknown normalize"),
+        (np.zeros((3, 4, 4)), "cifar10", "use normalize 'none'"),
+        (np.zeros((3, 4, 4), np.uint8), "none", r"uint8 \(3, 4, 4\)"),
+        (np.zeros((4, 4, 3), np.int64), "none", "int64"),
+        (np.full((1, 2), np.nan), "none", "2 values that are NaN"),
+    ],
+)
+def test_network_input_refuses_what_it_cannot_take(image, normalize, said):
+    with pytest.raises(InputError, match=said):
+        network_input(image, normalize, torch.float32)
+
+
+def test_digests_see_bytes_shape_and_dtype():
+    def digest(x: np.ndarray) -> str:
+        n = np.arange(len(x), dtype=np.int64)
+        return Images(x, n, n, "test").digest(0)
+
+    x = some_pixels(2)
+    assert digest(x) == digest(x.copy()) == digest(np.asfortranarray(x))
+    changed = x.copy()
+    changed[0, 0, 0, 0] += 1
+    forms = [x, changed, x.swapaxes(1, 2), x / 255, (x / 255).astype(np.float32)]
+    assert len({digest(form) for form in forms}) == len(forms)
+
+
+def test_arrays_that_do_not_go_together_are_all_named():
+    with pytest.raises(InputError) as caught:
+        Images(np.zeros((2, 4, 4), np.uint8), np.zeros(3, np.int64), np.zeros(2, np.int32), "test")
+    for part in ("x is uint8 (2, 4, 4)", "y is int64 (3,)", "index is int32 (2,)"):
+        assert part in str(caught.value)
