@@ -17,12 +17,12 @@ from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
 from stiffcore.networks.images import Images
 from stiffcore.plan import Machine, check_budget, make_plan
-from stiffcore.run import Run, carry_out_plan, prepare
+from stiffcore.run import Run, carry_out_plan, prepare, stored_spectrum
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore
 from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Study, unit_key
 from stiffcore.survey import network_bytes_of, unit_facts
-from stiffcore.unit import carry_out, stored_spectrum
+from stiffcore.unit import carry_out
 
 
 def spectrum(
@@ -97,7 +97,7 @@ def spectrum(
             emit=lambda event: None,
             opener=lambda store, record, device: reduction,
         )
-        return stored_spectrum(store, key, store.record(key))
+        return stored_spectrum(store, key)
 
 
 def analyze(

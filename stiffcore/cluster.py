@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 from stiffcore.errors import StiffcoreError
@@ -76,7 +77,7 @@ class DaskWorkers:
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> "Future[Any]":
         """Start `function` on a free worker."""
         done: Future[Any] = Future()
-        task = self._client.submit(_with_events, function, args, kwargs, pure=False, retries=0)
+        task = self._client.submit(_with_events, os.getpid(), function, args, kwargs, pure=False, retries=0)
 
         def finish(finished: Any) -> None:
             try:
@@ -98,9 +99,10 @@ class DaskWorkers:
         return list(self._client.run(os.getpid).values())
 
 
-def _with_events(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _with_events(parent: int, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     from distributed import get_worker
 
+    _die_with(parent)
     worker = get_worker()
     return function(*args, **kwargs, emit=lambda event: worker.log_event(TOPIC, event))
 
@@ -151,26 +153,19 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         with cluster, Client(cluster) as client:
-            client.register_plugin(_DieWithParent(os.getpid()))
             yield DaskWorkers(client, on_event)
 
 
-class _DieWithParent:
-    """A worker plugin that ends the worker when the run's process is gone: a killed run leaves no writer behind."""
+@cache
+def _die_with(parent: int) -> None:
+    """Have this worker end when the run's process is gone: a killed run leaves no writer behind."""
 
-    def __init__(self, parent: int) -> None:
-        self.parent = parent
-        self.name = "stiffcore-die-with-parent"
+    def watch() -> None:
+        while _alive(parent):
+            time.sleep(0.2)
+        os._exit(1)
 
-    def setup(self, worker: Any) -> None:
-        """Start watching; called by Dask on each worker."""
-
-        def watch() -> None:
-            while _alive(self.parent):
-                time.sleep(0.2)
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True, name="stiffcore-watch").start()
+    threading.Thread(target=watch, daemon=True, name="stiffcore-watch").start()
 
 
 def _alive(pid: int) -> bool:

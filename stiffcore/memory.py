@@ -1,6 +1,9 @@
 """What memory there is, and what the processes of a run hold."""
 
+import ctypes
+import gc
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -8,6 +11,8 @@ import psutil
 # The share of what is free that a run may take where no budget is given.
 DEFAULT_SHARE = 0.8
 SAMPLE_S = 0.25
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROC_CGROUP = Path("/proc/self/cgroup")
 
 
 def default_allowed_bytes() -> int:
@@ -18,18 +23,72 @@ def default_allowed_bytes() -> int:
 
 
 def _cgroup_free_bytes() -> int | None:
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """What the tightest limit of this process's control groups leaves; None without one."""
+    free = [
+        found for folder, limit, used, cache in _cgroups() if (found := _left(folder, limit, used, cache)) is not None
+    ]
+    return min(free, default=None)
+
+
+def _cgroups() -> Iterator[tuple[Path, str, str, str]]:
+    """Folders of this process's control groups and all above them, with the names of their files."""
+    try:
+        lines = PROC_CGROUP.read_text().splitlines()
+    except OSError:
+        lines = []
+    # id:controllers:path, of which version 2 has one line without controllers
+    paths = {
+        tuple(controllers.split(",")): path
+        for _, controllers, path in (x.split(":", 2) for x in lines if x.count(":") > 1)
+    }
+    one = next((path for controllers, path in paths.items() if "memory" in controllers), "/")
+    for root, path, names in (
+        (CGROUP_ROOT, paths.get(("",), "/"), ("memory.max", "memory.current", "inactive_file")),
+        (CGROUP_ROOT / "memory", one, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
     ):
-        try:
-            root = Path("/sys/fs/cgroup")
-            text = (root / limit).read_text().strip()
-            # without a limit, version 2 says max and version 1 a number near 2^63
-            return None if text == "max" or int(text) > 1 << 60 else int(text) - int((root / used).read_text())
-        except (OSError, ValueError):
-            continue
-    return None
+        folder = root / path.strip("/")
+        # inside a container the path may be the host's, which is not there, but the root is the container's own
+        yield from ((f, *names) for f in (folder, *folder.parents) if f == root or root in f.parents)
+
+
+def _left(folder: Path, limit: str, used: str, cache: str) -> int | None:
+    try:
+        text = (folder / limit).read_text().strip()
+        # without a limit, version 2 says max and version 1 a number near 2^63
+        if text == "max" or int(text) > 1 << 60:
+            return None
+        held = int((folder / used).read_text())
+    except (OSError, ValueError):
+        return None
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        held -= int(stat.get(cache, 0))  # files read once, which the kernel gives up first
+    except (OSError, ValueError):
+        pass
+    return max(0, int(text) - max(0, held))
+
+
+def keep_freed_pages() -> None:
+    """Have this process, and those forked from it, reuse freed memory instead of mapping it anew.
+
+    A worker's tasks run in a second thread, whose glibc arena gives every temporary tensor back to the system and
+    faults it in again: with one arena and these thresholds, columns of ResNet50's block 16 take 0.28 s a chunk instead
+    of 0.48 s (2 cores). `release_free_memory` gives back what is left between stages.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        arena_max, trim_threshold, mmap_threshold = -8, -1, -3  # malloc.h
+        mallopt(arena_max, 1)
+        mallopt(trim_threshold, 512 << 20)
+        mallopt(mmap_threshold, 64 << 20)
+
+
+def release_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB for later use."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def tree_bytes(pid: int | None = None) -> int:

@@ -64,8 +64,8 @@ def stiffness_index(real_parts: np.ndarray) -> float:
     """`max Re / min Re` (Eq. 10), by IEEE rules: a zero minimum gives inf (nan where the maximum is zero too)."""
     if not len(real_parts):
         return float("nan")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.float64(real_parts.max()) / np.float64(real_parts.min() + 0.0))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        return float(np.float64(real_parts.max()) / np.float64(real_parts.min() + 0.0)) + 0.0
 
 
 def spell(value: float, digits: int = 5) -> str:
@@ -78,7 +78,9 @@ def spell(value: float, digits: int = 5) -> str:
 
 
 def stiffness_error(values: Mapping[str, float], error_max: float, error_min: float) -> float:
-    """First-order error of `max Re / min Re`, from the errors of its two ends.
+    """How far `max Re / min Re` may be off, from the errors of its two ends.
+
+    A bound, not only first order: near a zero minimum, where S is largest, first order would promise too much.
 
     Args:
         values: with `max` and `min`, the two real parts.
@@ -86,15 +88,16 @@ def stiffness_error(values: Mapping[str, float], error_max: float, error_min: fl
         error_min: of the smallest real part.
 
     Returns:
-        `|S| (error_max / |max| + error_min / |min|)`; inf where the minimum is within its error of zero, 0 where
-        both ends are exact.
+        `(error_max + |max| error_min / |min|) / (|min| - error_min)`; inf where the minimum is within its error of
+        zero, 0 where both ends are exact.
     """
     if error_max == 0 and error_min == 0:
         return 0.0
-    top, bottom = abs(values["max"]), abs(values["min"])
-    if bottom <= error_min:
+    top, bottom = abs(float(values["max"])), abs(float(values["min"]))
+    if not bottom > error_min:
         return float("inf")
-    return error_max / bottom + top * error_min / bottom**2
+    with np.errstate(over="ignore"):
+        return float((error_max + np.float64(top) / bottom * error_min) / np.float64(bottom - error_min))
 
 
 def _share(count: int | np.integer, n: int) -> float:

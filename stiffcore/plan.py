@@ -5,7 +5,7 @@ unit: interpreter, libraries; measured), *projected* (what a unit will hold at i
 computed here) and *measured* (the peak that was seen).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -18,11 +18,18 @@ from stiffcore.memory import default_allowed_bytes
 from stiffcore.study import Keep, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
-# for the whole matrix, 64 take 38 s (2 cores, float64).
+# for the whole matrix, 64 take 38 s (2 cores, float64). Late layers have small columns and large weights, which every
+# chunk reads again: there, many columns at once.
 BUILD_TARGET_BYTES = 32 << 20
+CHUNK_COLUMNS = 256
 SHARD_COLUMNS = 64
+SHARD_COLUMNS_LEAST = 8
 SHARD_TARGET_BYTES = 32 << 20
+# What BLAS and LAPACK touch besides the workspace they ask for (2 to 5 MiB measured at k = 2,000).
+BLAS_BYTES = 8 << 20
 TILE_ROWS = 256
+ZARR_BYTES = 512 << 10
+METADATA_BYTES = 4 << 10
 # How many eigenvalues are certified at most, see `certificate.select`.
 CERTIFIED = 9
 PROBES = 3
@@ -157,7 +164,7 @@ def make_plan(units: Iterable[Unit], study: Study, machine: Machine, *, workers:
         units: the facts.
         study: for the budget, the dtype and what is kept.
         machine: what there is.
-        workers: None: one a core, at most one a unit, as memory allows.
+        workers: at most so many; None: one a core. Never more than there are units, nor than memory allows.
     """
     units = list(units)
     allowed = study.memory or default_allowed_bytes()
@@ -165,7 +172,7 @@ def make_plan(units: Iterable[Unit], study: Study, machine: Machine, *, workers:
     plans = [_plan_unit(u, study, machine, single) for u in units]
     plans.sort(key=lambda p: (p.works, p.seconds))
     busy = [p for p in plans if p.works]
-    count = workers or _workers(busy, machine, single)
+    count = _workers(busy, machine, single, workers or machine.cores)
     threads = max(1, machine.cores // count)
     kept = sum(p.kept_bytes for p in plans)
     largest = sorted((p.disk_bytes - p.kept_bytes for p in plans), reverse=True)
@@ -180,10 +187,10 @@ def make_plan(units: Iterable[Unit], study: Study, machine: Machine, *, workers:
     )
 
 
-def _workers(busy: Sequence[UnitPlan], machine: Machine, single: int) -> int:
-    """One a core, unless that would leave the largest unit no room."""
+def _workers(busy: Sequence[UnitPlan], machine: Machine, single: int, most: int) -> int:
+    """As many as asked for, unless that would leave the largest unit no room."""
     largest = max((p.projected_bytes for p in busy), default=0)
-    count = max(1, min(machine.cores, len(busy)))
+    count = max(1, min(most, len(busy)))
     while count > 1 and single - (count - 1) * machine.worker_bytes < largest:
         count -= 1
     return count
@@ -193,68 +200,117 @@ def _plan_unit(unit: Unit, study: Study, machine: Machine, data_bytes: int) -> U
     if unit.route == "none":
         return UnitPlan(unit, Solver.NONE, unit.reason)
     itemsize = np.dtype(study.dtype).itemsize
-    column_bytes = unit.column_items * itemsize
-    chunk, shard = _chunk_and_shard(unit.k, column_bytes, itemsize, data_bytes)
-    build_s = unit.column_s * unit.k
-    matrix = unit.k * unit.k * itemsize
-    kept = 2 * itemsize * unit.k + (2 * matrix if study.keep is Keep.ALL else 0)
-    base = UnitPlan(
-        unit,
-        Solver.HOST_DENSE,
-        "",
-        chunk=chunk,
-        shard=shard,
-        disk_bytes=2 * matrix + 2 * itemsize * unit.k,
-        kept_bytes=kept,
-        flops=dense.to_hessenberg_flops(unit.k) + dense.hessenberg_eigenvalues_flops(unit.k),
-    )
-    solve_s = base.flops / (machine.flops_per_s * DENSE_EFFICIENCY)
-    first = _first_stages(unit, column_bytes, itemsize, chunk, shard)
+    vectors = 2 * itemsize * unit.k
+    flops = dense.to_hessenberg_flops(unit.k) + dense.hessenberg_eigenvalues_flops(unit.k)
+    seconds = unit.column_s * unit.k + flops / (machine.flops_per_s * DENSE_EFFICIENCY)
     why_not = []
     if machine.device_bytes is not None:
-        from stiffcore.eigen.device import (
-            CUSOLVER_MAX_ORDER,
-            device_bytes,
-        )  # imports torch: only with a device
+        from stiffcore.eigen.device import CUSOLVER_MAX_ORDER, device_bytes  # imports torch: only with a device
 
-        needed = device_bytes(unit.k, itemsize) + first["build"]
+        found = _fitting(unit, itemsize, data_bytes, on_device=True)
+        needed = device_bytes(unit.k, itemsize) + found.stages["build"]
         if unit.k > CUSOLVER_MAX_ORDER:
             why_not.append(f"cuda-dense: k = {unit.k:,} is over cuSOLVER's {CUSOLVER_MAX_ORDER:,}")
         elif needed > machine.device_bytes:
             why_not.append(f"cuda-dense: needs {format_bytes(needed)} of {format_bytes(machine.device_bytes)} free")
+        elif not found.fits:
+            why_not.append(_too_small("cuda-dense", unit, found.stages, machine, data_bytes))
         else:
-            stages = first | {"solve": matrix + _shard_bytes(unit.k, shard, itemsize)}
-            return replace(
-                base,
-                solver=Solver.CUDA_DENSE,
-                why="fits the device",
-                stages=stages,
+            return UnitPlan(
+                unit,
+                Solver.CUDA_DENSE,
+                "fits the device",
+                chunk=found.chunk,
+                shard=found.shard,
+                stages=found.stages,
                 device_bytes=needed,
-                seconds=build_s + solve_s,
+                disk_bytes=_stored_bytes(unit.k, found.shard, itemsize) + vectors,
+                kept_bytes=vectors + _kept(study, _stored_bytes(unit.k, found.shard, itemsize)),
+                flops=flops,
+                seconds=seconds,
             )
-    stages = first | _host_stages(unit, column_bytes, itemsize, shard)
-    largest = max(stages, key=lambda s: stages[s])
+    found = _fitting(unit, itemsize, data_bytes, on_device=False)
+    stored = 2 * _stored_bytes(unit.k, found.shard, itemsize) + vectors
+    host = UnitPlan(
+        unit,
+        Solver.HOST_DENSE,
+        "; ".join([*why_not, "fits the host budget"]),
+        chunk=found.chunk,
+        shard=found.shard,
+        stages=found.stages,
+        disk_bytes=stored + vectors,
+        kept_bytes=vectors + _kept(study, stored),
+        flops=flops,
+        seconds=seconds,
+    )
     if unit.k > dense.LAPACK_MAX_ORDER:
         why_not.append(f"host-dense: k = {unit.k:,} is over 32-bit LAPACK's {dense.LAPACK_MAX_ORDER:,}")
-    elif stages[largest] > data_bytes:
-        total, budget = stages[largest] + machine.reserved_bytes, data_bytes + machine.reserved_bytes
-        why_not.append(
-            f"host-dense of {unit.block} needs {format_bytes(total)} ({largest} {format_bytes(stages[largest])}, "
-            f"reserved {format_bytes(machine.reserved_bytes)}), budget {format_bytes(budget)}"
-            f": use --memory {-(-total // (1 << 20))}MiB"
-        )
+    elif not found.fits:
+        why_not.append(_too_small("host-dense", unit, found.stages, machine, data_bytes))
     else:
-        why = "; ".join([*why_not, "fits the host budget"])
-        return replace(base, why=why, stages=stages, seconds=build_s + solve_s)
-    return replace(base, solver=Solver.NONE, refused=True, why="; ".join(why_not), stages=stages, seconds=0.0)
+        return host
+    return replace(host, solver=Solver.NONE, refused=True, why="; ".join(why_not), seconds=0.0)
 
 
-def _chunk_and_shard(k: int, column_bytes: int, itemsize: int, data_bytes: int) -> tuple[int, int]:
-    """Columns built at once, and columns in one file: a whole number of chunks, about 64, within 32 MiB."""
+def _kept(study: Study, stored_bytes: int) -> int:
+    return stored_bytes if study.keep is Keep.ALL else 0
+
+
+def _too_small(solver: str, unit: Unit, stages: Mapping[str, int], machine: Machine, data_bytes: int) -> str:
+    largest = max(stages, key=lambda s: stages[s])
+    total, budget = stages[largest] + machine.reserved_bytes, data_bytes + machine.reserved_bytes
+    return (
+        f"{solver} of {unit.block} needs {format_bytes(total)} ({largest} {format_bytes(stages[largest])}, "
+        f"reserved {format_bytes(machine.reserved_bytes)}), budget {format_bytes(budget)}"
+        f": use --memory {-(-total // (1 << 20))}MiB"
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    chunk: int
+    shard: int
+    stages: dict[str, int]
+    fits: bool
+
+
+def _fitting(unit: Unit, itemsize: int, data_bytes: int, *, on_device: bool) -> _Sizes:
+    """The fastest chunk and shard whose stages fit the budget, else the smallest.
+
+    What the smallest need is what a refusal names, so that a budget of that size is always enough.
+    """
+    column_bytes = unit.column_items * itemsize
+    found = None
+    for chunk, shard in _chunks_and_shards(unit.k, column_bytes, itemsize, data_bytes):
+        stages = _first_stages(unit, column_bytes, itemsize, chunk, shard)
+        if on_device:
+            matrix = unit.k * unit.k * itemsize
+            vectors = 4 * CERTIFIED * unit.k * itemsize
+            stages["solve"] = matrix + max(_shard_bytes(unit.k, shard, itemsize), vectors)
+        else:
+            stages |= _host_stages(unit, column_bytes, itemsize, shard)
+        found = _Sizes(chunk, shard, stages, max(stages.values()) <= data_bytes)
+        if found.fits:
+            break
+    assert found is not None
+    return found
+
+
+def _chunks_and_shards(k: int, column_bytes: int, itemsize: int, data_bytes: int) -> Iterator[tuple[int, int]]:
+    """Columns built at once, and columns in one file, best first, ever smaller.
+
+    A shard is a whole number of chunks, about 64 columns, within 32 MiB; fewer than 8 would make too many files.
+    """
     target = max(column_bytes, min(BUILD_TARGET_BYTES, max(data_bytes, 0) // 4))
-    chunk = max(1, min(target // max(1, column_bytes), SHARD_COLUMNS, k))
-    columns = max(chunk, min(SHARD_COLUMNS, SHARD_TARGET_BYTES // max(1, k * itemsize)))
-    return chunk, max(chunk, columns // chunk * chunk)
+    chunk = max(1, min(target // max(1, column_bytes), CHUNK_COLUMNS, k))
+    columns = max(chunk, SHARD_COLUMNS_LEAST, min(SHARD_COLUMNS, SHARD_TARGET_BYTES // max(1, k * itemsize)))
+    while True:
+        yield chunk, columns // chunk * chunk
+        if chunk == 1 and columns <= SHARD_COLUMNS_LEAST:
+            return
+        if columns <= max(chunk, SHARD_COLUMNS_LEAST):
+            chunk //= 2
+        columns = max(chunk, SHARD_COLUMNS_LEAST, columns // 2)
 
 
 def _first_stages(unit: Unit, column_bytes: int, itemsize: int, chunk: int, shard: int) -> dict[str, int]:
@@ -262,8 +318,8 @@ def _first_stages(unit: Unit, column_bytes: int, itemsize: int, chunk: int, shar
 
     open: the network, and the probes of the reduction, three tangents through it:
         network_bytes + 2 * 3 * column_bytes.
-    build: a chunk of columns, and a shard with the two copies that Zarr makes of it:
-        chunk * column_bytes + 3 * k * shard * itemsize.
+    build: a chunk of columns, and a shard with the copies that Zarr makes of it:
+        chunk * column_bytes + `_shard_bytes`.
     """
     return {
         "open": unit.network_bytes + 2 * PROBES * column_bytes,
@@ -272,21 +328,35 @@ def _first_stages(unit: Unit, column_bytes: int, itemsize: int, chunk: int, shar
 
 
 def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
-    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`), and the shard that is read.
+    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`) and 8 MiB, or the shard that is read.
 
     certify adds 2 * 9 lifted vectors' products to the inverse iteration's vectors, after its matrices are gone.
     """
-    k, io = unit.k, _shard_bytes(unit.k, shard, itemsize)
+    k, reading = unit.k, unit.k * unit.k * itemsize + _shard_bytes(unit.k, shard, itemsize)
     return {
-        "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize), k * k * itemsize + io),
-        "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize), k * k * itemsize + io),
-        "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED, itemsize),
+        "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, reading),
+        "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, reading),
+        "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED, itemsize) + BLAS_BYTES,
         "certify": 2 * CERTIFIED * (column_bytes + 2 * (unit.n + k) * itemsize),
     }
 
 
 def _shard_bytes(k: int, shard: int, itemsize: int) -> int:
-    return 3 * k * shard * itemsize
+    """A shard while it is written or read: itself and three copies (measured), of whole tiles, and what Zarr adds."""
+    return 4 * _padded(k, TILE_ROWS) * min(shard, k) * itemsize + ZARR_BYTES
+
+
+def _stored_bytes(k: int, shard: int, itemsize: int) -> int:
+    """A matrix without a zero tile on disk: whole tiles, each with 4 bytes of checksum and 16 of index."""
+    if k == 0:
+        return 0
+    shards, tiles = -(-k // shard), -(-k // TILE_ROWS)
+    numbers = _padded(k, TILE_ROWS) * shards * min(shard, k) * itemsize
+    return numbers + shards * (20 * tiles + 4 + tiles + 4) + METADATA_BYTES
+
+
+def _padded(k: int, tile: int) -> int:
+    return -(-k // min(tile, max(k, 1))) * min(tile, k)
 
 
 def check_disk(plan: Plan, free_bytes: int | None) -> None:
@@ -308,6 +378,8 @@ def check_budget(plan: Plan) -> None:
     Raises:
         InputError: naming each block once, with what would be enough.
     """
-    lines = {u.unit.block: u.why for u in plan.refused}
+    # the largest of a block's units speaks for it: what is enough for that is enough for all
+    lines = {u.unit.block: u.why for u in sorted(plan.refused, key=lambda u: u.projected_bytes)}
     if lines:
-        raise InputError("the budget is too small:\n" + "\n".join(f"  - {why}" for why in lines.values()))
+        head = "the budget is too small" if any("--memory" in why for why in lines.values()) else "no solver fits"
+        raise InputError(f"{head}:\n" + "\n".join(f"  - {why}" for why in lines.values()))

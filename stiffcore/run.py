@@ -12,17 +12,17 @@ import numpy as np
 import psutil
 
 from stiffcore.cluster import Event, Executor
+from stiffcore.eigen.dense import sort_eigenvalues
 from stiffcore.errors import InputError, NoRunError, StiffcoreError
 from stiffcore.memory import PeakMeter, own_bytes, tree_bytes
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan
-from stiffcore.spectra import Spectrum
+from stiffcore.spectra import Certificate, Spectrum
 from stiffcore.store import RunStore
-from stiffcore.study import Study, Unit, versions
+from stiffcore.study import Study, Survey, Unit, versions
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stiffcore.survey import Survey
 
 OnEvent = Callable[[Event], None]
 
@@ -88,13 +88,12 @@ class Run:
                     raise InputError(
                         f"{key} has no spectrum: {state_of(record)}; {record.get('failure') or record['reason']}"
                     )
-                return self._spectrum(key, record)
+                return self.stored(key)
         raise InputError(f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}")
 
-    def _spectrum(self, key: str, record: dict[str, Any]) -> Spectrum:
-        from stiffcore.unit import stored_spectrum
-
-        return stored_spectrum(self.store, key, record)
+    def stored(self, key: str) -> Spectrum:
+        """The spectrum of a unit that is done, by its key."""
+        return stored_spectrum(self.store, key)
 
     def metrics(self) -> "pd.DataFrame":
         """One row a unit: what it is, its state, its metrics (nan where there is no spectrum), its certificate."""
@@ -120,7 +119,7 @@ class Run:
         }
         if record["stage"] != "done":
             return row | {"note": record.get("failure") or record["reason"]}
-        spectrum = self._spectrum(key, record)
+        spectrum = self.stored(key)
         certificate = spectrum.certificate
         return (
             row
@@ -139,6 +138,28 @@ class Run:
                 "seconds": sum(record["seconds"].values()),
             }
         )
+
+
+def stored_spectrum(store: RunStore, key: str) -> Spectrum:
+    """The spectrum of a unit that is `done`.
+
+    Raises:
+        DamagedError: where its eigenvalues cannot be read.
+    """
+    record = store.record(key)
+    values = store.get_array(f"units/{key}", "eigenvalues")
+    return Spectrum(
+        computed=sort_eigenvalues(values + values.dtype.type(record["shift"])),
+        ones=record["ones"],
+        zeros=record["zeros"],
+        kind=record["kind"],
+        function=record["function"],
+        name=record["block"],
+        solver=record["plan"]["solver"],
+        reason=record["reason"],
+        certificate=Certificate.from_json(record["certificate"]),
+        record=record,
+    )
 
 
 def state_of(record: Mapping[str, Any]) -> str:
@@ -164,7 +185,7 @@ class Prepared:
 
     study: Study
     plan: Plan
-    survey: "Survey | None"
+    survey: Survey | None
 
 
 def prepare(
@@ -229,7 +250,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _survey(study: Study, module: Any, images: Any, emit: OnEvent) -> "Survey":
+def _survey(study: Study, module: Any, images: Any, emit: OnEvent) -> Survey:
     from stiffcore.survey import survey
 
     return survey(study, module, images)
@@ -314,11 +335,8 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
     found = prepared.survey
     if found is None:
         raise StiffcoreError(f"{store.url} was emptied while it was being opened")
-    store.put_array("images", "x", found.images.x, ("image", *(f"axis{i}" for i in range(1, found.images.x.ndim))))
-    store.put_array("images", "y", found.images.y, ("image",))
-    store.put_array("images", "index", found.images.index, ("image",))
-    store.put_array("images", "prediction", found.prediction, ("image",))
-    store.put_array("images", "loss", found.loss, ("image",))
+    for name, values in found.images.items():
+        store.put_array("images", name, values, ("image", *(f"axis{i}" for i in range(1, values.ndim))))
     for plan in prepared.plan.units:
         store.update(plan.unit.key, **plan.unit.model_dump(mode="json"), plan=plan.to_json(), stage="planned")
     store.header = {
@@ -326,7 +344,7 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
         "study": study,
         "identity": found.identity,
         "description": found.description,
-        "source": found.images.source,
+        "source": found.source,
         "versions": versions(),
         "threads": prepared.plan.threads,
     }

@@ -34,7 +34,7 @@ class Certificate:
 
     Attributes:
         certified: the eigenvalues that set S, and a few more.
-        trace_error: |sum of eigenvalues - trace| of the matrix solved, relative to the sum of |eigenvalues|.
+        trace_error: |sum of eigenvalues - trace| of the matrix solved, relative to its Frobenius norm.
         square_error: |sum of squares - trace of the square|, relative to the squared Frobenius norm.
         reduction_check: largest relative difference of the reduction from J on random tangents.
         error: the largest error estimate of the certified eigenvalues (absolute).
@@ -141,7 +141,7 @@ def _spelled(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_spelled(v) for v in value]
     # strict JSON has no infinities
-    return repr(value) if isinstance(value, float) and not np.isfinite(value) else value
+    return repr(float(value)) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _unspelled(value: Any) -> Any:

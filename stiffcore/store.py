@@ -15,6 +15,7 @@ after the shard; a stage is done when the unit's record says so, written after i
 
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -43,6 +44,11 @@ DEAD_AFTER_S = 60.0
 
 # Zarr's own pools would multiply under several workers on one machine.
 zarr.config.set({"async.concurrency": 4, "threading.max_workers": 2})
+# What zarr raises for stored bytes that are not what they should be: the checksum codec, and JSON, a ValueError;
+# metadata with a key changed or gone, the others.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
+# In the root from its first byte on, so that a run killed before its header was written is known as one.
+_BEGUN = {"stiffcore_begun": FORMAT}
 
 
 class Tile(IntEnum):
@@ -107,6 +113,7 @@ class TiledMatrix:
                 compressors=(Crc32cCodec(),),
                 filters=None,
                 dimension_names=("row_tile", "column_shard"),
+                overwrite=True,  # of a half-deleted one, chunks may be left that would vouch for shards not there
             )
         return cls(group, name)
 
@@ -120,8 +127,12 @@ class TiledMatrix:
         return shard * self.shard, min((shard + 1) * self.shard, self.shape[1])
 
     def missing(self) -> list[int]:
-        """The shards that are not recorded as done, ascending."""
-        done = (np.asarray(self._tiles[:]) != Tile.MISSING).all(axis=0)
+        """The shards that are not recorded as done, ascending.
+
+        Raises:
+            DamagedError: where the record cannot be read.
+        """
+        done = (self._states() != Tile.MISSING).all(axis=0)
         return [int(i) for i in np.flatnonzero(~done)]
 
     def write(self, shard: int, block: np.ndarray) -> int:
@@ -129,17 +140,22 @@ class TiledMatrix:
 
         Args:
             shard: its number.
-            block: (rows, columns of the shard), of the matrix's dtype; not kept.
+            block: (rows, columns of the shard), of the matrix's dtype; not kept. Where a whole tile is zero, its
+                negative zeros become positive, in place.
 
         Returns:
             How many of its tiles are zero and cost nothing.
         """
         start, stop = self.columns(shard)
-        block = block + 0  # -0.0 becomes 0.0, which Zarr counts as the fill value
+        if not block.flags.writeable:
+            block = block.copy(order="K")
+        states = []
+        for row in range(0, self.shape[0], self.tile):
+            rows = block[row : row + self.tile]
+            states.append(Tile.STORED if rows.any() else Tile.ZERO)
+            if states[-1] is Tile.ZERO:
+                rows[...] = 0  # Zarr does not count -0.0 as the fill value, and would store the tile
         self._data[:, start:stop] = block
-        states = [
-            Tile.STORED if block[r : r + self.tile].any() else Tile.ZERO for r in range(0, self.shape[0], self.tile)
-        ]
         self._tiles[:, shard : shard + 1] = np.array(states, dtype="uint8")[:, None]
         return states.count(Tile.ZERO)
 
@@ -150,11 +166,20 @@ class TiledMatrix:
             DamagedError: where a shard is not done, a checksum fails, or a recorded tile is not there.
         """
         out = np.empty(self.shape, dtype=self.dtype, order="F")
-        states = np.asarray(self._tiles[:])
+        states = self._states()
         for shard in range(self.shards):
             start, stop = self.columns(shard)
             out[:, start:stop] = self._read_shard(shard, states[:, shard])
         return out
+
+    def _states(self) -> np.ndarray:
+        try:
+            states = np.asarray(self._tiles[:])
+        except _UNREADABLE as error:
+            raise DamagedError(f"{self._tiles.store_path}: {error}") from error
+        if not np.isin(states, list(Tile)).all():
+            raise DamagedError(f"{self._tiles.store_path}: holds what is no state of a tile")
+        return states
 
     def _read_shard(self, shard: int, states: np.ndarray) -> np.ndarray:
         start, stop = self.columns(shard)
@@ -165,7 +190,7 @@ class TiledMatrix:
             return np.zeros((self.shape[0], stop - start), dtype=self.dtype)
         try:
             block = np.asarray(self._data[:, start:stop])
-        except ValueError as error:  # zarr's checksum codec raises ValueError
+        except _UNREADABLE as error:
             raise DamagedError(f"{where}: {error}") from error
         for tile, state in enumerate(states):
             rows = block[tile * self.tile : (tile + 1) * self.tile]
@@ -179,7 +204,7 @@ class RunStore:
 
     @staticmethod
     def check_new(url: str) -> None:
-        """Refuse a place where a new run would touch what is not its own.
+        """Refuse a place where a new run would touch what is not its own; a run that was only begun is no obstacle.
 
         Raises:
             InputError: where a file, or a folder with something else in it, is there.
@@ -187,7 +212,11 @@ class RunStore:
         folder = Path(url).expanduser() if "://" not in url else None
         if folder is None or not folder.exists():
             return
-        if not folder.is_dir() or any(p.name not in (".lock", "zarr.json") for p in folder.iterdir()):
+        if not folder.is_dir():
+            raise InputError(f"{url} exists and is not a folder: give a new one")
+        # left by a run that was killed before it wrote anything
+        left = re.compile(r"\.lock|holder\.json|(zarr|holder)\.[0-9a-f]{32}\.partial")
+        if not _is_begun(folder) and any(not left.fullmatch(p.name) for p in folder.iterdir()):
             raise InputError(f"{url} exists and is not a run: give a new folder")
 
     def __init__(self, url: str, *, create: bool = False) -> None:
@@ -203,23 +232,38 @@ class RunStore:
         """
         self.url = str(url)
         self.local = None if "://" in self.url else Path(self.url).expanduser().absolute()
-        self._store = LocalStore(self.local) if self.local else FsspecStore.from_url(self.url)
+        if self.local is not None:
+            # zarr would make the folder that it is asked to look at
+            if create:
+                if not (self.local / "zarr.json").exists():
+                    self.check_new(self.url)
+            elif not self.local.exists():
+                raise self._no_run()
+            elif not self.local.is_dir():
+                raise InputError(f"{self.url} is not a folder, so it is no run")
+        # only local files need, and know, this option
+        options = {"auto_mkdir": True} if self.url.startswith(("file://", "local://")) else None
+        self._store = LocalStore(self.local) if self.local else FsspecStore.from_url(self.url, storage_options=options)
         try:
             self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
         except FileNotFoundError:
             if not create:
-                raise NoRunError(
-                    f"there is no run at {self.url}: `stiffcore run {self.url} --network ...` starts one"
-                ) from None
-            self.check_new(self.url)
-            self.root = zarr.open_group(store=self._store, mode="a", zarr_format=3)
+                raise self._no_run() from None
+            self.root = zarr.create_group(store=self._store, zarr_format=3, attributes=dict(_BEGUN))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{self.url} holds something that is not a run: {error}") from error
         found = self.header
-        if found is None and not create:
-            raise NoRunError(f"{self.url} is a Zarr group, but not a run of stiffcore")
+        if found is None and not (create and _BEGUN.keys() <= self.root.attrs.keys()):
+            if not create:
+                raise NoRunError(f"{self.url} is a Zarr group, but not a run of stiffcore")
+            raise InputError(f"{self.url} is a Zarr group, but not a run of stiffcore: give a new folder")
         if found is not None and found["format"] > FORMAT:
             raise InputError(
                 f"{self.url} was made by a newer stiffcore ({found['version']}): update stiffcore to read it"
             )
+
+    def _no_run(self) -> NoRunError:
+        return NoRunError(f"there is no run at {self.url}: `stiffcore run {self.url} --network ...` starts one")
 
     @property
     def header(self) -> dict[str, Any] | None:
@@ -240,7 +284,8 @@ class RunStore:
 
     def update(self, key: str, /, **fields: Any) -> None:
         """Add fields to a unit's record, in one atomic write."""
-        self.unit_group(key).attrs.update(fields)
+        # not attrs.update: that writes one field after the other
+        self.unit_group(key).update_attributes(fields)
 
     def units(self) -> dict[str, dict[str, Any]]:
         """The records of all units, by key."""
@@ -269,21 +314,37 @@ class RunStore:
         Raises:
             DamagedError: where its checksum fails or it is not there.
         """
+        where = f"{self.url}/{group}/{name}"
         try:
-            return np.asarray(self.root[f"{group}/{name}"][...])  # type: ignore[index]
-        except (KeyError, ValueError, FileNotFoundError) as error:
-            raise DamagedError(f"{self.url}/{group}/{name}: {error}") from error
+            array = self.root[f"{group}/{name}"]
+            if not isinstance(array, zarr.Array):
+                raise DamagedError(f"{where}: not an array")
+            # zarr reads a chunk that is not there as zeros
+            if array.nchunks_initialized < array.nchunks:
+                raise DamagedError(f"{where}: its numbers are not there")
+            return np.asarray(array[...])
+        except _UNREADABLE as error:
+            raise DamagedError(f"{where}: {error}") from error
 
     def drop(self, key: str, *names: str) -> None:
         """Delete arrays of a unit, their bookkeeping first, so that a half-deleted one counts as not there."""
-        group = self.unit_group(key)
         for name in names:
             for part in (f"{name}_tiles", name):
-                if part in group:
-                    del group[part]
+                # not by the group: one whose metadata a killed session deleted first would keep its chunks for good
+                sync(self._store.delete_dir(f"units/{key}/{part}"))
 
     def sweep(self) -> int:
-        """Delete what a killed writer left behind (`*.partial` files of zarr's local store); how many there were."""
+        """Delete what a killed writer left behind; only for who holds the run.
+
+        That is the images and units of a run whose header was never written (the next beginning may be of other
+        units), and the `*.partial` files of zarr's local store.
+
+        Returns:
+            How many of those files there were.
+        """
+        if self.header is None:
+            for part in ("images", "units"):
+                sync(self._store.delete_dir(part))
         if self.local is None:
             return 0
         orphans = list(self.local.rglob("*.partial"))
@@ -319,6 +380,7 @@ class RunStore:
                 raise BusyError(self._who()) from None
             try:
                 self._write_json("holder.json", _me())
+                self._refresh()
                 yield
             finally:
                 sync(self._store.delete("holder.json"))
@@ -328,7 +390,7 @@ class RunStore:
 
     def _hold_by_heartbeat(self) -> Iterator[None]:
         holder = self._read_json("holder.json")
-        if holder and time.time() - holder["heartbeat"] < DEAD_AFTER_S and not _dead_here(holder):
+        if holder and not self._dead(holder):
             raise BusyError(self._who())
         me = _me()
         self._write_json("holder.json", me)
@@ -339,16 +401,27 @@ class RunStore:
 
         def beat() -> None:
             while not stop.wait(HEARTBEAT_S):
-                self._write_json("holder.json", {**me, "heartbeat": time.time()})
+                try:
+                    if (self._read_json("holder.json") or me)["token"] != me["token"]:
+                        return  # this process slept too long and was taken for dead: the run is another's now
+                    self._write_json("holder.json", {**me, "heartbeat": time.time()})
+                except OSError:
+                    continue  # a network's hiccup; the next beat may come through in time
 
         thread = threading.Thread(target=beat, daemon=True, name="stiffcore-heartbeat")
         thread.start()
         try:
+            self._refresh()
             yield
         finally:
             stop.set()
             thread.join()
-            sync(self._store.delete("holder.json"))
+            if (self._read_json("holder.json") or me)["token"] == me["token"]:
+                sync(self._store.delete("holder.json"))
+
+    def _refresh(self) -> None:
+        # who held the run before may have written a header since it was opened
+        self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
 
     def _who(self) -> str:
         holder = self._read_json("holder.json") or {}
@@ -361,15 +434,28 @@ class RunStore:
     def holder(self) -> dict[str, Any] | None:
         """Who holds the run now, if a living process does."""
         holder = self._read_json("holder.json")
-        return holder if holder and not _dead_here(holder) else None
+        return holder if holder and not self._dead(holder) else None
+
+    def _dead(self, holder: Mapping[str, Any]) -> bool:
+        # the holder of a folder does not beat: its lock is the operating system's
+        silent = self.local is None and time.time() - holder["heartbeat"] >= DEAD_AFTER_S
+        return silent or _dead_here(holder)
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         data = json.dumps(value).encode()
         sync(self._store.set(name, default_buffer_prototype().buffer.from_bytes(data)))
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
-        found = sync(self._store.get(name, default_buffer_prototype()))
-        return None if found is None else json.loads(found.to_bytes())
+        for attempt in range(3):
+            found = sync(self._store.get(name, default_buffer_prototype()))
+            if found is None:
+                return None
+            try:
+                return json.loads(found.to_bytes())
+            except ValueError:
+                # a URL's file may be seen half written; one that stays so was left by a killed writer
+                time.sleep(0.05 * (attempt + 1))
+        return None
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
@@ -377,6 +463,13 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     if not isinstance(found, zarr.Array):
         raise DamagedError(f"{group.store_path}/{name}: not there")
     return found
+
+
+def _is_begun(folder: Path) -> bool:
+    try:
+        return _BEGUN.keys() <= json.loads((folder / "zarr.json").read_bytes())["attributes"].keys()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _me() -> dict[str, Any]:
@@ -395,6 +488,7 @@ def _dead_here(holder: Mapping[str, Any]) -> bool:
         return False
     try:
         # a process started after the holder was written only has its number
-        return psutil.Process(holder["pid"]).create_time() > holder["since"]
+        process = psutil.Process(holder["pid"])
+        return process.create_time() > holder["since"] or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True

@@ -4,11 +4,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import (
     BaseModel,
     ByteSize,
@@ -76,6 +79,7 @@ class Pool(StrEnum):
 
 
 IN_MEMORY = "in memory"
+MAX_NAME = 120
 
 
 class Study(BaseModel):
@@ -147,12 +151,13 @@ class Study(BaseModel):
     @classmethod
     def _absolute(cls, value: Any) -> Any:
         # a run is continued from anywhere
-        return value if value in (None, "random", IN_MEMORY) else str(Path(value).expanduser().absolute())
+        known = not isinstance(value, (str, PathLike)) or value in ("random", IN_MEMORY)
+        return value if known else str(Path(value).expanduser().absolute())
 
-    @field_validator("images")
+    @field_validator("images", mode="before")
     @classmethod
-    def _absolute_images(cls, value: str) -> str:
-        known = value in ("samples", "cifar10", IN_MEMORY)
+    def _absolute_images(cls, value: Any) -> Any:
+        known = not isinstance(value, (str, PathLike)) or value in ("samples", "cifar10", IN_MEMORY)
         return value if known else str(Path(value).expanduser().absolute())
 
     @model_validator(mode="after")
@@ -230,6 +235,31 @@ class Unit(BaseModel):
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a study turns out to be, once network and images are looked at: plain data, for any process.
+
+    Attributes:
+        study: with weights and normalisation filled in.
+        identity: what decides the results; a run refuses to continue with another one.
+        description: of the network, one line.
+        source: of the images, one line.
+        images: arrays by name, each with one entry an image: `x` (N, H, W, 3) or (N, ...), `y` labels (-1 unknown),
+            `index` in the source, `prediction` (-1 where the network is no classifier), `loss` (cross-entropy, nan
+            where the label is unknown).
+        units: in order of image, block, function.
+        device_bytes: free memory of the CUDA device; None where there is none, or it is not asked for.
+    """
+
+    study: Study
+    identity: dict[str, Any]
+    description: str
+    source: str
+    images: dict[str, np.ndarray]
+    units: tuple[Unit, ...]
+    device_bytes: int | None
+
+
 def parse_bytes(text: str) -> int:
     """Bytes from text like `4GiB`, `500MB` or `1073741824`.
 
@@ -237,8 +267,10 @@ def parse_bytes(text: str) -> int:
         InputError: where it is not a size.
     """
     try:
+        if not re.fullmatch(r"\s*\d*\.?\d+\s*[A-Za-z]*\s*", text):  # ByteSize overlooks what follows
+            raise ValueError
         return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
+    except ValueError:
         raise InputError(f"{text!r} is not a size: write 4GiB, 500MiB or a number of bytes") from None
 
 
@@ -262,8 +294,14 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def unit_key(image: int, block: str, function: str, kind: str) -> str:
-    """The name of a unit in the store: one spectrum of one block's function at one image."""
-    return f"{image:06d}-{re.sub(r'[^A-Za-z0-9_.]', '_', block)}-{function}-{kind}"
+    """The name of a unit in the store: one spectrum of one block's function at one image.
+
+    A block that is no plain module path, or is too long for a file name, is told apart by a digest.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_.]", "_", block)[:MAX_NAME]
+    if safe != block:
+        safe += "-" + hashlib.sha256(block.encode()).hexdigest()[:12]
+    return f"{image:06d}-{safe}-{function}-{kind}"
 
 
 def _split(text: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,34 +15,10 @@ from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual
 from stiffcore.networks.blocks import BlockCall, capture, choose_blocks, loss_and_prediction, residual_blocks
 from stiffcore.networks.images import Images, load_images, network_input
 from stiffcore.networks.zoo import Network, load_network, wrap_network
-from stiffcore.study import IN_MEMORY, BlockFunction, Device, Study, Unit, fingerprint, unit_key
+from stiffcore.study import IN_MEMORY, BlockFunction, Device, Study, Survey, Unit, fingerprint, unit_key
 
-COLUMNS_TRIED = 2
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a study turns out to be.
-
-    Attributes:
-        study: with weights and normalisation filled in.
-        identity: what decides the results; a run refuses to continue with another one.
-        description: of the network, one line.
-        images: those chosen.
-        prediction: (N,) the class the network gives; -1 where it is no classifier.
-        loss: (N,) cross-entropy; nan where the label is unknown.
-        units: in order of image, block, function.
-        device_bytes: free memory of the CUDA device; None where there is none, or it is not asked for.
-    """
-
-    study: Study
-    identity: dict[str, Any]
-    description: str
-    images: Images
-    prediction: np.ndarray
-    loss: np.ndarray
-    units: tuple[Unit, ...]
-    device_bytes: int | None
+# Enough that a column costs what it costs in a chunk, few enough to be over soon.
+COLUMNS_TRIED = 16
 
 
 def survey(study: Study, module: nn.Module | None = None, images: Images | None = None) -> Survey:
@@ -60,7 +35,7 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
     device_bytes = free_device_bytes(study.device)
     network = open_network(study, module)
     images = images if images is not None else open_images(study)
-    settled = study.model_copy(update={"normalize": study.normalize or network.normalize, "weights": network.weights})
+    settled = study.with_options({"normalize": study.normalize or network.normalize, "weights": network.weights})
     inputs = [image_input(images.x[i], settled) for i in range(len(images))]
     found = residual_blocks(network.module, inputs[0], is_residual)
     blocks = choose_blocks(study.blocks, found, network.module)
@@ -101,14 +76,19 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
         "kinds": [str(k) for k in study.kinds],
     }
     return Survey(
-        settled,
-        identity,
-        network.description,
-        images,
-        np.array(predictions),
-        np.array(losses),
-        tuple(units),
-        device_bytes,
+        study=settled,
+        identity=identity,
+        description=network.description,
+        source=images.source,
+        images={
+            "x": images.x,
+            "y": images.y,
+            "index": images.index,
+            "prediction": np.array(predictions),
+            "loss": np.array(losses),
+        },
+        units=tuple(units),
+        device_bytes=device_bytes,
     )
 
 
@@ -186,7 +166,7 @@ def unit_facts(reduction: Reduction, common: dict[str, Any]) -> Unit:
     """The facts of a unit that has a spectrum.
 
     Args:
-        reduction: its operator; two of its columns are timed.
+        reduction: its operator; some of its columns are timed.
         common: the fields of `Unit` that do not follow from it.
     """
     return Unit(

@@ -19,8 +19,8 @@ from torch import nn
 from stiffcore.eigen import certificate, dense, device
 from stiffcore.errors import DamagedError, StiffcoreError
 from stiffcore.jacobian.reduction import Reduction
+from stiffcore.memory import release_free_memory
 from stiffcore.plan import TILE_ROWS, Solver
-from stiffcore.spectra import Certificate, Spectrum
 from stiffcore.store import RunStore, TiledMatrix
 from stiffcore.study import BlockFunction, Keep, Study, versions
 from stiffcore.survey import image_input, open_network, reduction_of
@@ -81,6 +81,7 @@ class UnitRun:
         found = {name: getattr(reduction, name) for name in planned}
         if found != planned:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
+        release_free_memory()  # of the network, only the block is still needed
         return reduction
 
     def matrix(self, name: str) -> TiledMatrix:
@@ -129,6 +130,7 @@ def carry_out(url: str, key: str, *, threads: int, emit: Emit, opener: Opener = 
                 run.reach(stage, **fields, seconds=timing)
         if run.keep is Keep.SPECTRA:
             run.store.drop(key, *SCRATCH)
+    release_free_memory()
     return key
 
 
@@ -180,6 +182,7 @@ def _read(run: UnitRun, name: str, stage: str, earlier: str) -> np.ndarray:
 
 def _reduce(run: UnitRun) -> dict[str, Any]:
     run.__dict__.pop("reduction", None)  # its tensors are not needed until the certificate
+    release_free_memory()
     a = _read(run, "matrix", "built", "planned")
     moments = certificate.matrix_moments(a)
     h = dense.to_hessenberg(a)
@@ -248,24 +251,3 @@ def _certify(run: UnitRun) -> dict[str, Any]:
     moments = certificate.Moments(**run.record["moments"])
     found = certificate.certify(run.reduction, values, chosen, vectors, moments)
     return {"certificate": found.to_json(), "shift": run.reduction.shift}
-
-
-def stored_spectrum(store: RunStore, key: str, record: dict[str, Any]) -> Spectrum:
-    """The spectrum of a unit that is `done`.
-
-    Raises:
-        DamagedError: where its eigenvalues cannot be read.
-    """
-    values = store.get_array(f"units/{key}", "eigenvalues")
-    return Spectrum(
-        computed=dense.sort_eigenvalues(values + values.dtype.type(record["shift"])),
-        ones=record["ones"],
-        zeros=record["zeros"],
-        kind=record["kind"],
-        function=record["function"],
-        name=record["block"],
-        solver=record["plan"]["solver"],
-        reason=record["reason"],
-        certificate=Certificate.from_json(record["certificate"]),
-        record=record,
-    )

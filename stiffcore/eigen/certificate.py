@@ -16,8 +16,12 @@ from stiffcore.metrics import stiffness_error
 from stiffcore.spectra import Certificate, Certified
 
 EACH = 3
-# Residual, relative to max(1, |l|): rounding gives about k eps; a wrong eigenvalue gives a number near 1.
+PANEL = 32
+# Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
 RESIDUAL_TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
+# Relative to the Frobenius norm F of M (squared for the squares). Solvers are backward stable: they find the
+# eigenvalues of M + E with |E| a small multiple of eps F, so the sum misses by trace(E), at most sqrt(k) |E|. The sum
+# of |l| would not do as a measure: it can be tiny for a far from normal M.
 TRACE_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
 # Correct float32 solvers differ by this much of the norm at large n (published MAGMA tests).
 FLOAT32_SPREAD = 2e-5
@@ -39,15 +43,18 @@ class Moments:
 
 
 def matrix_moments(a: np.ndarray) -> Moments:
-    """Trace, trace of the square and Frobenius norm of `a` (k, k), in float64, a panel of columns at a time."""
+    """Trace, trace of the square and Frobenius norm of `a` (k, k), in float64, a panel of 32 columns at a time.
+
+    Takes two panels of float64 beside the matrix, less than a shard and its copies.
+    """
     k = len(a)
     trace_square = squares = 0.0
-    for start in range(0, k, 256):
-        panel = a[:, start : start + 256].astype(np.float64)
-        rows = a[start : start + 256, :].T.astype(np.float64)
+    for start in range(0, k, PANEL):
+        panel = a[:, start : start + PANEL].astype(np.float64)
+        rows = a[start : start + PANEL, :].T.astype(np.float64)
         trace_square += float(np.einsum("ij,ij->", panel, rows))
         squares += float(np.einsum("ij,ij->", panel, panel))
-    return Moments(float(np.trace(a.astype(np.float64, copy=False))), trace_square, float(np.sqrt(squares)))
+    return Moments(float(np.diagonal(a).astype(np.float64).sum()), trace_square, float(np.sqrt(squares)))
 
 
 def select(values: np.ndarray, shift: int) -> np.ndarray:
@@ -88,11 +95,11 @@ def certify(
     """
     dtype = np.dtype("f8" if reduction.jacobian.x.dtype == torch.float64 else "f4")
     certified = _certified(reduction, values[chosen], vectors, moments, dtype) if vectors is not None else ()
-    tiny = float(np.finfo(dtype).tiny)
-    total, modulus = values.sum() - moments.trace, float(np.abs(values).sum())
-    trace_error = float(abs(total)) / max(modulus, tiny)
-    square = abs(complex((values**2).sum()) - moments.trace_square)
-    square_error = float(square) / max(moments.frobenius**2, tiny)
+    # float32 would lose the squares of small eigenvalues, and the digits of long sums
+    exactly = values.astype(np.complex128)
+    norm = max(moments.frobenius, float(np.finfo(np.float64).tiny))
+    trace_error = float(abs(complex(exactly.sum()) - moments.trace)) / norm
+    square_error = float(abs(complex(((exactly / norm) ** 2).sum()) - moments.trace_square / norm / norm))
     error = max((c.error for c in certified), default=0.0)
     axis_error = error if dtype.itemsize == 8 else max(error, FLOAT32_SPREAD * moments.frobenius)
     near_axis = int(np.count_nonzero(np.abs(values.real + reduction.shift) <= axis_error)) if len(values) else 0
@@ -106,7 +113,11 @@ def certify(
         s_active_error=_ratio_error(reduction, values, certified, structural=False),
         near_axis=near_axis,
         axis_error=axis_error,
-        failures=tuple(_failures(certified, trace_error, square_error, dtype)),
+        failures=tuple(
+            _failures(
+                reduction, values, certified, trace_error, square_error, _scale(reduction, values, moments), dtype
+            )
+        ),
     )
 
 
@@ -118,20 +129,23 @@ def _certified(
     right = torch.as_tensor(np.ascontiguousarray(vectors.right.T), dtype=complex_dtype, device=x.device)
     left = torch.as_tensor(np.ascontiguousarray(vectors.left.conj().T), dtype=complex_dtype, device=x.device)
     mu = torch.as_tensor(values, dtype=complex_dtype, device=x.device)
-    u, v = reduction.lift(right, left, mu)
-    u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    # in double precision: the squares of float32 numbers below 1e-19 are zero
+    u, v = (vectors.to(torch.complex128) for vectors in reduction.lift(right, left, mu))
+    # rounded as jvp takes it, so that the residual is of the very same vector
+    u = (u / torch.linalg.vector_norm(u, dim=1, keepdim=True)).to(complex_dtype).to(torch.complex128)
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    images = reduction.jacobian.jvp(torch.cat([u.real, u.imag]).contiguous())
+    images = reduction.jacobian.jvp(torch.cat([u.real, u.imag]).to(x.dtype)).to(torch.float64)
     image = torch.complex(images[: len(u)], images[len(u) :])
     residual = torch.linalg.vector_norm(image - (reduction.shift + mu)[:, None] * u, dim=1)
     condition = 1 / torch.abs((v * u).sum(dim=1))
-    rounding = float(np.finfo(dtype).eps) * moments.frobenius
+    # of M, and of the skip that was split off: J = s + M is rounded even where M is tiny
+    rounding = float(np.finfo(dtype).eps) * (moments.frobenius + reduction.shift)
     return tuple(
         Certified(
             value=complex(reduction.shift + value),
             residual=_finite(r),
             condition=_finite(c),
-            error=_finite(c) * (_finite(r) + rounding),
+            error=_finite(_finite(c) * (_finite(r) + rounding)),
             converged=bool(ok),
         )
         for value, r, c, ok in zip(values, residual.tolist(), condition.tolist(), vectors.converged, strict=True)
@@ -146,27 +160,56 @@ def _finite(value: float) -> float:
 def _ratio_error(
     reduction: Reduction, values: np.ndarray, certified: tuple[Certified, ...], *, structural: bool
 ) -> float:
-    """The error of S, or of S_active: ends that are exact ones or zeros have none."""
-    real = (reduction.shift + values).real
+    """The error of S, or of S_active, from how far its two ends may be off.
+
+    An exact one or zero cannot move, but a certified eigenvalue beside it may lie further out than it was found.
+    """
+    real = reduction.shift + values.real
     exact = [1.0] * min(reduction.ones, 1) + [0.0] * min(reduction.zeros, 1 if structural else 0)
     if not len(real) and not exact:
         return float("nan")
-    ends = {"max": max([*real, *exact]), "min": min([*real, *exact])}
+    computed = [float(real.max()), float(real.min())] if len(real) else []
+    ends = {"max": max([*computed, *exact]), "min": min([*computed, *exact])}
     errors = {}
-    for end, value in ends.items():
+    for end, sign in (("max", 1.0), ("min", -1.0)):
+        value = ends[end]
         found = [c.error for c in certified if c.value.real == value]
-        errors[end] = 0.0 if value in exact else max(found, default=float("inf"))
-    if ends["min"] == 0.0 and 0.0 in exact:
+        inside = 0.0 if value in exact else max(found, default=float("inf"))
+        outside = max((sign * (c.value.real - value) + c.error for c in certified), default=0.0)
+        errors[end] = max(inside, outside)
+    if ends["min"] == 0.0 and errors["min"] == 0.0:
         return 0.0  # S is infinite, or undefined, exactly
     return stiffness_error(ends, errors["max"], errors["min"])
 
 
-def _failures(certified: tuple[Certified, ...], trace_error: float, square_error: float, dtype: np.dtype) -> list[str]:
+def _scale(reduction: Reduction, values: np.ndarray, moments: Moments) -> float:
+    """The size of J that residuals are held against: never above |J| by much, and scaled as J is.
+
+    The largest of the skip's 1, the largest |l|, and the root mean square singular value of M. The 2-norm would be the
+    measure, and the Frobenius norm overstates it by up to sqrt(k), which lets a wrong eigenvalue of a large M pass.
+    """
+    if not len(values):
+        return float(reduction.shift)
+    largest = float(np.abs(reduction.shift + values.astype(np.complex128)).max())
+    return max(float(reduction.shift), largest, moments.frobenius / len(values) ** 0.5)
+
+
+def _failures(
+    reduction: Reduction,
+    values: np.ndarray,
+    certified: tuple[Certified, ...],
+    trace_error: float,
+    square_error: float,
+    scale: float,
+    dtype: np.dtype,
+) -> list[str]:
     lines = []
+    if len(values) != reduction.k:
+        lines.append(f"there are {len(values)} eigenvalues of a matrix of order {reduction.k}")
     for c in certified:
         if not c.converged:
             lines.append(f"no eigenvector found for {c.value:.6g}")
-        elif c.residual > RESIDUAL_TOLERANCE[dtype] * max(1.0, abs(c.value)):
+        elif not c.residual <= RESIDUAL_TOLERANCE[dtype] * scale:
             lines.append(f"residual of {c.value:.6g} is {c.residual:.1e}")
     if not trace_error <= TRACE_TOLERANCE[dtype]:
         lines.append(f"the eigenvalues' sum misses the trace by {trace_error:.1e}")

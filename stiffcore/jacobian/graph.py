@@ -1,7 +1,9 @@
 """The graph of a function at a point: its residual sum, its waists, and the functions between its nodes.
 
 The function is traced once, at the point itself, into ATen operations (`make_fx` with functionalisation), so
-that hand-written control flow, in-place activations and third-party blocks all look alike.
+that hand-written control flow, in-place activations and third-party blocks all look alike. Numbers that python takes
+out of tensors on the way (`float(x.sum()) > 0`) become constants. What a function hides from autograd (`detach`) is
+lost in the graph: whoever uses it compares it with the function's own derivative.
 """
 
 import math
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from stiffcore.jacobian.kernels import convolution_by_products, products_items, use_products
 from stiffcore.jacobian.linearise import Function, differentiable_kernels
 
 # Operations whose Jacobian is diagonal, of one tensor (other arguments are numbers).
@@ -24,7 +27,7 @@ ELEMENTWISE = frozenset(
 )
 # Operations that keep the numbers and their row-major order.
 IDENTITY = frozenset(
-    {"alias", "clone", "detach", "view", "_unsafe_view", "reshape", "lift_fresh", "_to_copy", "contiguous"}
+    {"alias", "clone", "view", "_unsafe_view", "reshape", "lift_fresh", "_to_copy", "contiguous"}
     | {"flatten", "unflatten", "squeeze", "unsqueeze"}
 )
 
@@ -58,7 +61,8 @@ class FunctionGraph:
             Exception: whatever tracing raises; the caller goes on without a graph.
         """
         with differentiable_kernels():
-            self.module = make_fx(torch.func.functionalize(f), tracing_mode="real")(x.clone())
+            trace = make_fx(torch.func.functionalize(f), tracing_mode="real", _error_on_data_dependent_ops=False)
+            self.module = trace(x.clone())
         nodes = list(self.module.graph.nodes)
         self.input = next(n for n in nodes if n.op == "placeholder")
         result = nodes[-1].args[0]
@@ -94,6 +98,8 @@ class FunctionGraph:
             if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
                 copies[node].meta = dict(node.meta)
+                if _name(node) == "convolution" and self._point.device.type == "cpu":
+                    use_products(copies[node])
         copies[start].meta = dict(start.meta)
         total = copies[ends[0]]
         for end in ends[1:]:
@@ -250,6 +256,8 @@ def _items(node: fx.Node) -> int:
 
 
 def _unfolded_items(node: fx.Node) -> int:
+    if node.target is convolution_by_products:
+        return products_items(node.all_input_nodes[0].meta["shape"], node.meta["shape"], node.args[3])  # type: ignore[arg-type]
     if _name(node) != "convolution":
         return 0
     source, weight = node.all_input_nodes[0].meta["shape"], node.all_input_nodes[1].meta["shape"]
@@ -275,7 +283,9 @@ def _name(node: fx.Node) -> str:
 
 
 def _single_tensor(node: fx.Node) -> bool:
-    return len(node.all_input_nodes) == 1 and _is_tensor(node)
+    # counted with repetitions: clamp(h, h) is not a function of one tensor and numbers
+    nodes = [a for a in [*node.args, *node.kwargs.values()] if isinstance(a, fx.Node)]
+    return len(nodes) == len(node.all_input_nodes) == 1 and nodes[0] is node.args[0] and _is_tensor(node)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -31,6 +31,7 @@ def differentiable_kernels() -> Iterator[None]:
 class Linearisation:
     """The Jacobian J (m x n) of `f` at `x`, known by its products; rows and columns are row-major flattened.
 
+    Products run all at once under `vmap`, or one after another where `f` uses an operation that it cannot batch.
     Not supported: functions of several tensors (bind the others first), complex or integer tensors.
 
     Attributes:
@@ -53,6 +54,8 @@ class Linearisation:
         self.f, self.x, self.name = f, x.detach(), name
         if not x.is_floating_point():
             raise InputError(f"{name}: its input must be a floating tensor, got {x.dtype}")
+        if not x.numel():
+            raise InputError(f"{name}: its input is empty, of shape {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
             raise InputError(f"{name}: its input has values that are not finite")
         with differentiable_kernels():
@@ -67,6 +70,7 @@ class Linearisation:
         if not bool(torch.isfinite(first).all()):
             raise InputError(f"{name}: its output has values that are not finite")
         self.n, self.m, self.value = x.numel(), first.numel(), first
+        self._batched = True
 
     def _call(self, x: Tensor) -> Tensor:
         y = self.f(x)
@@ -91,7 +95,7 @@ class Linearisation:
             return torch.func.jvp(self.f, primal, (tangent.reshape(self.x.shape),))[1].reshape(-1)
 
         with differentiable_kernels():
-            return torch.func.vmap(product)(tangents)
+            return self._map(product, tangents.to(self.x.dtype), self.m)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Return `cotangents @ J`: one reverse-mode product per row.
@@ -104,5 +108,25 @@ class Linearisation:
         """
         with differentiable_kernels(), torch.enable_grad():
             pull = torch.func.vjp(lambda x: self.f(x.clone()), self.x)[1]
-            (rows,) = torch.func.vmap(lambda c: pull(c.reshape(self.value.shape)))(cotangents)
-        return rows.reshape(len(cotangents), -1).detach()
+
+            def product(cotangent: Tensor) -> Tensor:
+                return pull(cotangent.reshape(self.value.shape))[0].reshape(-1)
+
+            return self._map(product, cotangents.to(self.value.dtype), self.n).detach()
+
+    def _map(self, product: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
+        if not len(rows):
+            return rows.new_zeros((0, size))
+        if self._batched:
+            try:
+                return torch.func.vmap(product)(rows)
+            except RuntimeError as error:
+                if not _is_about_batching(error):
+                    raise
+                self._batched = False
+        return torch.stack([product(row) for row in rows])
+
+
+def _is_about_batching(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return ("vmap" in text or "batching rule" in text) and "random" not in text

@@ -7,9 +7,12 @@ derivative from the waist to the sum, and s = 1 where the skip is the identity (
     eig(J) = {s + eig(V[a,S] U[S,a])}, |S| - k ones (where s = 1), and zeros for the rest.
 
 Without a waist, `eig(J) = eig(J[S,S])` and n - |S| zeros. Every reduction is compared with J itself on random
-tangents before it is used, and the next one is taken where it disagrees.
+tangents before it is used, and the next one is taken where it disagrees. Units of the waist that nothing reaches, or
+that reach nothing, are left out: their rows or columns of M are zero, and so are their eigenvalues.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -24,6 +27,8 @@ from stiffcore.study import BlockFunction
 PROBES = 3
 # What random tangents may disagree by, relative to the largest entry of J t; rounding stays far below it.
 PROBE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
+# What `r (J t)` and `(r J) t` may differ by; looser in float64, for functions that are less precise inside.
+ADJOINT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 class NoSpectrumError(InputError):
@@ -115,7 +120,8 @@ class Reduction:
         """Eigenvectors of J from those of M.
 
         For the waist route u = D U w, and v^T = z^T V D + mu z^T V (with shift) or z^T V (without): insert them
-        in J = D (s I + U V) with M w = mu w, z^T M = mu z^T. For the active route u = [w; 0] and v^T = z^T J / mu.
+        in J = D (s I + U V) with M w = mu w, z^T M = mu z^T. For the active route u = [w; 0] and v^T = z^T J, which
+        is mu z^T in the active columns. For the full one they are w and z themselves.
 
         Args:
             right: (q, k) complex, rows w with M w = mu w.
@@ -126,9 +132,12 @@ class Reduction:
             u: (q, n) complex with J u = (shift + mu) u.
             v: (q, n) complex with v^T J = (shift + mu) v^T; neither is normalised.
         """
+        if self.route is Route.FULL:
+            return right, left
         if self.head is None or self.tail is None:
             u = _scatter(right, self.index, self.n)
             v = _complex(self.jacobian.vjp, _scatter(left, self.index, self.n))
+            v[:, self.index] = values[:, None] * left  # not through J, where mu is at the level of rounding
             return u, v
         u = _complex(lambda t: self._masked(self.tail.jvp(t)), _scatter(right, self.index, self.tail.n))
         v = _complex(self.head.vjp, _scatter(left, self.index, self.head.m))
@@ -159,8 +168,11 @@ def reduce_jacobian(
 
     Raises:
         NoSpectrumError: where J is rectangular, or there is no branch.
-        InputError: where f cannot be linearised.
+        InputError: where f cannot be linearised, or its forward and reverse derivatives disagree.
     """
+    function = BlockFunction(function)
+    if x.is_floating_point() and x.dtype not in PROBE_TOLERANCE:
+        raise InputError(f"{name}: its input is {str(x.dtype).removeprefix('torch.')}; give it as float32 or float64")
     whole = Linearisation(f, x, name)
     graph, untraced = _trace(f, x)
     if function is BlockFunction.BRANCH:
@@ -168,10 +180,8 @@ def reduce_jacobian(
             raise NoSpectrumError(
                 f"{name}: its graph could not be traced for the branch ({untraced})", whole.n, whole.m
             )
-        branch = _branch(graph)
-        if branch is None:
-            raise NoSpectrumError(f"{name} has no residual sum, so it has no branch", whole.n, whole.m)
-        jacobian = Linearisation(branch, x, f"the branch of {name}")
+        _check_derivatives(whole)
+        jacobian = _branch(graph, whole)
     else:
         jacobian = whole
     if jacobian.n != jacobian.m:
@@ -180,6 +190,8 @@ def reduce_jacobian(
             jacobian.n,
             jacobian.m,
         )
+    if function is BlockFunction.BLOCK:
+        _check_derivatives(whole)
     if not reduce:
         return _full(jacobian, "full matrix, as asked", graph)
     if graph is None:
@@ -207,19 +219,64 @@ def _trace(f: Function, x: Tensor) -> tuple[FunctionGraph | None, str]:
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
 
 
-def _branch(graph: FunctionGraph) -> Function | None:
+def _branch(graph: FunctionGraph, whole: Linearisation) -> Linearisation:
+    """The residual function: all terms of the sum but the shortcut, which is the identity or the shallowest."""
     end = graph.activation_start(graph.output)
     identity, others = graph.residual_sum(end)
-    if identity and others:
-        return graph.between(graph.input, [*identity[1:], *others])
-    if len(others) > 1:
-        return graph.between(graph.input, [max(others, key=graph.depth)])
-    return None
+    if len(identity) + len(others) < 2 or not others:
+        raise NoSpectrumError(f"{whole.name} has no residual sum, so it has no branch", whole.n, whole.m)
+    at = 0 if identity else max(range(len(others)), key=lambda i: (-graph.depth(others[i]), i))
+    terms = [*identity, *others]
+    shortcut = terms.pop(at)
+    branch = Linearisation(graph.between(graph.input, terms), whole.x, f"the branch of {whole.name}")
+    rest = Linearisation(graph.between(graph.input, [shortcut]), whole.x, f"the shortcut of {whole.name}")
+    with _derivatives_of(whole):
+        tangents = _probes(whole.x, whole.n)
+        summed = _chain_slope(graph, end).reshape(-1) * (branch.jvp(tangents) + rest.jvp(tangents))
+        check = _difference(summed, whole.jvp(tangents))
+    if not check <= PROBE_TOLERANCE[whole.x.dtype]:
+        raise NoSpectrumError(
+            f"the branch of {whole.name}, as read from its graph, and its shortcut do not add up to it (relative "
+            f"difference {check:.1e}): does it hide anything from autograd, as detach() does?",
+            whole.n,
+            whole.m,
+        )
+    return branch
+
+
+def _check_derivatives(jacobian: Linearisation) -> None:
+    with _derivatives_of(jacobian):
+        tangent = _probes(jacobian.x, jacobian.n)[:1]
+        cotangent = _probes(jacobian.x, jacobian.m)[-1:]
+        forward, reverse = jacobian.jvp(tangent), jacobian.vjp(cotangent)
+    if not bool(torch.isfinite(forward).all() and torch.isfinite(reverse).all()):
+        raise InputError(f"{jacobian.name}: its derivative at this input is not finite")
+    a, b = cotangent * forward, reverse * tangent
+    gap = float((a.sum() - b.sum()).abs()) / max(float(a.abs().sum()), float(b.abs().sum()), 1e-30)
+    if not gap <= ADJOINT_TOLERANCE[jacobian.x.dtype]:
+        raise InputError(
+            f"{jacobian.name}: its forward and reverse derivatives disagree (by {gap:.1e}): is there a "
+            "torch.no_grad() inside, a custom autograd.Function with a wrong jvp, or low precision?"
+        )
+
+
+@contextmanager
+def _derivatives_of(jacobian: Linearisation) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # NotImplementedError is one: operations without a forward derivative
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{jacobian.name} cannot be differentiated: {reason}") from error
 
 
 def _smallest(jacobian: Linearisation, graph: FunctionGraph, *, split_skip: bool) -> Reduction:
     end = graph.activation_start(graph.output)
-    slope = _chain_slope(graph, end)
+    try:
+        slope = _chain_slope(graph, end)
+    except InputError as error:
+        return _active(jacobian, graph, str(error))
     identity, others = graph.residual_sum(end)
     active = int(torch.count_nonzero(slope))
     shift, ends, why_not = 0, [graph.output], ""
@@ -234,7 +291,13 @@ def _smallest(jacobian: Linearisation, graph: FunctionGraph, *, split_skip: bool
         for waist in graph.waists(ends):
             if len(waist.active) >= active:
                 break
-            found = _from_waist(jacobian, graph, waist, ends, slope, shift)
+            try:
+                found = _from_waist(jacobian, graph, waist, ends, slope, shift)
+            except torch.OutOfMemoryError:
+                raise
+            except (ValueError, RuntimeError) as error:  # costs the reduction, never the result
+                why_not = f"the waist {waist.node.name} cannot be used ({str(error).splitlines()[0][:80]})"
+                continue
             if found.check <= PROBE_TOLERANCE[jacobian.x.dtype]:
                 return found
             why_not = f"the waist failed its check on random tangents ({found.check:.1e})"
@@ -244,15 +307,20 @@ def _smallest(jacobian: Linearisation, graph: FunctionGraph, *, split_skip: bool
 def _from_waist(
     jacobian: Linearisation, graph: FunctionGraph, waist: Waist, ends: list, slope: Tensor, shift: int
 ) -> Reduction:
-    n, k, x = jacobian.n, len(waist.active), jacobian.x
+    n, x = jacobian.n, jacobian.x
     into, out = graph.between(graph.input, [waist.node]), graph.between(waist.node, ends)
     head = Linearisation(into, x, "input to waist")
     tail = Linearisation(out, head.value, "waist to sum")
-    index = waist.active.to(x.device)
     mask = (slope != 0).reshape(-1) if shift else None
     tangents = _probes(x, n)
-    interior = torch.zeros_like(head.value.reshape(1, -1)).repeat(PROBES, 1)
-    interior[:, index] = head.jvp(tangents)[:, index]
+    interior = head.jvp(tangents)
+    pulled = tail.vjp(tangents if mask is None else tangents * mask)
+    live = (interior != 0).any(dim=0) & (pulled != 0).any(dim=0)
+    index = waist.active.to(x.device)
+    index = index[live[index]]
+    k = len(index)
+    dropped = torch.ones_like(live).index_fill_(0, index, False)
+    interior[:, dropped] = 0
     reduced = tail.jvp(interior) + shift * tangents
     if mask is not None:
         reduced = reduced * mask
@@ -281,7 +349,7 @@ def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slop
     mask = (slope != 0).reshape(-1)
     products = jacobian.jvp(_probes(jacobian.x, jacobian.n))
     check = _difference(products * mask, products)
-    if check > PROBE_TOLERANCE[jacobian.x.dtype]:
+    if not check <= PROBE_TOLERANCE[jacobian.x.dtype]:
         return _full(jacobian, f"full matrix: {why}; rows of inactive outputs are not zero ({check:.1e})", graph)
     return Reduction(
         jacobian=jacobian,

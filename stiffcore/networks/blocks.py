@@ -48,9 +48,8 @@ def capture(network: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[dict[s
     try:
         calls, output = _watch(network, x, {name: modules[name] for name in names})
     except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError(
-            f"the network does not take an image of shape {tuple(x.shape)}: {str(error).splitlines()[0]}"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"the network does not take an image of shape {tuple(x.shape)}: {reason}") from error
     problems = []
     for name, found in calls.items():
         if len(found) != 1:
@@ -108,7 +107,7 @@ def _watch(
     handles = [m.register_forward_pre_hook(hook(name), with_kwargs=True) for name, m in modules.items()]
     try:
         with differentiable_kernels():
-            return calls, network(x)
+            return calls, network(x.clone())  # a network may work in place on its image
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,347 @@
+"""The command line: parses, calls, prints."""
+
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from stiffcore.cluster import DaskWorkers, Event, local_workers
+from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.plan import Plan
+from stiffcore.report import tables
+from stiffcore.run import Prepared, Run, carry_out_plan, open_run, prepare, state_of
+from stiffcore.study import Study, format_bytes
+from stiffcore.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Exact, certified eigenvalue spectra of the Jacobians of network blocks; stored, and resumable.",
+)
+out = Console()
+err = Console(stderr=True)
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Network = Annotated[
+    str | None, typer.Option(help="resnet18 | resnet34 | resnet50 | package.module:factory [default: resnet50]")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Checkpoint: .safetensors, .pt, .pth; `random`; not given: the bundled one (resnet18, resnet50)."
+    ),
+]
+ImagesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="samples (20 CIFAR-10 test images, with the demo extra) | cifar10 (with --data-root) | FILE.npz (x uint8 "
+        "N,H,W,3 and y) | a folder of class folders [default: samples]"
+    ),
+]
+DataRoot = Annotated[str | None, typer.Option(help="Where torchvision's CIFAR-10 lies, or goes.")]
+Download = Annotated[bool | None, typer.Option("--download", help="Allow torchvision to download CIFAR-10.")]
+Normalize = Annotated[str | None, typer.Option(help="cifar10 | imagenet | none [default: as the network wants]")]
+Count = Annotated[int | None, typer.Option(help="The first N images [default: 1]")]
+Index = Annotated[str | None, typer.Option(help="These images: 0,5,7")]
+PerLabel = Annotated[int | None, typer.Option(help="The first N images of each label.")]
+Blocks = Annotated[str | None, typer.Option(help="all | 1,2,16 | layer1.1,encoder.3 (any module path) [default: all]")]
+Function = Annotated[str | None, typer.Option(help="block | branch | block,branch [default: block]")]
+Kind = Annotated[str | None, typer.Option(help="matrix: the eigenvalues of the n x n Jacobian [default: matrix]")]
+Dtype = Annotated[str | None, typer.Option(help="float64 | float32 [default: float64]")]
+Pool = Annotated[str | None, typer.Option(help="Max-pool of a ResNet's stem: auto | max | none [default: auto]")]
+Memory = Annotated[
+    str | None, typer.Option(help="What all processes may hold together, as 4GiB [default: 80 % of what is free]")
+]
+Device = Annotated[str | None, typer.Option(help="auto | cpu | cuda [default: auto]")]
+Keep = Annotated[str | None, typer.Option(help="spectra | all (the matrices too) [default: spectra]")]
+Workers = Annotated[int | None, typer.Option(min=1, help="At most so many units side by side [default: one a core]")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(f"stiffcore {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    run: RunArgument,
+    network: Network = None,
+    weights: Weights = None,
+    images: ImagesOption = None,
+    data_root: DataRoot = None,
+    download: Download = None,
+    normalize: Normalize = None,
+    count: Count = None,
+    index: Index = None,
+    per_label: PerLabel = None,
+    blocks: Blocks = None,
+    function: Function = None,
+    kind: Kind = None,
+    dtype: Dtype = None,
+    pool: Pool = None,
+    memory: Memory = None,
+    device: Device = None,
+    keep: Keep = None,
+    workers: Workers = None,
+) -> None:
+    """Compute spectra: start a run, or continue one.
+
+    A RUN that exists continues from its last whole chunk or stage: with no options as first asked; --memory, --device,
+    --keep and --workers may change, any other option that disagrees is refused. Ctrl-C stops it cleanly.
+    """
+    _run(run, _options(locals()), workers)
+
+
+@app.command()
+def demo(
+    run: Annotated[str, typer.Argument(metavar="[RUN]", help="Folder of the run.")] = "store/demo",
+    memory: Memory = "3GiB",
+    workers: Workers = None,
+) -> None:
+    """The main job on an embedded default: all sixteen blocks of a ResNet50 at one CIFAR-10 test image.
+
+    Minutes on two cores. The same as `stiffcore run store/demo --network resnet50 --images samples --memory 3GiB`.
+    """
+    _run(run, {"network": "resnet50", "images": "samples", "blocks": "all", "memory": memory}, workers)
+
+
+@app.command()
+def plan(
+    run: RunArgument,
+    network: Network = None,
+    weights: Weights = None,
+    images: ImagesOption = None,
+    data_root: DataRoot = None,
+    download: Download = None,
+    normalize: Normalize = None,
+    count: Count = None,
+    index: Index = None,
+    per_label: PerLabel = None,
+    blocks: Blocks = None,
+    function: Function = None,
+    kind: Kind = None,
+    dtype: Dtype = None,
+    pool: Pool = None,
+    memory: Memory = None,
+    device: Device = None,
+    keep: Keep = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing."""
+    with local_workers(lambda event: None) as executor, _looking(quiet=as_json):
+        prepared = prepare(run, _options(locals()), executor, workers=workers)
+    if as_json:
+        _print_json(tables.plan_rows(prepared.plan))
+        return
+    _announce(prepared)
+    out.print(tables.plan_table(prepared.plan))
+    out.print(tables.plan_summary(prepared.plan))
+
+
+@app.command()
+def status(run: RunArgument, as_json: Json = False) -> None:
+    """Say what is done, under way and failed in a run."""
+    found = open_run(run)
+    if as_json:
+        _print_json(tables.status_rows(found))
+        return
+    holder = found.store.holder()
+    by = f"being worked on by process {holder['pid']} on {holder['host']}" if holder else "nobody works on it now"
+    out.print(f"{run}: {by}")
+    out.print(tables.status_table(found.records()))
+
+
+@app.command()
+def show(run: RunArgument, as_json: Json = False) -> None:
+    """Print the tables of a run: S, the shares by sign, the extremes, and the certificates."""
+    found = open_run(run)
+    if as_json:
+        _print_json(tables.json_rows(found.metrics()))
+    else:
+        _show(found)
+
+
+@app.command()
+def export(
+    run: RunArgument, to: Annotated[Path, typer.Option(help="The file to write, .csv; it must not exist.")]
+) -> None:
+    """Write the metrics as CSV, one row a spectrum."""
+    if to.suffix != ".csv":
+        raise InputError(f"--to {to}: only .csv is known")
+    if to.exists():
+        raise InputError(f"--to {to} exists: give a new file")
+    if not to.parent.is_dir():
+        raise InputError(f"--to {to}: there is no folder {to.parent}")
+    rows = open_run(run).metrics()
+    rows.to_csv(to, index=False, na_rep="nan")
+    out.print(f"{len(rows)} rows in {to}")
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    renamed = {"function": "functions", "kind": "kinds"}
+    options = {renamed.get(name, name): value for name, value in given.items()}
+    return {name: options[name] for name in Study.model_fields if name in options}
+
+
+def _run(url: str, options: dict[str, Any], workers: int | None) -> None:
+    show = _Progress()
+    with _interruptible(url), local_workers(show.event) as executor:
+        with _looking():
+            prepared = prepare(url, options, executor, workers=workers)
+        _announce(prepared)
+        out.print(tables.plan_summary(prepared.plan))
+        show.begin(url, prepared.plan, executor)
+        with show.bars:
+            run, outcome = carry_out_plan(url, prepared, executor, show.event)
+    _show(run)
+    out.print(
+        f"{outcome.done} spectra in {url}; this session took {tables.seconds(outcome.wall_s)}, "
+        f"peak memory {format_bytes(outcome.peak_bytes)} of {format_bytes(prepared.plan.allowed_bytes)} allowed"
+    )
+    uncertain = [key for key, record in run.records().items() if state_of(record) == "not certified"]
+    if uncertain:
+        err.print(f"{len(uncertain)} spectra are NOT certified: {', '.join(uncertain)}", style="bold red")
+    if outcome.failed:
+        lines = "\n".join(f"  - {key}: {why}" for key, why in outcome.failed.items())
+        raise StiffcoreError(f"{len(outcome.failed)} units failed:\n{lines}\n`stiffcore run {url}` tries them again")
+
+
+def _show(run: Run) -> None:
+    rows = run.metrics()
+    out.print(tables.metrics_table(rows))
+    if rows["image"].nunique() > 1:
+        out.print(tables.means_table(rows))
+    if (rows["zero"] > 0).any():
+        out.print(
+            "S = max Re / min Re (Eq. 10) is infinite where outputs held at zero by a ReLU are the smallest; "
+            "S active leaves these structural zeros out."
+        )
+
+
+def _announce(prepared: Prepared) -> None:
+    if prepared.survey:
+        out.print(f"network: {prepared.study.network}, {prepared.survey.description}")
+        out.print(f"weights: {prepared.study.weights}")
+        out.print(f"images: {len(prepared.survey.images['x'])} of {prepared.survey.source}")
+        out.print(f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+@contextmanager
+def _looking(quiet: bool = False) -> Iterator[None]:
+    if quiet or not err.is_terminal:
+        yield
+        return
+    with err.status("looking at network, images and blocks"):
+        yield
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextmanager
+def _interruptible(url: str) -> Iterator[None]:
+    def stop(signum: int, frame: Any) -> None:
+        raise Interrupted(signum)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Interrupted as interrupted:
+        err.print(f"stopped; what is done is kept. To continue: stiffcore run {url}")
+        raise typer.Exit(128 + interrupted.signum) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+STAGE_NAMES = {"built": "Jacobian", "reduced": "Hessenberg", "solved": "eigenvalues", "done": "certificate"}
+
+
+class _Progress:
+    """Bars for the run and for the units under way; a line for each unit that ends."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._url = ""
+        self._total: TaskID | None = None
+        self._names: dict[str, str] = {}
+
+    def begin(self, url: str, plan: Plan, executor: DaskWorkers) -> None:
+        """Show the run's bar."""
+        self._url = url
+        working = [p for p in plan.units if p.works]
+        self._names = {p.unit.key: f"{p.unit.block} {p.unit.function}" for p in working}
+        note = f"{len(working)} units, about {tables.seconds(plan.seconds)}"
+        self._total = self.bars.add_task("all units", total=len(working), note=note)
+
+    def event(self, event: Event) -> None:
+        """Follow an event, from any thread."""
+        key, stage = event["unit"], event["stage"]
+        if self._total is None:
+            return
+        if stage == "begun":
+            self._tasks[key] = self.bars.add_task(self._names[key], total=None, note="opening")
+        elif stage in ("ended", "failed"):
+            self.bars.advance(self._total)
+            if key in self._tasks:
+                self.bars.remove_task(self._tasks.pop(key))
+            self._report(key, event)
+        elif stage in ("restarted", "fallback"):
+            err.print(f"{key}: {stage}: {event['note']}")
+        elif key in self._tasks:
+            # a stage that cannot be counted pulses
+            total = event["total"] if event["total"] > 1 else None
+            self.bars.update(self._tasks[key], total=total, completed=event["done"], note=STAGE_NAMES[stage])
+
+    def _report(self, key: str, event: Event) -> None:
+        if event["stage"] == "failed":
+            err.print(f"{key} failed: {event['note']}", style="bold red")
+            return
+        spectrum = open_run(self._url).stored(key)
+        m, c = spectrum.metrics, spectrum.certificate
+        verdict = "certified" if c.passed else "[bold red]NOT certified[/]"
+        err.print(
+            f"{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, S active {m['S_active']:.7g} "
+            f"+- {c.s_active_error:.1e}, Re<0 {100 * m['negative']:.3f} %, {verdict}"
+        )
+
+
+def main() -> None:
+    """Run the command line; errors are one message, exit codes 2 wrong input, 1 failure, 3 busy, 130/143 stopped."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except StiffcoreError as error:
+        err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,338 @@
+"""A run ends with the same bytes however often it was killed, and refuses what it cannot do before it begins."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import stiffcore
+from stiffcore.cluster import InProcess, local_workers
+from stiffcore.run import carry_out_plan, prepare, state_of
+
+SMALL = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(self.conv2(torch.relu(self.conv1(x))) + x)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.layer1 = nn.Sequential(Block(6), Block(6))
+        self.down = nn.Conv2d(6, 4, 1)
+        self.layer2 = nn.Sequential(Block(4), nn.MaxPool2d(2), Block(4))
+        self.head = nn.Linear(4 * 3 * 3, 10)
+
+    def forward(self, x):
+        x = self.layer2(self.down(self.layer1(torch.relu(self.stem(x)))))
+        return self.head(x.flatten(1))
+
+def make():
+    torch.manual_seed(5)
+    return Net()
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with a network factory and six images, which is the current folder."""
+    (tmp_path / "smallnet.py").write_text(SMALL)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "six.npz", x=rng.integers(0, 256, (6, 6, 6, 3), dtype=np.uint8), y=np.arange(6))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("smallnet", None)
+    return tmp_path
+
+
+OPTIONS = {"network": "smallnet:make", "images": "six.npz", "normalize": "cifar10", "functions": "block,branch"}
+
+
+def execute(url, options, on_event=lambda event: None):
+    executor = InProcess(on_event)
+    prepared = prepare(str(url), options, executor)
+    return carry_out_plan(str(url), prepared, executor, on_event)
+
+
+def spectra_bytes(url):
+    run = stiffcore.open_run(str(url))
+    arrays = {k: run.store.get_array(f"units/{k}", "eigenvalues").tobytes() for k in run.records()}
+    return arrays, {k: json.dumps(r["certificate"], sort_keys=True) for k, r in run.records().items()}
+
+
+def command(*args, cwd, **kwargs):
+    program = [sys.executable, "-c", "from stiffcore.cli import main; main()", *map(str, args)]
+    return subprocess.Popen(program, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_a_run_gives_every_block_its_spectrum_and_equals_the_direct_call(small):
+    run, outcome = execute(small / "run", OPTIONS | {"count": 2})
+    assert outcome.failed == {}
+    assert outcome.done == len(run.records()) == 2 * 4 * 2
+    module = stiffcore.networks.zoo.load_network("smallnet:make", None, torch.float64).module
+    x = torch.tensor(run.store.get_array("images", "x")[1]).permute(2, 0, 1)[None].double() / 255
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2471, 0.2435, 0.2616])
+    x = (x - mean.double().view(1, 3, 1, 1)) / std.double().view(1, 3, 1, 1)
+    inside = module.layer1[0](torch.relu(module.stem(x)))
+    direct = stiffcore.spectrum(module.layer1[1], inside)
+    stored = run.spectrum(image=1, block="layer1.1")
+    assert np.allclose(stored.values, direct.values, atol=1e-6)  # to the float32 of the means
+    rows = run.metrics()
+    assert list(rows["state"]) == ["done"] * 16
+    assert set(rows["label"]) == {0, 1}
+    assert np.isfinite(rows["loss"]).all()
+
+
+def test_a_finished_run_continues_to_nothing_and_changes_nothing(small):
+    execute(small / "run", OPTIONS)
+    before = spectra_bytes(small / "run")
+    events = []
+    _, outcome = execute(small / "run", {}, events.append)
+    assert outcome.done == 8
+    assert events == []
+    assert spectra_bytes(small / "run") == before
+
+
+def test_settings_that_disagree_are_refused_by_name_and_memory_may_change(small):
+    execute(small / "run", OPTIONS)
+    before = spectra_bytes(small / "run")
+    with pytest.raises(stiffcore.InputError) as caught:
+        execute(small / "run", {"dtype": "float32", "blocks": "1", "index": "3"})
+    message = str(caught.value)
+    assert all(f"- {name}:" in message for name in ("dtype", "blocks", "images"))
+    assert "weights" not in message
+    execute(small / "run", {"memory": "3GiB", "keep": "all"})
+    execute(small / "run", OPTIONS)
+    assert spectra_bytes(small / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"blocks": "layer1.7,2,nonsense"}, ["'layer1.7'", "'nonsense'", "1 layer1.0", "4 layer2.2"]),
+        ({"blocks": "9"}, ["'9'"]),
+        ({"dtype": "float16", "kinds": "vector", "count": 0}, ["--dtype", "--kind", "--count"]),
+        ({"count": 1, "index": "2"}, ["--count", "--index"]),
+        ({"index": "2,99"}, ["99"]),
+        ({"memory": "1MiB"}, ["budget is too small", "--memory"]),
+        ({"memory": "much"}, ["not a size"]),
+        ({"network": "resnet99"}, ["resnet18"]),
+        ({"network": "resnet18", "weights": "nothing.pt"}, ["nothing.pt"]),
+        ({"images": "nowhere.npz"}, ["nowhere.npz"]),
+        pytest.param(
+            {"device": "cuda"},
+            ["no CUDA device"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(small, options, parts):
+    with pytest.raises(stiffcore.InputError) as caught:
+        execute(small / "run", OPTIONS | options)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert not (small / "run").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(small):
+    (small / "other").mkdir()
+    (small / "other" / "thesis.tex").write_text("years")
+    with pytest.raises(stiffcore.InputError, match="not a run"):
+        execute(small / "other", OPTIONS)
+    assert [p.name for p in (small / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_too_little_disk_is_refused_with_both_figures(small, monkeypatch):
+    monkeypatch.setattr(stiffcore.store.RunStore, "free_bytes", lambda self: 1000)
+    with pytest.raises(stiffcore.InputError, match="disk"):
+        execute(small / "run", OPTIONS)
+
+
+def test_a_rectangular_block_has_no_spectrum_and_says_so(small):
+    module = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = module
+
+        def forward(self, x):
+            return self.body(x).mean((2, 3))
+
+    run = stiffcore.analyze(Net(), torch.ones(1, 3, 4, 4), run=str(small / "run"), blocks="body.0,body.1")
+    assert {r["block"]: state_of(r) for r in run.records().values()} == {"body.0": "no spectrum", "body.1": "done"}
+    with pytest.raises(stiffcore.InputError, match="rectangular"):
+        run.spectrum(block="body.0")
+    assert np.isnan(run.metrics().set_index("block").loc["body.0", "S"])
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+from stiffcore.cluster import InProcess
+from stiffcore.run import carry_out_plan, prepare
+count = 0
+def on_event(event):
+    global count
+    count += 1
+    if count == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+executor = InProcess(on_event)
+prepared = prepare({url!r}, {options!r}, executor)
+carry_out_plan({url!r}, prepared, executor, on_event)
+print(count)
+"""
+
+KILL_OPTIONS = {"network": "smallnet:make", "images": "six.npz", "blocks": "1,4", "keep": "spectra"}
+
+
+def killed_at(small, url, at):
+    code = KILLED.format(folder=str(small), at=at, url=str(url), options=KILL_OPTIONS)
+    return subprocess.run([sys.executable, "-c", code], cwd=small, capture_output=True, text=True, check=False)
+
+
+def test_killed_at_each_event_in_turn_a_run_ends_with_the_same_bytes(small):
+    """One run is killed at its first event, continued and killed at its second new one, and so on to the end."""
+    whole = killed_at(small, small / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    events = int(whole.stdout)
+    assert events > 12
+    expected = spectra_bytes(small / "whole")
+    sessions = 0
+    # three events on, at least one more stage or shard is recorded than before
+    while (ended := killed_at(small, small / "run", 3)).returncode != 0:
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        sessions += 1
+        assert sessions < 3 * events
+        assert {state_of(r) for r in stiffcore.open_run(str(small / "run")).records().values()} <= {"done", "under way", "planned"}
+    assert sessions >= 4
+    assert spectra_bytes(small / "run") == expected
+
+
+@pytest.mark.slow
+def test_killed_once_at_any_event_a_run_ends_with_the_same_bytes(small):
+    whole = killed_at(small, small / "whole", 0)
+    expected = spectra_bytes(small / "whole")
+    for at in range(1, int(whole.stdout) + 1):
+        url = small / f"run{at}"
+        assert killed_at(small, url, at).returncode == -signal.SIGKILL
+        assert killed_at(small, url, 0).returncode == 0
+        assert spectra_bytes(url) == expected, at
+
+
+def test_matrices_are_dropped_once_certified_and_kept_on_request(small):
+    run, _ = execute(small / "spare", OPTIONS | {"blocks": "1"})
+    assert not list((small / "spare").rglob("matrix"))
+    run, _ = execute(small / "all", OPTIONS | {"blocks": "1", "keep": "all"})
+    key = next(iter(run.records()))
+    matrix = stiffcore.store.TiledMatrix(run.store.unit_group(key), "matrix").read()
+    computed = np.sort_complex(np.linalg.eigvals(matrix) + run.records()[key]["shift"])
+    assert np.allclose(np.sort_complex(run.spectrum().computed), computed, atol=1e-9)
+
+
+def test_changed_weights_fail_the_unit_and_not_the_run(small):
+    path = small / "weights.pt"
+    import smallnet
+
+    torch.save(smallnet.make().state_dict(), path)
+    options = OPTIONS | {"weights": str(path), "blocks": "1"}
+    executor = InProcess(lambda event: None)
+    prepared = prepare(str(small / "run"), options, executor)
+    state = smallnet.make().state_dict()
+    torch.save({k: v * 1.01 for k, v in state.items()}, path)
+    run, outcome = carry_out_plan(str(small / "run"), prepared, executor, lambda event: None)
+    assert len(outcome.failed) == 2
+    assert all("no longer those" in why for why in outcome.failed.values())
+    assert {state_of(r) for r in run.records().values()} == {"failed"}
+    torch.save(state, path)
+    _, outcome = execute(small / "run", {})
+    assert outcome.failed == {}
+    assert outcome.done == 2
+
+
+def test_a_damaged_matrix_is_noticed_and_the_next_session_makes_it_again(small):
+    expected = execute(small / "good", OPTIONS | {"blocks": "1"})[0].spectrum().values
+    damaged = False
+
+    def damage(event):
+        nonlocal damaged
+        if event["stage"] == "built" and event["done"] == event["total"] and not damaged:
+            for path in (small / "run").rglob("matrix/c/**/*"):
+                if path.is_file() and not damaged:
+                    data = bytearray(path.read_bytes())
+                    data[10] ^= 1
+                    path.write_bytes(data)
+                    damaged = True
+
+    _, outcome = execute(small / "run", OPTIONS | {"blocks": "1"}, damage)
+    assert damaged
+    assert len(outcome.failed) == 1
+    run, outcome = execute(small / "run", {})
+    assert outcome.failed == {}
+    assert np.array_equal(run.spectrum().values, expected)
+
+
+def test_what_other_versions_left_unfinished_begins_again(small):
+    killed_at(small, small / "run", 5)
+    run = stiffcore.open_run(str(small / "run"))
+    begun = [k for k, r in run.records().items() if "made_with" in r and r["stage"] != "done"]
+    assert begun
+    run.store.update(begun[0], made_with={"torch": "1.0"})
+    events = []
+    execute(small / "run", {}, events.append)
+    assert [e["unit"] for e in events if e["stage"] == "restarted"] == begun[:1]
+
+
+def test_two_workers_give_the_bytes_of_one_process(small):
+    execute(small / "one", OPTIONS)
+    events = []
+    with local_workers(events.append) as executor:
+        prepared = prepare(str(small / "two"), OPTIONS | {"memory": "4GiB"}, executor)
+        _, outcome = carry_out_plan(str(small / "two"), prepared, executor, events.append)
+    assert outcome.failed == {}
+    assert prepared.plan.workers == min(2, os.cpu_count() or 1)
+    assert spectra_bytes(small / "one")[0] == spectra_bytes(small / "two")[0]
+    assert {e["stage"] for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
+
+
+def test_a_second_process_is_told_who_holds_the_run(small):
+    execute(small / "run", KILL_OPTIONS)
+    with stiffcore.open_run(str(small / "run")).store.hold():
+        second = command("run", small / "run", cwd=small)
+        _, errors = second.communicate(timeout=120)
+    assert second.returncode == 3, errors
+    assert str(os.getpid()) in errors
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_command_cleanly_and_the_run_continues(small, number, code):
+    args = ["--network", "resnet18", "--images", "samples", "--blocks", "layer4.1,layer3.1"]
+    process = command("run", small / "run", *args, cwd=small)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(Path(small / "run").glob("units/*layer*/matrix/c")):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert f"stiffcore run {small / 'run'}" in errors
+    assert "Traceback" not in errors
+    run = stiffcore.open_run(str(small / "run"))
+    assert run.store.holder() is None
+    assert {state_of(r) for r in run.records().values()} <= {"done", "under way", "planned"}
+    with run.store.hold():
+        pass

@@ -1,0 +1,606 @@
+"""Claims about the store: bits come back, damage is told, a kill at any instant leaves something whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stiffcore import store as store_module
+from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
+from stiffcore.store import RunStore, TiledMatrix
+
+QUICK = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture
+def store(tmp_path):
+    run = RunStore(str(tmp_path / "run"), create=True)
+    run.header = {"version": "0", "study": {}, "identity": {}}
+    return run
+
+
+def files(folder):
+    return sorted(p for p in Path(folder).rglob("*") if p.is_file())
+
+
+def snapshot(folder):
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files(folder)}
+
+
+def fill(matrix, a, order=None):
+    for shard in order if order is not None else range(matrix.shards):
+        start, stop = matrix.columns(shard)
+        matrix.write(shard, a[:, start:stop].copy(order="F"))
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes("F") == b.tobytes("F")
+
+
+@st.composite
+def matrices(draw):
+    rows, columns = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    tile, shard = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    a = rng.standard_normal((rows, columns)).astype(dtype)
+    a[rng.random(a.shape) < 0.2] = -0.0
+    for r in range(0, rows, tile):
+        for c in range(0, columns, shard):
+            if rng.random() < 0.5:
+                a[r : r + tile, c : c + shard] = rng.choice([0.0, -0.0])
+    return a, tile, shard, rng
+
+
+@QUICK
+@given(matrices())
+def test_any_matrix_comes_back_bit_for_bit(tmp_path_factory, case):
+    a, tile, shard, rng = case
+    group = RunStore(str(tmp_path_factory.mktemp("s") / "run"), create=True).unit_group("u")
+    m = TiledMatrix.create(group, "matrix", a.shape, a.dtype, tile, shard)
+    written = []
+    for i in rng.permutation(m.shards):
+        assert m.missing() == sorted(set(range(m.shards)) - set(written))
+        fill(m, a, [i])
+        written.append(int(i))
+        assert TiledMatrix(group, "matrix").missing() == sorted(set(range(m.shards)) - set(written))
+    expected = a.copy()
+    for r in range(0, len(a), m.tile):
+        for c in range(0, a.shape[1], m.shard):
+            block = expected[r : r + m.tile, c : c + m.shard]
+            if not block.any():
+                block[...] = 0.0  # negative zeros of a zero tile are the one thing not kept
+    found = TiledMatrix(group, "matrix").read()
+    assert found.flags.f_contiguous
+    assert same_bits(found, expected)
+    assert np.array_equal(found, a)
+
+
+def test_a_shard_written_twice_is_the_last_one(store):
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", (7, 5), np.dtype("f8"), 3, 2)
+    a = np.ones((7, 5))
+    fill(m, a)
+    a[:, 2:] = 0
+    a[0, 4] = 3
+    fill(m, a)
+    assert np.array_equal(m.read(), a)
+
+
+def test_nan_infinity_and_subnormals_are_numbers_too(store):
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", (4, 4), np.dtype("f8"), 2, 2)
+    a = np.zeros((4, 4))
+    a[0, 0], a[2, 1], a[0, 3] = np.nan, np.inf, 5e-324
+    fill(m, a)
+    assert same_bits(m.read(), a)
+
+
+def test_a_read_only_block_is_not_written_to(store):
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", (4, 2), np.dtype("f8"), 2, 2)
+    a = np.full((4, 2), -0.0, order="F")
+    a.flags.writeable = False
+    m.write(0, a)
+    assert np.signbit(a).all()
+    assert m.missing() == []
+
+
+def test_zero_tiles_of_a_banded_matrix_cost_nothing(store):
+    n, tile = 512, 32
+    a = np.zeros((n, n))
+    for d in range(-8, 9):
+        a += np.diag(np.random.default_rng(d + 8).standard_normal(n - abs(d)), d)
+    a[a == 0] = -0.0  # as masks leave them
+    group = store.unit_group("u")
+    m = TiledMatrix.create(group, "matrix", a.shape, a.dtype, tile, tile)
+    fill(m, a)
+    stored = sum(bool(a[r : r + tile, c : c + tile].any()) for r in range(0, n, tile) for c in range(0, n, tile))
+    on_disk = sum(p.stat().st_size for p in files(store.local / "units/u/matrix") if p.name != "zarr.json")
+    index = m.shards * (n // tile * 16 + 4)
+    assert on_disk == stored * (tile * tile * 8 + 4) + index
+    assert np.array_equal(m.read(), a)
+
+
+def test_a_zero_shard_has_no_file(store):
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", (6, 4), np.dtype("f8"), 3, 2)
+    assert m.write(0, np.zeros((6, 2), order="F")) == 2
+    assert m.write(1, np.full((6, 2), -0.0, order="F")) == 2
+    assert [p.name for p in files(store.local / "units/u/matrix")] == ["zarr.json"]
+    assert not m.read().any()
+    assert not np.signbit(m.read()).any()
+
+
+def test_creating_an_existing_matrix_keeps_its_shards(store):
+    group = store.unit_group("u")
+    a = np.arange(30.0).reshape(6, 5) + 1
+    fill(TiledMatrix.create(group, "matrix", (6, 5), a.dtype, 2, 2), a, [2, 0])
+    before = snapshot(store.local)
+    m = TiledMatrix.create(RunStore(store.url).unit_group("u"), "matrix", (6, 5), a.dtype, 2, 2)
+    assert snapshot(store.local) == before
+    assert m.missing() == [1]
+    fill(m, a, [1])
+    assert np.array_equal(m.read(), a)
+
+
+def test_what_is_left_of_a_half_deleted_matrix_vouches_for_nothing(store):
+    group = store.unit_group("u")
+    a = np.ones((6, 5))
+    fill(TiledMatrix.create(group, "matrix", (6, 5), a.dtype, 2, 2), a)
+    # a kill inside the deletion of a folder: its files go in any order
+    (store.local / "units/u/matrix_tiles/zarr.json").unlink()
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", (6, 5), a.dtype, 2, 2)
+    assert m.missing() == [0, 1, 2]
+
+
+def test_dropping_a_half_deleted_matrix_leaves_nothing(store):
+    a = np.ones((6, 5))
+    fill(TiledMatrix.create(store.unit_group("u"), "matrix", (6, 5), a.dtype, 2, 2), a)
+    (store.local / "units/u/matrix_tiles/zarr.json").unlink()
+    (store.local / "units/u/matrix/zarr.json").unlink()
+    store.drop("u", "matrix", "never_there")
+    assert files(store.local / "units/u") == [store.local / "units/u/zarr.json"]
+
+
+def test_any_flipped_byte_of_a_matrix_is_told(store):
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((7, 5))
+    a[:4, 2:4] = 0
+    group = store.unit_group("u")
+    fill(TiledMatrix.create(group, "matrix", a.shape, a.dtype, 4, 2), a)
+    chunks = [p for p in files(store.local / "units/u") if p.name != "zarr.json"]
+    assert len(chunks) == 6
+    for path in chunks:
+        good = path.read_bytes()
+        for at in range(len(good)) if len(good) < 60 else {0, 1, len(good) - 1, *range(3, len(good), 7)}:
+            for bit in (0, 7):
+                bad = bytearray(good)
+                bad[at] ^= 1 << bit
+                path.write_bytes(bad)
+                with pytest.raises(DamagedError):
+                    TiledMatrix(group, "matrix").read()
+        for size in (0, 1, len(good) // 2, len(good) - 1):
+            path.write_bytes(good[:size])
+            with pytest.raises(DamagedError):
+                TiledMatrix(group, "matrix").read()
+        path.write_bytes(good)
+    assert np.array_equal(TiledMatrix(group, "matrix").read(), a)
+
+
+def test_a_flipped_byte_in_the_record_of_shards_is_told_when_asked_what_is_missing(store):
+    group = store.unit_group("u")
+    m = TiledMatrix.create(group, "matrix", (4, 4), np.dtype("f8"), 2, 2)
+    fill(m, np.ones((4, 4)))
+    path = next(p for p in files(store.local / "units/u/matrix_tiles") if p.name != "zarr.json")
+    path.write_bytes(bytes([255]) + path.read_bytes()[1:])
+    with pytest.raises(DamagedError):
+        m.missing()
+
+
+@pytest.mark.parametrize("name", ["matrix", "matrix_tiles"])
+def test_a_deleted_file_of_a_recorded_shard_is_told(store, name):
+    group = store.unit_group("u")
+    m = TiledMatrix.create(group, "matrix", (4, 4), np.dtype("f8"), 2, 2)
+    fill(m, np.ones((4, 4)))
+    for path in [p for p in files(store.local / "units/u" / name) if p.name != "zarr.json"]:
+        good = path.read_bytes()
+        path.unlink()
+        with pytest.raises(DamagedError):
+            m.read()
+        path.write_bytes(good)
+
+
+def test_an_incomplete_or_absent_matrix_is_not_read(store):
+    group = store.unit_group("u")
+    m = TiledMatrix.create(group, "matrix", (4, 5), np.dtype("f8"), 2, 2)
+    fill(m, np.ones((4, 5)), [0, 2])
+    with pytest.raises(DamagedError, match="columns 2 to 3: not written"):
+        m.read()
+    with pytest.raises(DamagedError, match="nothing"):
+        TiledMatrix(group, "nothing")
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_writing_and_reading_a_shard_takes_what_is_planned(store, dtype):
+    from stiffcore.plan import _shard_bytes
+
+    k, shard = 1500, 64
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", (k, 3 * shard), np.dtype(dtype), 256, shard)
+    block = np.asfortranarray(np.random.default_rng(0).standard_normal((k, shard)).astype(dtype))
+    fill(m, np.tile(block, 3))
+    states = m._states()
+    tracemalloc.start()
+    m.write(1, block)
+    written = tracemalloc.get_traced_memory()[1] + block.nbytes
+    tracemalloc.reset_peak()
+    m._read_shard(1, states[:, 1])
+    read = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(written, read) <= _shard_bytes(k, shard, block.itemsize)
+
+
+@pytest.mark.parametrize("k", [1, 5, 300, 520])
+@pytest.mark.parametrize("shard", [8, 64])
+def test_a_full_matrix_takes_the_disk_that_is_planned(store, k, shard):
+    from stiffcore.plan import METADATA_BYTES, _stored_bytes
+
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", (k, k), np.dtype("f8"), 256, shard)
+    fill(m, np.ones((k, k)))
+    found = store.stored_bytes("u") - (store.local / "units/u/zarr.json").stat().st_size
+    assert found <= _stored_bytes(k, shard, 8) <= found + METADATA_BYTES
+
+
+def test_orphans_of_killed_writers_are_swept(store):
+    fill(TiledMatrix.create(store.unit_group("u"), "matrix", (4, 4), np.dtype("f8"), 2, 2), np.ones((4, 4)))
+    before = snapshot(store.local)
+    for folder in ("", "units", "units/u/matrix/c/0"):
+        (store.local / folder / f"x.{'0' * 32}.partial").write_bytes(b"half")
+    assert store.sweep() == 3
+    assert snapshot(store.local) == before
+    assert store.sweep() == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(5.0),
+        np.zeros(4),
+        np.array([-0.0, np.nan, np.inf]),
+        np.empty(0, "c8"),
+        np.empty((0, 3, 2), "u1"),
+        np.arange(6, dtype="u1").reshape(1, 2, 3),
+        np.array([1 + 2j, -3j]),
+        np.array([True, False]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_small_arrays_come_back(tmp_path, values, scheme):
+    store = RunStore(f"{scheme}{tmp_path}/run", create=True)
+    dims = tuple(f"d{i}" for i in range(values.ndim))
+    store.put_array("units/u", "a", np.ones(9), ("other",))  # replaced
+    store.put_array("units/u", "a", values, dims)
+    assert same_bits(store.get_array("units/u", "a"), values)
+
+
+@pytest.mark.parametrize("values", [np.arange(1.0, 6.0), np.zeros(5)])
+def test_damage_to_a_small_array_is_told(store, values):
+    store.put_array("units/u", "a", values, ("d",))
+    path = store.local / "units/u/a/c/0"
+    good = path.read_bytes()
+    for at in range(len(good)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        with pytest.raises(DamagedError):
+            store.get_array("units/u", "a")
+    path.write_bytes(b"")
+    with pytest.raises(DamagedError):
+        store.get_array("units/u", "a")
+    path.unlink()
+    with pytest.raises(DamagedError):
+        store.get_array("units/u", "a")
+    for group, name in (("units/u", "b"), ("units", "u"), ("nowhere", "a")):
+        with pytest.raises(DamagedError):
+            store.get_array(group, name)
+
+
+def test_metadata_that_is_not_json_is_told(store):
+    store.put_array("units/u", "a", np.ones(3), ("d",))
+    path = store.local / "units/u/a/zarr.json"
+    good = path.read_bytes()
+    for bad in (b"", good[: len(good) // 2], b"[]", good.replace(b'"shape"', b'"shope"')):
+        path.write_bytes(bad)
+        with pytest.raises(DamagedError):
+            store.get_array("units/u", "a")
+
+
+def foreign_file(path):
+    path.write_text("mine")
+
+
+def foreign_folder(path):
+    path.mkdir()
+    (path / "thesis.tex").write_text("mine")
+
+
+def foreign_group(path):
+    import zarr
+
+    zarr.open_group(str(path), mode="w").create_array("mine", shape=3, dtype="f8")
+
+
+def foreign_array(path):
+    import zarr
+
+    zarr.create_array(str(path), shape=3, dtype="f8")[:] = 1
+
+
+def foreign_empty_group(path):
+    import zarr
+
+    zarr.open_group(str(path), mode="w", attributes={"mine": 1})
+
+
+def foreign_version_2(path):
+    import zarr
+
+    zarr.open_group(str(path), mode="w", zarr_format=2).create_array("mine", shape=3, dtype="f8")
+
+
+def foreign_broken(path):
+    path.mkdir()
+    (path / "zarr.json").write_text("{not json")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        foreign_file,
+        foreign_folder,
+        foreign_group,
+        foreign_array,
+        foreign_empty_group,
+        foreign_version_2,
+        foreign_broken,
+    ],
+)
+@pytest.mark.parametrize("create", [True, False])
+def test_what_is_not_a_run_is_refused_and_not_touched(tmp_path, make, create):
+    path = tmp_path / "theirs"
+    make(path)
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError):
+        RunStore(str(path), create=create)
+    if make is not foreign_folder or create:
+        with pytest.raises(InputError):
+            RunStore.check_new(str(path))
+    assert snapshot(tmp_path) == before
+
+
+def test_looking_at_a_run_that_is_not_there_makes_nothing(tmp_path):
+    for url in (tmp_path / "none", f"file://{tmp_path}/none", tmp_path / "a/b"):
+        with pytest.raises(NoRunError):
+            RunStore(str(url))
+        RunStore.check_new(str(url))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_newer_format_is_refused(store):
+    path = store.local / "zarr.json"
+    text = json.loads(path.read_text())
+    text["attributes"]["stiffcore"] |= {"format": store_module.FORMAT + 1, "version": "99.0"}
+    path.write_text(json.dumps(text))
+    before = snapshot(store.local)
+    for create in (True, False):
+        with pytest.raises(InputError, match=r"newer stiffcore \(99\.0\)"):
+            RunStore(store.url, create=create)
+    assert snapshot(store.local) == before
+
+
+def test_a_run_killed_before_its_header_is_begun_again_from_nothing(tmp_path):
+    url = str(tmp_path / "run")
+    first = RunStore(url, create=True)
+    first.put_array("images", "x", np.ones(3), ("d",))
+    first.update("old-unit", stage="planned")
+    (first.local / "holder.json").write_text("{}")
+    with pytest.raises(NoRunError):
+        RunStore(url)
+    RunStore.check_new(url)
+    again = RunStore(url, create=True)
+    with again.hold():
+        again.sweep()
+        assert again.units() == {}
+        again.update("new-unit", stage="planned")
+        again.header = {"version": "0"}
+        assert again.sweep() == 0
+    assert list(RunStore(url).units()) == ["new-unit"]
+
+
+def test_a_header_written_meanwhile_is_seen_by_the_next_holder(tmp_path):
+    a = RunStore(str(tmp_path / "run"), create=True)
+    b = RunStore(str(tmp_path / "run"), create=True)
+    with a.hold():
+        a.header = {"version": "0"}
+        a.update("u", stage="planned")
+    with b.hold():
+        assert b.header is not None
+        b.sweep()
+        assert list(b.units()) == ["u"]
+
+
+HOLDER = """
+import sys, time
+from stiffcore import store
+store.HEARTBEAT_S = 0.1
+with store.RunStore(sys.argv[1]).hold():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def start(code, *args):
+    process = subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "held"
+    return process
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_second_process_is_told_who_and_a_killed_one_is_no_obstacle(store, scheme):
+    url = scheme + str(store.local)
+    process = start(HOLDER, url)
+    try:
+        other = RunStore(url)
+        assert other.holder()["pid"] == process.pid
+        with pytest.raises(BusyError, match=f"process {process.pid} on "), other.hold():
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody has asked for its exit status
+        assert other.holder() is None
+        with other.hold():
+            assert other.holder()["pid"] == os.getpid()
+        assert other.holder() is None
+    finally:
+        kill(process)
+
+
+def test_holding_the_same_run_twice_in_one_process_is_refused(store):
+    with store.hold(), pytest.raises(BusyError, match=str(os.getpid())), RunStore(store.url).hold():
+        pass
+    with store.hold():
+        pass
+
+
+class TestHeartbeat:
+    @pytest.fixture
+    def url(self, store, monkeypatch):
+        monkeypatch.setattr(store_module, "HEARTBEAT_S", 0.05)
+        monkeypatch.setattr(store_module, "DEAD_AFTER_S", 0.5)
+        return f"file://{store.local}"
+
+    def elsewhere(self, store, **fields):
+        now = time.time()
+        me = {"token": "t", "pid": 1, "host": "elsewhere", "since": now, "heartbeat": now}
+        store._write_json("holder.json", me | fields)
+
+    def test_a_beating_holder_elsewhere_is_respected_and_a_silent_one_is_not(self, url):
+        store = RunStore(url)
+        self.elsewhere(store)
+        assert store.holder()["host"] == "elsewhere"
+        with pytest.raises(BusyError, match="on elsewhere"), store.hold():
+            pass
+        self.elsewhere(store, heartbeat=time.time() - 1)
+        assert store.holder() is None
+        with store.hold():
+            pass
+
+    def test_the_heart_beats(self, url):
+        store = RunStore(url)
+        with store.hold():
+            time.sleep(0.7)
+            assert time.time() - store.holder()["heartbeat"] < 0.5
+            with pytest.raises(BusyError), RunStore(url).hold():
+                pass
+        assert store._read_json("holder.json") is None
+
+    def test_who_was_taken_for_dead_does_not_take_the_run_back(self, url):
+        store = RunStore(url)
+        with store.hold():
+            self.elsewhere(store)
+            time.sleep(0.2)
+            assert store._read_json("holder.json")["host"] == "elsewhere"
+        assert store._read_json("holder.json")["host"] == "elsewhere"
+
+    def test_a_half_written_record_of_a_dead_holder_is_no_obstacle(self, url, store):
+        (store.local / "holder.json").write_text('{"token": "ab')
+        with RunStore(url).hold():
+            pass
+
+
+UPDATER = """
+import sys
+from stiffcore import store
+run = store.RunStore(sys.argv[1])
+print("held", flush=True)
+for i in range(10**9):
+    run.update("u", count=i, text="x" * (i % 5000), double=2 * i)
+"""
+
+
+def test_a_record_is_whole_whenever_its_writer_is_killed(store):
+    store.update("u", kept="yes", count=0, double=0)
+    path = store.local / "units/u/zarr.json"
+    for delay in (0.05, 0.11, 0.17):
+        process = start(UPDATER, str(store.local))
+        end = time.time() + delay
+        while time.time() < end:
+            json.loads(path.read_text())
+        kill(process)
+        record = json.loads(path.read_text())["attributes"]
+        assert record == store.record("u")
+        assert record["double"] == 2 * record["count"]
+        assert record["kept"] == "yes"
+    store.sweep()
+    assert [p for p in files(store.local) if p.name.endswith(".partial")] == []
+
+
+def test_records_are_read_as_they_stand(store):
+    other = RunStore(store.url)
+    assert other.units() == {}
+    store.update("b", stage="planned", n=1)
+    store.update("a", stage="planned")
+    store.update("b", stage="done")
+    assert other.record("b") == {"stage": "done", "n": 1}
+    assert list(other.units()) == ["a", "b"]
+    assert other.stored_bytes("a") > 0
+    assert other.free_bytes() > 0
+
+
+def test_two_writers_add_to_a_record_in_turn(store):
+    other = RunStore(store.url)
+    store.update("u", a=1)
+    other.update("u", b=2)
+    store.update("u", c=3, b=4)
+    assert other.record("u") == {"a": 1, "b": 4, "c": 3}
+
+
+def test_a_run_on_a_url_works_as_one_in_a_folder(tmp_path):
+    url = f"file://{tmp_path}/run"
+    store = RunStore(url, create=True)
+    store.header = {"version": "0"}
+    store.update("u", stage="planned")
+    a = np.eye(9)
+    fill(TiledMatrix.create(store.unit_group("u"), "matrix", (9, 9), a.dtype, 2, 4), a)
+    assert np.array_equal(TiledMatrix(RunStore(url).unit_group("u"), "matrix").read(), a)
+    store.drop("u", "matrix", "never_there")
+    assert RunStore(f"{tmp_path}/run").units() == {"u": {"stage": "planned"}}
+    assert [p.name for p in files(tmp_path / "run/units/u")] == ["zarr.json"]
+    assert store.sweep() == 0
+
+
+def test_xarray_opens_a_unit_with_named_dimensions(store):
+    xarray = pytest.importorskip("xarray")
+    a = np.arange(35.0).reshape(7, 5) + 1
+    fill(TiledMatrix.create(store.unit_group("u"), "matrix", (7, 5), a.dtype, 3, 2), a)
+    store.put_array("units/u", "eigenvalues", np.array([1 + 1j, 1 - 1j]), ("eigenvalue",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = xarray.open_zarr(
+            str(store.local), group="units/u", consolidated=False, chunks=None, mask_and_scale=False
+        )
+        assert found["matrix"].dims == ("row", "column")
+        assert found["matrix_tiles"].dims == ("row_tile", "column_shard")
+        assert found["eigenvalues"].dims == ("eigenvalue",)
+        assert np.array_equal(found["matrix"].values, a)
+        assert np.array_equal(found["eigenvalues"].values, [1 + 1j, 1 - 1j])
