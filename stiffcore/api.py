@@ -65,7 +65,10 @@ def spectrum(
     call: Callable[[Tensor], Tensor] = f
     if isinstance(f, nn.Module):
         torch_dtype = getattr(torch, study.dtype)
-        module = copy.deepcopy(f).to(torch_dtype).eval().requires_grad_(False)
+        try:
+            module = copy.deepcopy(f).to(torch_dtype).eval().requires_grad_(False)
+        except RuntimeError as error:  # ScriptModule, for one
+            raise InputError(f"{type(f).__name__} cannot be copied and cast: {error}; pass a function of it") from error
         call, x = module, x.detach().to(torch_dtype)
     elif x.dtype in (torch.float32, torch.float64):
         study = study.with_options({"dtype": str(x.dtype).removeprefix("torch.")})

@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints."""
 
 import json
+import os
 import signal
 import sys
 import warnings
@@ -27,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Exact, certified eigenvalue spectra of the Jacobians of network blocks; stored, and resumable.",
 )
-out = Console()
+# tables keep their columns in a file or a pipe, where rich would assume 80
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
 err = Console(stderr=True)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
@@ -70,7 +72,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="At most so many units 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        out.print(f"stiffcore {__version__}")
+        _say(out, f"stiffcore {__version__}")
         raise typer.Exit
 
 
@@ -148,7 +150,7 @@ def plan(
         return
     _announce(prepared)
     out.print(tables.plan_table(prepared.plan))
-    out.print(tables.plan_summary(prepared.plan))
+    _say(out, tables.plan_summary(prepared.plan))
 
 
 @app.command()
@@ -160,7 +162,7 @@ def status(run: RunArgument, as_json: Json = False) -> None:
         return
     holder = found.store.holder()
     by = f"being worked on by process {holder['pid']} on {holder['host']}" if holder else "nobody works on it now"
-    out.print(f"{run}: {by}")
+    _say(out, f"{run}: {by}")
     out.print(tables.status_table(found.records()))
 
 
@@ -187,7 +189,12 @@ def export(
         raise InputError(f"--to {to}: there is no folder {to.parent}")
     rows = open_run(run).metrics()
     rows.to_csv(to, index=False, na_rep="nan")
-    out.print(f"{len(rows)} rows in {to}")
+    _say(out, f"{len(rows)} rows in {to}")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a sentence as it is: no markup in names, and no line break inside a path."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
@@ -202,18 +209,19 @@ def _run(url: str, options: dict[str, Any], workers: int | None) -> None:
         with _looking():
             prepared = prepare(url, options, executor, workers=workers)
         _announce(prepared)
-        out.print(tables.plan_summary(prepared.plan))
+        _say(out, tables.plan_summary(prepared.plan))
         show.begin(url, prepared.plan, executor)
         with show.bars:
             run, outcome = carry_out_plan(url, prepared, executor, show.event)
     _show(run)
-    out.print(
+    _say(
+        out,
         f"{outcome.done} spectra in {url}; this session took {tables.seconds(outcome.wall_s)}, "
-        f"peak memory {format_bytes(outcome.peak_bytes)} of {format_bytes(prepared.plan.allowed_bytes)} allowed"
+        f"peak memory {format_bytes(outcome.peak_bytes)} of {format_bytes(prepared.plan.allowed_bytes)} allowed",
     )
     uncertain = [key for key, record in run.records().items() if state_of(record) == "not certified"]
     if uncertain:
-        err.print(f"{len(uncertain)} spectra are NOT certified: {', '.join(uncertain)}", style="bold red")
+        _say(err, f"{len(uncertain)} spectra are NOT certified: {', '.join(uncertain)}", style="bold red")
     if outcome.failed:
         lines = "\n".join(f"  - {key}: {why}" for key, why in outcome.failed.items())
         raise StiffcoreError(f"{len(outcome.failed)} units failed:\n{lines}\n`stiffcore run {url}` tries them again")
@@ -225,18 +233,19 @@ def _show(run: Run) -> None:
     if rows["image"].nunique() > 1:
         out.print(tables.means_table(rows))
     if (rows["zero"] > 0).any():
-        out.print(
+        _say(
+            out,
             "S = max Re / min Re (Eq. 10) is infinite where outputs held at zero by a ReLU are the smallest; "
-            "S active leaves these structural zeros out."
+            "S active leaves these structural zeros out.",
         )
 
 
 def _announce(prepared: Prepared) -> None:
     if prepared.survey:
-        out.print(f"network: {prepared.study.network}, {prepared.survey.description}")
-        out.print(f"weights: {prepared.study.weights}")
-        out.print(f"images: {len(prepared.survey.images['x'])} of {prepared.survey.source}")
-        out.print(f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
+        _say(out, f"network: {prepared.study.network}, {prepared.survey.description}")
+        _say(out, f"weights: {prepared.study.weights}")
+        _say(out, f"images: {len(prepared.survey.images['x'])} of {prepared.survey.source}")
+        _say(out, f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
 
 
 def _print_json(value: Any) -> None:
@@ -269,7 +278,7 @@ def _interruptible(url: str) -> Iterator[None]:
     try:
         yield
     except Interrupted as interrupted:
-        err.print(f"stopped; what is done is kept. To continue: stiffcore run {url}")
+        _say(err, f"stopped; what is done is kept. To continue: stiffcore run {url}")
         raise typer.Exit(128 + interrupted.signum) from None
     finally:
         for number, handler in before.items():
@@ -318,7 +327,7 @@ class _Progress:
                 self.bars.remove_task(self._tasks.pop(key))
             self._report(key, event)
         elif stage in ("restarted", "fallback"):
-            err.print(f"{key}: {stage}: {event['note']}")
+            _say(err, f"{key}: {stage}: {event['note']}")
         elif key in self._tasks:
             # a stage that cannot be counted pulses
             total = event["total"] if event["total"] > 1 else None
@@ -326,14 +335,15 @@ class _Progress:
 
     def _report(self, key: str, event: Event) -> None:
         if event["stage"] == "failed":
-            err.print(f"{key} failed: {event['note']}", style="bold red")
+            _say(err, f"{key} failed: {event['note']}", style="bold red")
             return
         spectrum = open_run(self._url).stored(key)
         m, c = spectrum.metrics, spectrum.certificate
-        verdict = "certified" if c.passed else "[bold red]NOT certified[/]"
-        err.print(
+        verdict = "certified" if c.passed else "NOT certified"
+        _say(
+            err,
             f"{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, S active {m['S_active']:.7g} "
-            f"+- {c.s_active_error:.1e}, Re<0 {100 * m['negative']:.3f} %, {verdict}"
+            f"+- {c.s_active_error:.1e}, Re<0 {100 * m['negative']:.3f} %, {verdict}",
         )
 
 
@@ -343,5 +353,5 @@ def main() -> None:
     try:
         app()
     except StiffcoreError as error:
-        err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _say(err, f"error: {error}")
         sys.exit(error.exit_code)

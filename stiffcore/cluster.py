@@ -13,8 +13,14 @@ from stiffcore.errors import StiffcoreError
 
 Event = dict[str, Any]
 TOPIC = "stiffcore"
-# Libraries that each allocate a pool of threads per process, unless told not to before they are imported.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# For the process that workers are forked from: libraries that each allocate a pool of threads, unless told not to
+# before they are imported; and Python's resource tracker, which warns of what a killed worker could not give back.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
+}
 
 
 class Executor(Protocol):
@@ -135,10 +141,10 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
         "distributed.admin.low-level-log-length": 1000,
         "logging": {"distributed": "error"},
     }
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
     with dask.config.set(settings):
         get_mp_context().set_forkserver_preload(["distributed", "stiffcore.preload"])
-        os.environ.update(ONE_THREAD)
+        os.environ.update(ENVIRONMENT)
         try:
             cluster = LocalCluster(
                 n_workers=1,

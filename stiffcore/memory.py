@@ -83,9 +83,14 @@ def keep_freed_pages() -> None:
         mallopt(mmap_threshold, 64 << 20)
 
 
-def release_free_memory() -> None:
-    """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB for later use."""
-    gc.collect()
+def release_free_memory(*, cycles: bool = False) -> None:
+    """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB for later use.
+
+    Args:
+        cycles: free what only refers to itself first, as traced graphs do; takes 0.2 s with torch's objects around.
+    """
+    if cycles:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -155,7 +155,14 @@ class Machine:
     flops_per_s: float
 
 
-def make_plan(units: Iterable[Unit], study: Study, machine: Machine, *, workers: int | None = None) -> Plan:
+def make_plan(
+    units: Iterable[Unit],
+    study: Study,
+    machine: Machine,
+    *,
+    workers: int | None = None,
+    begun: Mapping[str, UnitPlan] | None = None,
+) -> Plan:
     """Plan all units: each one's solver, chunk and bytes, and how many run side by side.
 
     A unit starts when what is projected for all that run then stays within `Plan.data_bytes`.
@@ -165,11 +172,12 @@ def make_plan(units: Iterable[Unit], study: Study, machine: Machine, *, workers:
         study: for the budget, the dtype and what is kept.
         machine: what there is.
         workers: at most so many; None: one a core. Never more than there are units, nor than memory allows.
+        begun: by key, the plans of units that are under way: their chunks and shards are on disk, so they stay.
     """
     units = list(units)
     allowed = study.memory or default_allowed_bytes()
     single = allowed - machine.reserved_bytes
-    plans = [_plan_unit(u, study, machine, single) for u in units]
+    plans = [(begun or {}).get(u.key) or _plan_unit(u, study, machine, single) for u in units]
     plans.sort(key=lambda p: (p.works, p.seconds))
     busy = [p for p in plans if p.works]
     count = _workers(busy, machine, single, workers or machine.cores)

@@ -13,12 +13,12 @@ import psutil
 
 from stiffcore.cluster import Event, Executor
 from stiffcore.eigen.dense import sort_eigenvalues
-from stiffcore.errors import InputError, NoRunError, StiffcoreError
+from stiffcore.errors import DamagedError, InputError, NoRunError, StiffcoreError
 from stiffcore.memory import PeakMeter, own_bytes, tree_bytes
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan
 from stiffcore.spectra import Certificate, Spectrum
-from stiffcore.store import RunStore
-from stiffcore.study import Study, Survey, Unit, versions
+from stiffcore.store import SCRATCH, RunStore
+from stiffcore.study import Keep, Study, Survey, Unit, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -279,10 +279,8 @@ def _plan(
         device_bytes=device_bytes,
         flops_per_s=_product_rate(),
     )
-    plan = make_plan(facts, study, machine, workers=None if pids else 1)
-    begun = {k: r["plan"] for k, r in units.items() if "made_with" in r}
-    kept = [UnitPlan.from_json(p.unit, begun[p.unit.key]) if p.unit.key in begun else p for p in plan.units]
-    return Plan(**{**plan.__dict__, "units": tuple(kept)})
+    begun = {u.key: UnitPlan.from_json(u, units[u.key]["plan"]) for u in facts if "made_with" in units.get(u.key, {})}
+    return make_plan(facts, study, machine, workers=None if pids else 1, begun=begun)
 
 
 def _product_rate(order: int = 512) -> float:
@@ -352,6 +350,10 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
 
 def _work(store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any) -> dict[str, str]:
     records = store.units()
+    for key, record in records.items():
+        if record["stage"] == "done":
+            _settle(store, key, record, prepared.study, on_event)
+    records = store.units()
     threads = (store.header or {})["threads"]
     pending = [p for p in prepared.plan.units if p.works and records[p.unit.key]["stage"] != "done"]
     for plan in pending:
@@ -388,6 +390,21 @@ def _work(store: RunStore, prepared: Prepared, executor: Executor, on_event: OnE
                 }
             )
     return failed
+
+
+def _settle(store: RunStore, key: str, record: Mapping[str, Any], study: Study, on_event: OnEvent) -> None:
+    """A unit that is done must have a readable spectrum, else it is made again; what a killed session left goes."""
+    try:
+        whole = len(store.get_array(f"units/{key}", "eigenvalues")) == record["k"]
+    except DamagedError:
+        whole = False
+    if not whole:
+        store.update(key, stage="planned")
+        store.drop(key, *SCRATCH, "eigenvalues")
+        note = "its stored eigenvalues are damaged: they are computed again"
+        on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
+    elif study.keep is Keep.SPECTRA:
+        store.drop(key, *SCRATCH)
 
 
 def _carry_out(url: str, key: str, threads: int, module: Any, emit: OnEvent) -> str:

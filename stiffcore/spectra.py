@@ -15,7 +15,8 @@ class Certified:
 
     Attributes:
         value: the eigenvalue of J as stored.
-        residual: `|J u - l u|` for the unit eigenvector u lifted to the input space, by jvp.
+        residual: the smaller of `|J u - l u|` and `|v^T J - l v^T|`, u and v the unit eigenvectors lifted to the input
+            space, by jvp and vjp of the original function. Either bounds the change of J that makes l exact.
         condition: `|u| |v| / |v^H u|`, v the left eigenvector: how far l moves per unit perturbation of J.
         error: estimate of the eigenvalue's error, see `stiffcore.eigen.certificate`.
         converged: whether inverse iteration found both eigenvectors.
@@ -41,7 +42,7 @@ class Certificate:
         s_error: error estimate of S; inf where min Re is within its error of zero.
         s_active_error: error estimate of S_active.
         near_axis: how many computed eigenvalues have |Re| within `axis_error` of zero: their sign is not known.
-        axis_error: the distance used for `near_axis`.
+        axis_error: the distance used for `near_axis`: the largest error among the certified eigenvalues nearest Re = 0.
         failures: one line for each check that failed; empty where all passed.
     """
 

@@ -39,6 +39,8 @@ from zarr.storage import FsspecStore, LocalStore
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
 
 FORMAT = 1
+# Arrays of a unit that are not needed once its spectrum is certified.
+SCRATCH = ("matrix", "hessenberg", "tau", "scale")
 HEARTBEAT_S = 15.0
 DEAD_AFTER_S = 60.0
 

@@ -6,7 +6,8 @@ begins from what the store holds and writes its arrays first, its record last; k
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -21,13 +22,14 @@ from stiffcore.errors import DamagedError, StiffcoreError
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.memory import release_free_memory
 from stiffcore.plan import TILE_ROWS, Solver
-from stiffcore.store import RunStore, TiledMatrix
+from stiffcore.store import SCRATCH, RunStore, TiledMatrix
 from stiffcore.study import BlockFunction, Keep, Study, versions
 from stiffcore.survey import image_input, open_network, reduction_of
 
 Emit = Callable[[dict[str, Any]], None]
 Opener = Callable[[RunStore, dict[str, Any], str], Reduction]
-SCRATCH = ("matrix", "hessenberg", "tau", "scale")
+# From this order on, the memory of a unit matters more than the 0.2 s that finding all of it takes.
+LARGE_ORDER = 1000
 STAGES = ("planned", "built", "reduced", "solved", "done")
 
 
@@ -156,8 +158,10 @@ def _restart_if_foreign(run: UnitRun) -> None:
 
 
 def _build(run: UnitRun) -> dict[str, Any]:
-    matrix, chunk = run.matrix("matrix"), run.record["plan"]["chunk"]
-    for shard in matrix.missing():
+    with _undoing(run, "planned", "matrix"):
+        matrix, chunk = run.matrix("matrix"), run.record["plan"]["chunk"]
+        missing = matrix.missing()
+    for shard in missing:
         start, stop = matrix.columns(shard)
         block = np.empty((matrix.shape[0], stop - start), dtype=run.dtype, order="F")
         for at in range(start, stop, chunk):
@@ -170,20 +174,26 @@ def _build(run: UnitRun) -> dict[str, Any]:
     return {}
 
 
-def _read(run: UnitRun, name: str, stage: str, earlier: str) -> np.ndarray:
-    """A stored matrix; where it is damaged, the stage that made it is undone, so that the next run makes it again."""
+@contextmanager
+def _undoing(run: UnitRun, stage: str, *names: str) -> Iterator[None]:
+    """Where what is read is damaged, drop it and go back to the stage before, so that the next run makes it again."""
     try:
-        return run.matrix(name).read()
+        yield
     except DamagedError:
-        run.store.update(run.key, stage=earlier)
-        run.store.drop(run.key, name)
+        run.store.update(run.key, stage=stage)
+        run.store.drop(run.key, *names)
         raise
+
+
+def _read_matrix(run: UnitRun) -> np.ndarray:
+    with _undoing(run, "planned", "matrix"):
+        return run.matrix("matrix").read()
 
 
 def _reduce(run: UnitRun) -> dict[str, Any]:
     run.__dict__.pop("reduction", None)  # its tensors are not needed until the certificate
-    release_free_memory()
-    a = _read(run, "matrix", "built", "planned")
+    release_free_memory(cycles=run.record["k"] >= LARGE_ORDER)
+    a = _read_matrix(run)
     moments = certificate.matrix_moments(a)
     h = dense.to_hessenberg(a)
     target = run.matrix("hessenberg")
@@ -198,13 +208,14 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
 
 def _hessenberg(run: UnitRun) -> dense.Hessenberg:
     where = f"units/{run.key}"
-    return dense.Hessenberg(
-        a=_read(run, "hessenberg", "reduced", "built"),
-        tau=run.store.get_array(where, "tau"),
-        scale=run.store.get_array(where, "scale"),
-        ilo=run.record["ilo"],
-        ihi=run.record["ihi"],
-    )
+    with _undoing(run, "built", "hessenberg", "tau", "scale"):
+        return dense.Hessenberg(
+            a=run.matrix("hessenberg").read(),
+            tau=run.store.get_array(where, "tau"),
+            scale=run.store.get_array(where, "scale"),
+            ilo=run.record["ilo"],
+            ihi=run.record["ihi"],
+        )
 
 
 def _solve(run: UnitRun) -> dict[str, Any]:
@@ -212,7 +223,7 @@ def _solve(run: UnitRun) -> dict[str, Any]:
 
 
 def _solve_on_device(run: UnitRun) -> dict[str, Any]:
-    a = _read(run, "matrix", "built", "planned")
+    a = _read_matrix(run)
     moments = certificate.matrix_moments(a)
     try:
         values = device.device_eigenvalues(a, run.device)
@@ -240,12 +251,13 @@ def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
 
 
 def _certify(run: UnitRun) -> dict[str, Any]:
-    values = run.store.get_array(f"units/{run.key}", "eigenvalues")
+    with _undoing(run, "built" if run.device == "cuda" else "reduced", "eigenvalues"):
+        values = run.store.get_array(f"units/{run.key}", "eigenvalues")
     chosen = certificate.select(values, run.reduction.shift)
     vectors = None
     if len(values):
         if run.device == "cuda":
-            vectors = device.device_eigenvectors(_read(run, "matrix", "built", "planned"), values[chosen], run.device)
+            vectors = device.device_eigenvectors(_read_matrix(run), values[chosen], run.device)
         else:
             vectors = dense.hessenberg_eigenvectors(_hessenberg(run), values[chosen])
     moments = certificate.Moments(**run.record["moments"])

@@ -219,7 +219,11 @@ def test_killed_at_each_event_in_turn_a_run_ends_with_the_same_bytes(small):
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         sessions += 1
         assert sessions < 3 * events
-        assert {state_of(r) for r in stiffcore.open_run(str(small / "run")).records().values()} <= {"done", "under way", "planned"}
+        assert {state_of(r) for r in stiffcore.open_run(str(small / "run")).records().values()} <= {
+            "done",
+            "under way",
+            "planned",
+        }
     assert sessions >= 4
     assert spectra_bytes(small / "run") == expected
 

@@ -47,6 +47,6 @@ def use_products(node: fx.Node) -> bool:
 
 
 def products_items(x: tuple[int, ...], out: tuple[int, ...], padding: list[int]) -> int:
-    """Numbers held besides input and output: the padded input, one tap's slice of it and its product."""
+    """Numbers held besides input and output: the padded input, one tap's slice of it, its product, and the last sum."""
     padded = x[1] * (x[2] + 2 * padding[0]) * (x[3] + 2 * padding[1])
-    return padded + x[1] * out[2] * out[3] + out[1] * out[2] * out[3]
+    return padded + x[1] * out[2] * out[3] + 2 * out[1] * out[2] * out[3]
