@@ -21,7 +21,7 @@ from stiffcore.run import Run, carry_out_plan, prepare, stored_spectrum
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore
 from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Study, unit_key
-from stiffcore.survey import network_bytes_of, unit_facts
+from stiffcore.survey import unit_facts
 from stiffcore.unit import carry_out
 
 
@@ -84,8 +84,7 @@ def spectrum(
         "block": label,
         "function": chosen,
     }
-    size = network_bytes_of(f) if isinstance(f, nn.Module) else 0
-    unit = unit_facts(reduction, common | {"kind": Kind.MATRIX, "network_bytes": size, "fingerprint": ""})
+    unit = unit_facts(reduction, common | {"kind": Kind.MATRIX, "fingerprint": ""})
     machine = Machine(torch.get_num_threads(), tree_bytes(), 0, None, 1e10)
     plan = make_plan([unit], study, machine, workers=1)
     check_budget(plan)

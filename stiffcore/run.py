@@ -12,9 +12,8 @@ import numpy as np
 import psutil
 
 from stiffcore.cluster import Event, Executor
-from stiffcore.eigen.dense import sort_eigenvalues
 from stiffcore.errors import DamagedError, InputError, NoRunError, StiffcoreError
-from stiffcore.memory import PeakMeter, own_bytes, tree_bytes
+from stiffcore.memory import PeakMeter, own_bytes, release_free_memory, tree_bytes
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan
 from stiffcore.spectra import Certificate, Spectrum
 from stiffcore.store import SCRATCH, RunStore
@@ -148,8 +147,10 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
     """
     record = store.record(key)
     values = store.get_array(f"units/{key}", "eigenvalues")
+    if len(values) != record["k"]:
+        raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {record['k']}")
     return Spectrum(
-        computed=sort_eigenvalues(values + values.dtype.type(record["shift"])),
+        computed=values,
         ones=record["ones"],
         zeros=record["zeros"],
         kind=record["kind"],
@@ -253,7 +254,9 @@ def _short(value: Any) -> str:
 def _survey(study: Study, module: Any, images: Any, emit: OnEvent) -> Survey:
     from stiffcore.survey import survey
 
-    return survey(study, module, images)
+    found = survey(study, module, images)
+    release_free_memory(cycles=True)  # what this process holds from here on is reserved
+    return found
 
 
 def _device(study: Study, emit: OnEvent) -> int | None:
@@ -352,7 +355,7 @@ def _work(store: RunStore, prepared: Prepared, executor: Executor, on_event: OnE
     records = store.units()
     for key, record in records.items():
         if record["stage"] == "done":
-            _settle(store, key, record, prepared.study, on_event)
+            _settle(store, key, prepared.study, on_event)
     records = store.units()
     threads = (store.header or {})["threads"]
     pending = [p for p in prepared.plan.units if p.works and records[p.unit.key]["stage"] != "done"]
@@ -392,18 +395,17 @@ def _work(store: RunStore, prepared: Prepared, executor: Executor, on_event: OnE
     return failed
 
 
-def _settle(store: RunStore, key: str, record: Mapping[str, Any], study: Study, on_event: OnEvent) -> None:
+def _settle(store: RunStore, key: str, study: Study, on_event: OnEvent) -> None:
     """A unit that is done must have a readable spectrum, else it is made again; what a killed session left goes."""
     try:
-        whole = len(store.get_array(f"units/{key}", "eigenvalues")) == record["k"]
+        stored_spectrum(store, key)
     except DamagedError:
-        whole = False
-    if not whole:
         store.update(key, stage="planned")
         store.drop(key, *SCRATCH, "eigenvalues")
         note = "its stored eigenvalues are damaged: they are computed again"
         on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
-    elif study.keep is Keep.SPECTRA:
+        return
+    if study.keep is Keep.SPECTRA:
         store.drop(key, *SCRATCH)
 
 

@@ -7,7 +7,7 @@ Layout:
     RUN/images/{x,y,index,...}         the inputs
     RUN/units/UNIT/zarr.json           attributes: the unit's record, its stage among it
     RUN/units/UNIT/{matrix,hessenberg} (k, k), while needed; beside each, NAME_tiles says what is written
-    RUN/units/UNIT/eigenvalues         (k,) complex, the computed ones
+    RUN/units/UNIT/eigenvalues         (k,) complex, the computed ones of J; the exact ones and zeros are attributes
 
 Nothing is inferred from files. A matrix's column shard is done when its column in NAME_tiles says so, written
 after the shard; a stage is done when the unit's record says so, written after its arrays.
@@ -40,7 +40,7 @@ from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
 
 FORMAT = 1
 # Arrays of a unit that are not needed once its spectrum is certified.
-SCRATCH = ("matrix", "hessenberg", "tau", "scale")
+SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues")
 HEARTBEAT_S = 15.0
 DEAD_AFTER_S = 60.0
 
@@ -295,8 +295,10 @@ class RunStore:
             return {}
         return {key: dict(group.attrs) for key, group in sorted(self.root["units"].groups())}  # type: ignore[union-attr]
 
-    def put_array(self, group: str, name: str, values: np.ndarray, dims: tuple[str, ...]) -> None:
-        """Write a small array whole, with a checksum, replacing one of that name."""
+    def put_array(
+        self, group: str, name: str, values: np.ndarray, dims: tuple[str, ...], **attributes: str | int
+    ) -> None:
+        """Write a small array whole, with a checksum, replacing one of that name; attributes are for its readers."""
         array = self.root.require_group(group).create_array(
             name,
             shape=values.shape,
@@ -305,6 +307,7 @@ class RunStore:
             compressors=(Crc32cCodec(),),
             filters=None,
             dimension_names=dims,
+            attributes=dict(attributes),
             overwrite=True,
             config={"write_empty_chunks": True},
         )

@@ -209,7 +209,8 @@ class Unit(BaseModel):
         reason: why, in one line.
         column_items: numbers alive at once while one column is computed.
         column_s: seconds a column took when tried.
-        network_bytes: parameters and buffers of the network.
+        kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
+        network_bytes: parameters and buffers of the network, and the checkpoint that it is read from.
         fingerprint: sha256 of all that decides the result.
     """
 
@@ -230,6 +231,7 @@ class Unit(BaseModel):
     route: str
     reason: str
     column_items: int = 0
+    kernel_items: int = 0
     column_s: float = 0.0
     network_bytes: int = 0
     fingerprint: str

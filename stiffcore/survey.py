@@ -47,7 +47,8 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
         "dtype": str(study.dtype),
     }
     digests = [images.digest(i) for i in range(len(images))]
-    network_bytes = network_bytes_of(network.module)
+    checkpoint = Path(network.weights)
+    network_bytes = _bytes_of(network.module) + (checkpoint.stat().st_size if checkpoint.is_file() else 0)
     units: list[Unit] = []
     predictions, losses = [], []
     for i, x in enumerate(inputs):
@@ -179,6 +180,7 @@ def unit_facts(reduction: Reduction, common: dict[str, Any]) -> Unit:
         route=reduction.route,
         reason=reduction.reason,
         column_items=reduction.column_items,
+        kernel_items=reduction.kernel_items,
         column_s=_column_seconds(reduction),
     )
 
@@ -192,8 +194,7 @@ def _column_seconds(reduction: Reduction) -> float:
     return (time.perf_counter() - start) / columns
 
 
-def network_bytes_of(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
+def _bytes_of(module: nn.Module) -> int:
 
     def tensors() -> Iterator[torch.Tensor]:
         yield from module.parameters()

@@ -1,8 +1,8 @@
 """One unit, from its plan to its certified spectrum, in stages that each leave the store whole.
 
-Stages, as the unit's record names the last one done: `planned`, `built` (matrix in the store), `reduced`
-(Hessenberg form in the store), `solved` (eigenvalues in the store), `done` (certificate in the record). A stage
-begins from what the store holds and writes its arrays first, its record last; killed anywhere, it is begun again.
+Stages, as the unit's record names the last one done: `planned`, `built` (matrix in the store), `reduced` (Hessenberg
+form in the store), `solved` (its eigenvalues in the store), `done` (those of J, and the certificate). A stage begins
+from what the store holds and writes its arrays first, its record last; killed anywhere, it is begun again.
 """
 
 import time
@@ -151,7 +151,7 @@ def _restart_if_foreign(run: UnitRun) -> None:
         return
     if made_with is not None:
         run.store.update(run.key, stage="planned", seconds={})
-        run.store.drop(run.key, *SCRATCH, "eigenvalues")
+        run.store.drop(run.key, *SCRATCH)
         run.emit({"unit": run.key, "stage": "restarted", "done": 0, "total": 1, "note": f"begun by {made_with}"})
     run.store.update(run.key, made_with=now)
     run.record = run.store.record(run.key)
@@ -246,13 +246,14 @@ def _solve_nothing(run: UnitRun) -> dict[str, Any]:
 
 
 def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
-    run.store.put_array(f"units/{run.key}", "eigenvalues", values, ("eigenvalue",))
+    run.store.put_array(f"units/{run.key}", "reduced_eigenvalues", values, ("eigenvalue",))
     return {}
 
 
 def _certify(run: UnitRun) -> dict[str, Any]:
-    with _undoing(run, "built" if run.device == "cuda" else "reduced", "eigenvalues"):
-        values = run.store.get_array(f"units/{run.key}", "eigenvalues")
+    where = f"units/{run.key}"
+    with _undoing(run, "built" if run.device == "cuda" else "reduced", "reduced_eigenvalues"):
+        values = run.store.get_array(where, "reduced_eigenvalues")
     chosen = certificate.select(values, run.reduction.shift)
     vectors = None
     if len(values):
@@ -262,4 +263,14 @@ def _certify(run: UnitRun) -> dict[str, Any]:
             vectors = dense.hessenberg_eigenvectors(_hessenberg(run), values[chosen])
     moments = certificate.Moments(**run.record["moments"])
     found = certificate.certify(run.reduction, values, chosen, vectors, moments)
+    run.store.put_array(
+        where,
+        "eigenvalues",
+        dense.sort_eigenvalues(values + values.dtype.type(run.reduction.shift)),
+        ("eigenvalue",),
+        long_name="computed eigenvalues of the Jacobian",
+        order="ascending real part, then imaginary part",
+        exact_ones=run.record["ones"],
+        exact_zeros=run.record["zeros"],
+    )
     return {"certificate": found.to_json(), "shift": run.reduction.shift}

@@ -72,6 +72,12 @@ class FunctionGraph:
             node.meta = {"shape": _shape(node.meta.get("val"))}
 
     @cached_property
+    def kernel_items(self) -> int:
+        """Numbers in the largest constant: products copy, transpose and pack such a kernel, whatever the chunk."""
+        shapes = [n.meta["shape"] for n in self.module.graph.nodes if n.op == "get_attr" and _is_tensor(n)]
+        return max((math.prod(shape) for shape in shapes), default=0)
+
+    @cached_property
     def dependent(self) -> frozenset[fx.Node]:
         """The nodes that depend on the input."""
         found = {self.input}

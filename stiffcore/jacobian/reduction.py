@@ -68,6 +68,7 @@ class Reduction:
         reason: one line for people: why this route, and what it rests on.
         check: largest relative difference from J on random tangents.
         column_items: numbers alive at once while one column is computed.
+        kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
         head: V, input to waist (waist route only).
         tail: U, waist to sum (waist route only).
         mask: (n,) bool, S (waist route with shift only).
@@ -82,6 +83,7 @@ class Reduction:
     reason: str
     check: float
     column_items: int
+    kernel_items: int
     head: Linearisation | None = None
     tail: Linearisation | None = None
     mask: Tensor | None = None
@@ -336,6 +338,7 @@ def _from_waist(
         reason=f"waist of {waist.size} units ({waist.node.name}), {k} active; {skip}",
         check=_difference(reduced, jacobian.jvp(tangents)),
         column_items=max(live_items(into), live_items(out)) + waist.size + n,
+        kernel_items=graph.kernel_items,
         head=head,
         tail=tail,
         mask=mask,
@@ -361,6 +364,7 @@ def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slop
         reason=f"active outputs, {len(index)} of {jacobian.n}: {why}",
         check=check,
         column_items=_function_items(jacobian, graph),
+        kernel_items=0 if graph is None else graph.kernel_items,
     )
 
 
@@ -375,6 +379,7 @@ def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> 
         reason=reason,
         check=0.0,
         column_items=_function_items(jacobian, graph),
+        kernel_items=0 if graph is None else graph.kernel_items,
     )
 
 

@@ -45,11 +45,7 @@ def capture(network: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[dict[s
     """
     modules = dict(network.named_modules())
     refuse(f"the network has no module {name!r}" for name in names if name not in modules)
-    try:
-        calls, output = _watch(network, x, {name: modules[name] for name in names})
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"the network does not take an image of shape {tuple(x.shape)}: {reason}") from error
+    calls, output = _watch(network, x, {name: modules[name] for name in names})
     problems = []
     for name, found in calls.items():
         if len(found) != 1:
@@ -77,6 +73,9 @@ def residual_blocks(network: nn.Module, x: Tensor, is_residual: Callable[[Callab
         network: in eval mode.
         x: one image, with its batch axis.
         is_residual: tells it of a function at a point.
+
+    Raises:
+        InputError: where the network does not take the image.
     """
     inner = {
         name: module
@@ -108,6 +107,9 @@ def _watch(
     try:
         with differentiable_kernels():
             return calls, network(x.clone())  # a network may work in place on its image
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"the network does not take an image of shape {tuple(x.shape)}: {reason}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,96 @@
+"""The command line says what it does, prints what programs can read, and refuses in one message."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from stiffcore.cli import app
+from tests.test_run import OPTIONS, execute, small  # noqa: F401 - small is a fixture
+
+
+def command(*args, cwd):
+    program = [sys.executable, "-c", "from stiffcore.cli import main; main()", *map(str, args)]
+    return subprocess.run(program, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["run", "plan", "status", "show", "export", "demo"])
+def test_every_command_has_help(name):
+    found = CliRunner().invoke(app, [name, "--help"])
+    assert found.exit_code == 0
+    assert len(found.output.splitlines()) > 8
+
+
+def test_plan_run_status_show_and_export_agree(small):  # noqa: F811
+    options = ["--network", "smallnet:make", "--images", "six.npz", "--index", "3", "--normalize", "none"]
+    planned = command("plan", "run", *options, "--json", cwd=small)
+    assert planned.returncode == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert not (small / "run").exists()
+    assert all(isinstance(v, int) for k, v in plan.items() if k.endswith("_bytes"))
+    assert [u["solver"] for u in plan["units"]] == ["host-dense"] * 4
+    ran = command("run", "run", *options, "--memory", "4GiB", cwd=small)
+    assert ran.returncode == 0, ran.stderr
+    assert "normalisation: none" in ran.stdout
+    assert ran.stderr.count("certified") == 4
+    assert "Traceback" not in ran.stderr
+    status = json.loads(command("status", "run", "--json", cwd=small).stdout)
+    assert [u["state"] for u in status["units"]] == ["done"] * 4
+    assert status["holder"] is None
+    rows = json.loads(command("show", "run", "--json", cwd=small).stdout)
+    assert {r["block"]: r["k"] for r in rows} == {u["block"]: u["k"] for u in plan["units"]}
+    assert all(r["label"] == 3 and r["certified"] for r in rows)
+    assert all(r["S"] == "infinite" for r in rows if r["zeros"] and r["negative"] == 0)
+    assert command("export", "run", "--to", "metrics.csv", cwd=small).returncode == 0
+    with (small / "metrics.csv").open() as file:
+        exported = list(csv.DictReader(file))
+    assert [float(e["S_active"]) for e in exported] == pytest.approx([r["S_active"] for r in rows])
+    again = command("export", "run", "--to", "metrics.csv", cwd=small)
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+
+
+def test_tables_show_blocks_without_spectrum_as_dashes(small, monkeypatch):  # noqa: F811
+    execute(small / "run", OPTIONS | {"blocks": "down,layer2.2", "functions": "block"})
+    found = CliRunner().invoke(app, ["show", str(small / "run")])
+    line = next(line for line in found.output.splitlines() if "down" in line)
+    assert "no spectrum" in line
+    assert not any(part.strip().replace(".", "").isdigit() for part in line.split("│")[4:-2])
+
+
+def test_many_images_get_a_table_of_means(small):  # noqa: F811
+    execute(small / "run", OPTIONS | {"count": 3, "blocks": "4"})
+    found = CliRunner().invoke(app, ["show", str(small / "run")])
+    assert "Mean over images" in found.output
+    assert json.loads(CliRunner().invoke(app, ["show", str(small / "run"), "--json"]).output)[0]["n"] == 36
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["show", "nowhere"], ["there is no run", "stiffcore run"]),
+        (["status", "."], ["no run"]),
+        (["run", "new", "--network", "resnet18", "--blocks", "7.7", "--memory", "4GiB"], ["'7.7'", "1 layer1.0"]),
+        (["run", "new", "--dtype", "half", "--device", "tpu"], ["--dtype", "--device"]),
+        (["run", "new", "--network", "resnet34"], ["resnet34", "--weights"]),
+        (["export", "nowhere", "--to", "x.doc"], [".csv"]),
+        (["run", "new", "--colour", "red"], ["--colour"]),
+    ],
+)
+def test_wrong_input_ends_with_one_message_and_code_2(small, args, parts):  # noqa: F811
+    found = command(*args, cwd=small)
+    assert found.returncode == 2
+    assert all(part in found.stderr for part in parts), found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (small / "new").exists()
+
+
+def test_images_of_the_wrong_shape_are_refused_by_the_network(small):  # noqa: F811
+    np.savez(small / "big.npz", x=np.zeros((1, 9, 9, 3), np.uint8), y=np.zeros(1, int))
+    found = command("run", "new", "--network", "smallnet:make", "--images", "big.npz", cwd=small)
+    assert found.returncode == 2
+    assert "(1, 3, 9, 9)" in found.stderr

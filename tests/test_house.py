@@ -1,0 +1,80 @@
+"""The house in order: linter and type checker are clean, and no module imports from a later stage."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# The way of the data; a module may import from its own line and those above it.
+STAGES = [
+    ["version", "errors"],
+    ["memory", "metrics"],
+    ["study", "spectra"],
+    ["jacobian"],
+    ["networks"],
+    ["eigen"],
+    ["store", "plan", "survey"],
+    ["unit", "cluster"],
+    ["run", "preload"],
+    ["api", "report"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(STAGES) for name in names}
+MODULES = sorted(
+    p for p in (ROOT / "stiffcore").rglob("*.py") if p.parent != ROOT / "stiffcore" or p.stem != "__init__"
+)
+
+
+def stage(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "stiffcore")
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_module_imports_from_a_later_stage(path):
+    own = LEVEL[path.relative_to(ROOT / "stiffcore").with_suffix("").parts[0]]
+    inside = [m for m in imports(path) if m.startswith("stiffcore.")]
+    assert [m for m in inside if LEVEL[stage(m)] > own] == []
+
+
+@pytest.mark.parametrize(
+    ("library", "home"), [("zarr", "store.py"), ("dask", "cluster.py"), ("distributed", "cluster.py")]
+)
+def test_a_library_with_one_place_is_imported_there_only(library, home):
+    users = [p.name for p in MODULES if any(re.match(rf"{library}(\.|$)", m) for m in imports(p))]
+    assert users == [home]
+
+
+def test_the_command_line_does_not_load_torch():
+    code = "import sys, stiffcore.cli; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=lambda c: " ".join(c)
+)
+def test_linter_formatter_and_type_checker_find_nothing(command):
+    found = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_versions_agree():
+    import stiffcore
+
+    assert f"version: {stiffcore.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {stiffcore.__version__}" in (ROOT / "CHANGELOG.md").read_text()

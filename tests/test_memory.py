@@ -1,0 +1,72 @@
+"""What a unit holds at its peak is at most what its plan projected, and the projection at most twice that."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
+
+# Like a worker: the libraries loaded, the network looked at and let go; then one unit, at its peak.
+UNIT = """
+import json, sys
+import stiffcore.preload
+from stiffcore.cluster import InProcess
+from stiffcore.memory import release_free_memory
+from stiffcore.run import prepare, carry_out_plan
+url, network, block, dtype, memory = sys.argv[1:]
+
+def status(name):
+    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(name))
+
+executor = InProcess(lambda event: None)
+prepared = prepare(url, dict(network=network, blocks=block, dtype=dtype, memory=memory), executor)
+[unit] = prepared.plan.units
+release_free_memory(cycles=True)
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = status("VmRSS")
+_, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
+assert not outcome.failed, outcome.failed
+print(json.dumps(dict(projected=unit.projected_bytes, measured=status("VmHWM") - before, stages=unit.stages)))
+"""
+
+
+def peak_of_unit(folder, network, block, dtype, memory):
+    args = [sys.executable, "-W", "ignore", "-c", UNIT, str(folder / "run"), network, block, dtype, memory]
+    found = subprocess.run(args, capture_output=True, text=True, check=False, timeout=900)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+def assert_projected(found):
+    shown = {name: f"{value / 2**20:.1f} MiB" for name, value in found.items() if name != "stages"}
+    assert found["measured"] <= found["projected"], (shown, found["stages"])
+    assert found["projected"] <= 2 * found["measured"], (shown, found["stages"])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_small_unit_holds_at_most_what_its_plan_says(tmp_path, dtype):
+    assert_projected(peak_of_unit(tmp_path, "resnet18", "layer4.1", dtype, "4GiB"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "block"),
+    [("resnet18", "layer3.1"), ("resnet18", "layer2.1"), ("resnet50", "layer3.1"), ("resnet50", "layer2.1")],
+)
+def test_a_large_unit_holds_at_most_what_its_plan_says(tmp_path, network, block):
+    assert_projected(peak_of_unit(tmp_path, network, block, "float64", "4GiB"))
+
+
+def test_the_meter_sees_a_peak_that_is_over_before_it_is_asked():
+    with PeakMeter() as meter:
+        before = tree_bytes()
+        block = bytearray(200 << 20)
+        block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
+        import time
+
+        time.sleep(0.6)
+        del block
+        release_free_memory()
+    assert meter.peak_bytes >= before + (180 << 20)
