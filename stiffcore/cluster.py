@@ -151,7 +151,7 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
                 threads_per_worker=1,
                 processes=True,
                 memory_limit=0,
-                dashboard_address=None,
+                dashboard_address=":0",
                 host="127.0.0.1",
                 silence_logs=50,
             )

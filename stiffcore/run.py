@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+from threadpoolctl import threadpool_limits
 
 from stiffcore.cluster import Event, Executor
 from stiffcore.errors import DamagedError, InputError, NoRunError, StiffcoreError
@@ -288,10 +289,11 @@ def _plan(
 
 def _product_rate(order: int = 512) -> float:
     a = np.random.default_rng(0).standard_normal((order, order))
-    a @ a
-    start = time.perf_counter()
-    a @ a
-    return 2 * order**3 / (time.perf_counter() - start)
+    with threadpool_limits(1):
+        a @ a
+        start = time.perf_counter()
+        a @ a
+        return 2 * order**3 / (time.perf_counter() - start)
 
 
 def carry_out_plan(

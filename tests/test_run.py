@@ -345,3 +345,25 @@ def test_a_signal_stops_the_command_cleanly_and_the_run_continues(small, number,
     assert {state_of(r) for r in run.records().values()} <= {"done", "under way", "planned"}
     with run.store.hold():
         pass
+
+
+def test_a_worker_killed_in_the_middle_fails_its_unit_and_the_run_continues_to_the_same_bytes(small):
+    options = {"network": "resnet18", "blocks": "layer4.1", "memory": "4GiB"}
+    expected = execute(small / "whole", options)[0].spectrum(block="layer4.1").values
+    killed = []
+
+    def kill(event):
+        if event["stage"] == "built" and event["done"] >= 1 and not killed:
+            killed.append(workers[0])
+            os.kill(workers[0], signal.SIGKILL)
+
+    with local_workers(kill) as executor:
+        prepared = prepare(str(small / "run"), options, executor)
+        workers = executor.worker_pids()
+        run, outcome = carry_out_plan(str(small / "run"), prepared, executor, lambda event: None)
+    assert killed
+    assert ["worker died" in why for why in outcome.failed.values()] == [True]
+    assert [state_of(r) for r in run.records().values()] == ["failed"]
+    run, outcome = execute(small / "run", {})
+    assert outcome.failed == {}
+    assert np.array_equal(run.spectrum(block="layer4.1").values, expected)
