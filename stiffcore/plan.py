@@ -25,8 +25,9 @@ CHUNK_COLUMNS = 256
 SHARD_COLUMNS = 64
 SHARD_COLUMNS_LEAST = 8
 SHARD_TARGET_BYTES = 32 << 20
-# What BLAS and LAPACK touch besides the workspace they ask for (2 to 5 MiB measured at k = 2,000).
-BLAS_BYTES = 8 << 20
+# What BLAS and LAPACK touch besides the workspace they ask for, and what malloc keeps: 2 to 5 MiB at k = 2,000, 14 at
+# k = 3,700.
+BLAS_BYTES = 16 << 20
 # Copies of a kernel that forward and reverse products make, and pages that torch and MKL touch when a block is first
 # linearised: 37 MiB at ResNet18's layer4.1 (kernel 18 MiB), and 18 MiB the first time.
 KERNEL_COPIES = 3
@@ -343,16 +344,19 @@ def _first_stages(unit: Unit, column_bytes: int, itemsize: int, chunk: int, shar
 
 
 def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
-    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`) and 8 MiB, or the shard that is read.
+    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`) and 16 MiB, or the shard that is read.
 
-    certify adds 2 * 9 lifted vectors' products to the inverse iteration's vectors, after its matrices are gone.
+    eigenvectors holds the operator too, for what follows: its kernels and the values it was linearised at:
+        + 3 * kernel_items * itemsize + 2 * column_bytes.
+    certify: 2 * 9 lifted vectors' products, after the matrices of the inverse iteration are gone.
     """
     k, reading = unit.k, unit.k * unit.k * itemsize + _shard_bytes(unit.k, shard, itemsize)
+    operator = KERNEL_COPIES * unit.kernel_items * itemsize + 2 * column_bytes
     return {
         "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, reading),
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, reading),
-        "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED, itemsize) + BLAS_BYTES,
-        "certify": 2 * CERTIFIED * (column_bytes + 2 * (unit.n + k) * itemsize),
+        "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED, itemsize) + BLAS_BYTES + operator,
+        "certify": 2 * CERTIFIED * (column_bytes + 2 * (unit.n + k) * itemsize) + operator,
     }
 
 

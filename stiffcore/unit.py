@@ -83,7 +83,7 @@ class UnitRun:
         found = {name: getattr(reduction, name) for name in planned}
         if found != planned:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
-        release_free_memory()  # of the network, only the block is still needed
+        release_free_memory(cycles=self.record["k"] >= LARGE_ORDER)  # of the network, only the block is still needed
         return reduction
 
     def matrix(self, name: str) -> TiledMatrix:
