@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from stiffcore.cluster import DaskWorkers, Event, local_workers
+from stiffcore.cluster import Event, local_workers
 from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
@@ -188,7 +188,10 @@ def export(
     if not to.parent.is_dir():
         raise InputError(f"--to {to}: there is no folder {to.parent}")
     rows = open_run(run).metrics()
-    rows.to_csv(to, index=False, na_rep="nan")
+    try:
+        rows.to_csv(to, index=False, na_rep="nan")
+    except OSError as error:
+        raise InputError(f"--to {to}: {error}") from error
     _say(out, f"{len(rows)} rows in {to}")
 
 
@@ -210,7 +213,7 @@ def _run(url: str, options: dict[str, Any], workers: int | None) -> None:
             prepared = prepare(url, options, executor, workers=workers)
         _announce(prepared)
         _say(out, tables.plan_summary(prepared.plan))
-        show.begin(url, prepared.plan, executor)
+        show.begin(url, prepared.plan)
         with show.bars:
             run, outcome = carry_out_plan(url, prepared, executor, show.event)
     _show(run)
@@ -306,7 +309,7 @@ class _Progress:
         self._total: TaskID | None = None
         self._names: dict[str, str] = {}
 
-    def begin(self, url: str, plan: Plan, executor: DaskWorkers) -> None:
+    def begin(self, url: str, plan: Plan) -> None:
         """Show the run's bar."""
         self._url = url
         working = [p for p in plan.units if p.works]

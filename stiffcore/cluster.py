@@ -5,9 +5,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Protocol
+
+import psutil
 
 from stiffcore.errors import StiffcoreError
 
@@ -34,6 +36,9 @@ class Executor(Protocol):
 
     def worker_pids(self) -> list[int]:
         """The processes that do the work, this one not among them."""
+
+    def stop(self) -> None:
+        """End all workers at once, and wait until they are gone; nothing can be submitted any more."""
 
 
 class InProcess:
@@ -62,6 +67,9 @@ class InProcess:
     def worker_pids(self) -> list[int]:
         """None."""
         return []
+
+    def stop(self) -> None:
+        """Nothing to do: what was submitted is over."""
 
 
 class DaskWorkers:
@@ -103,6 +111,19 @@ class DaskWorkers:
     def worker_pids(self) -> list[int]:
         """The workers' processes."""
         return list(self._client.run(os.getpid).values())
+
+    def stop(self) -> None:
+        """End all workers at once, and wait until they are gone."""
+        workers = []
+        for nanny in self._client.cluster.workers.values():
+            nanny.auto_restart = False
+            if nanny.pid:
+                with suppress(psutil.NoSuchProcess):
+                    workers.append(psutil.Process(nanny.pid))
+        for process in workers:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(workers, timeout=10)
 
 
 def _with_events(parent: int, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -165,20 +186,17 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
 @cache
 def _die_with(parent: int) -> None:
     """Have this worker end when the run's process is gone: a killed run leaves no writer behind."""
+    process = psutil.Process(parent)
+
+    def alive() -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     def watch() -> None:
-        while _alive(parent):
+        while alive():
             time.sleep(0.2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="stiffcore-watch").start()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

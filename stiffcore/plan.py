@@ -15,6 +15,7 @@ import numpy as np
 from stiffcore.eigen import dense
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
+from stiffcore.spectra import CERTIFIED_MOST
 from stiffcore.study import Keep, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
@@ -35,8 +36,6 @@ LIBRARY_BYTES = 24 << 20
 TILE_ROWS = 256
 ZARR_BYTES = 512 << 10
 METADATA_BYTES = 4 << 10
-# How many eigenvalues are certified at most, see `certificate.select`.
-CERTIFIED = 9
 PROBES = 3
 # Share of one thread's product rate that gehrd and hseqr reach together: 27 of 38 GF/s at k = 7,386, two units side by
 # side on two cores; less for small k.
@@ -167,7 +166,7 @@ def make_plan(
     machine: Machine,
     *,
     workers: int | None = None,
-    begun: Mapping[str, UnitPlan] | None = None,
+    recorded: Mapping[str, UnitPlan] | None = None,
 ) -> Plan:
     """Plan all units: each one's solver, chunk and bytes, and how many run side by side.
 
@@ -178,12 +177,12 @@ def make_plan(
         study: for the budget, the dtype and what is kept.
         machine: what there is.
         workers: at most so many; None: one a core. Never more than there are units, nor than memory allows.
-        begun: by key, the plans of units that are under way: their chunks and shards are on disk, so they stay.
+        recorded: by key, earlier plans, which stay where they fit: a chunk's width can decide a result's last bits.
     """
     units = list(units)
     allowed = study.memory or default_allowed_bytes()
     single = allowed - machine.reserved_bytes
-    plans = [(begun or {}).get(u.key) or _plan_unit(u, study, machine, single) for u in units]
+    plans = [_plan_unit(u, study, machine, single, (recorded or {}).get(u.key)) for u in units]
     plans.sort(key=lambda p: (p.works, p.seconds))
     busy = [p for p in plans if p.works]
     count = _workers(busy, machine, single, workers or machine.cores)
@@ -210,9 +209,16 @@ def _workers(busy: Sequence[UnitPlan], machine: Machine, single: int, most: int)
     return count
 
 
-def _plan_unit(unit: Unit, study: Study, machine: Machine, data_bytes: int) -> UnitPlan:
+def _plan_unit(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, recorded: UnitPlan | None = None
+) -> UnitPlan:
     if unit.route == "none":
         return UnitPlan(unit, Solver.NONE, unit.reason)
+    if recorded is not None:
+        if recorded.projected_bytes <= data_bytes:
+            return recorded
+        why = _too_small(recorded.solver, unit, recorded.stages or {}, machine, data_bytes)
+        return replace(recorded, solver=Solver.NONE, refused=True, why=why)
     itemsize = np.dtype(study.dtype).itemsize
     vectors = 2 * itemsize * unit.k
     flops = dense.to_hessenberg_flops(unit.k) + dense.hessenberg_eigenvalues_flops(unit.k)
@@ -299,7 +305,7 @@ def _fitting(unit: Unit, itemsize: int, data_bytes: int, *, on_device: bool) -> 
         stages = _first_stages(unit, column_bytes, itemsize, chunk, shard)
         if on_device:
             matrix = unit.k * unit.k * itemsize
-            vectors = 4 * CERTIFIED * unit.k * itemsize
+            vectors = 4 * CERTIFIED_MOST * unit.k * itemsize
             stages["solve"] = matrix + max(_shard_bytes(unit.k, shard, itemsize), vectors)
         else:
             stages |= _host_stages(unit, column_bytes, itemsize, shard)
@@ -348,15 +354,15 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
 
     eigenvectors holds the operator too, for what follows: its kernels and the values it was linearised at:
         + 3 * kernel_items * itemsize + 2 * column_bytes.
-    certify: 2 * 9 lifted vectors' products, after the matrices of the inverse iteration are gone.
+    certify: 2 * 20 lifted vectors' products, after the matrices of the inverse iteration are gone.
     """
     k, reading = unit.k, unit.k * unit.k * itemsize + _shard_bytes(unit.k, shard, itemsize)
     operator = KERNEL_COPIES * unit.kernel_items * itemsize + 2 * column_bytes
     return {
         "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, reading),
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, reading),
-        "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED, itemsize) + BLAS_BYTES + operator,
-        "certify": 2 * CERTIFIED * (column_bytes + 2 * (unit.n + k) * itemsize) + operator,
+        "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED_MOST, itemsize) + BLAS_BYTES + operator,
+        "certify": 2 * CERTIFIED_MOST * (column_bytes + 2 * (unit.n + k) * itemsize) + operator,
     }
 
 

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from stiffcore.cluster import Event, Executor
 from stiffcore.errors import DamagedError, InputError, NoRunError, StiffcoreError
 from stiffcore.memory import PeakMeter, own_bytes, release_free_memory, tree_bytes
+from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan
 from stiffcore.spectra import Certificate, Spectrum
 from stiffcore.store import SCRATCH, RunStore
@@ -23,6 +24,12 @@ from stiffcore.study import Keep, Study, Survey, Unit, versions
 if TYPE_CHECKING:
     import pandas as pd
 
+
+# Columns of `Run.metrics` that come from the certificate, see `_certificate_row`.
+CERTIFICATE_COLUMNS = (
+    *("S_error", "S_active_error", "value_error", "near_axis"),
+    *("max_residual", "max_condition", "trace_error", "square_error"),
+)
 
 OnEvent = Callable[[Event], None]
 
@@ -58,7 +65,7 @@ class Run:
         if header is None:
             raise InputError(f"{store.url} was begun, but nothing is recorded in it: start the run again")
         self.header: dict[str, Any] = header
-        self.study = Study(**header["study"])
+        self.study = Study.stored(header)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """What is recorded of each unit, by key."""
@@ -118,26 +125,35 @@ class Run:
             "solver": record["plan"]["solver"],
         }
         if record["stage"] != "done":
-            return row | {"note": record.get("failure") or record["reason"]}
+            nothing = dict.fromkeys((*METRIC_NAMES, *CERTIFICATE_COLUMNS), float("nan"))
+            return (
+                row | nothing | {"certified": False, "note": record.get("failure") or record["reason"], "seconds": 0.0}
+            )
         spectrum = self.stored(key)
         certificate = spectrum.certificate
         return (
             row
             | spectrum.metrics
+            | dict(zip(CERTIFICATE_COLUMNS, _certificate_row(certificate), strict=True))
             | {
-                "S_error": certificate.s_error,
-                "S_active_error": certificate.s_active_error,
-                "value_error": certificate.error,
-                "near_axis": certificate.near_axis,
-                "max_residual": max((c.residual for c in certificate.certified), default=0.0),
-                "max_condition": max((c.condition for c in certificate.certified), default=0.0),
-                "trace_error": certificate.trace_error,
-                "square_error": certificate.square_error,
                 "certified": certificate.passed,
                 "note": "; ".join(certificate.failures),
                 "seconds": sum(record["seconds"].values()),
             }
         )
+
+
+def _certificate_row(certificate: Certificate) -> tuple[float, ...]:
+    return (
+        certificate.s_error,
+        certificate.s_active_error,
+        certificate.error,
+        certificate.near_axis,
+        max((c.residual for c in certificate.certified), default=0.0),
+        max((c.condition for c in certificate.certified), default=0.0),
+        certificate.trace_error,
+        certificate.square_error,
+    )
 
 
 def stored_spectrum(store: RunStore, key: str) -> Spectrum:
@@ -147,6 +163,8 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         DamagedError: where its eigenvalues cannot be read.
     """
     record = store.record(key)
+    if "certificate" not in record:
+        raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
     values = store.get_array(f"units/{key}", "eigenvalues")
     if len(values) != record["k"]:
         raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {record['k']}")
@@ -181,7 +199,7 @@ class Prepared:
 
     Attributes:
         study: settled.
-        plan: for this machine.
+        plan: of the units that are not done, for this machine.
         survey: None where the run exists and continues as first asked.
     """
 
@@ -214,7 +232,7 @@ def prepare(
     """
     header, units = _existing(url)
     given = {name: value for name, value in options.items() if value is not None}
-    study = Study(**header["study"]).with_options(given) if header else Study.ask(given)
+    study = Study.stored(header).with_options(given) if header else Study.ask(given)
     found: Survey | None = None
     if not header or given.keys() - {"memory", "keep"}:
         from_survey = executor.submit(_survey, study, module, images).result()
@@ -227,8 +245,14 @@ def prepare(
     else:
         facts = [Unit(**record) for record in units.values()]
         device_bytes = executor.submit(_device, study).result()
-    plan = _plan(study, facts, units, device_bytes, executor, workers)
-    return Prepared(study, plan, found)
+    ended = {key for key, record in units.items() if record["stage"] == "done"}
+    recorded = {
+        u.key: UnitPlan.from_json(u, units[u.key]["plan"])
+        for u in facts
+        if "made_with" in units.get(u.key, {}) or (u.key in units and "device" not in given)
+    }
+    pending = [u for u in facts if u.key not in ended]
+    return Prepared(study, _plan(study, pending, recorded, device_bytes, executor, workers), found)
 
 
 def _existing(url: str) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
@@ -268,8 +292,8 @@ def _device(study: Study, emit: OnEvent) -> int | None:
 
 def _plan(
     study: Study,
-    facts: list[Unit],
-    units: Mapping[str, Any],
+    pending: list[Unit],
+    recorded: Mapping[str, UnitPlan],
     device_bytes: int | None,
     executor: Executor,
     workers: int | None,
@@ -283,8 +307,7 @@ def _plan(
         device_bytes=device_bytes,
         flops_per_s=_product_rate(),
     )
-    begun = {u.key: UnitPlan.from_json(u, units[u.key]["plan"]) for u in facts if "made_with" in units.get(u.key, {})}
-    return make_plan(facts, study, machine, workers=None if pids else 1, begun=begun)
+    return make_plan(pending, study, machine, workers=None if pids else 1, recorded=recorded)
 
 
 def _product_rate(order: int = 512) -> float:
@@ -322,8 +345,12 @@ def carry_out_plan(
         store.sweep()
         check_disk(prepared.plan, store.free_bytes())
         _write_beginning(store, prepared)
-        executor.scale(prepared.plan.workers)
-        failed = _work(store, prepared, executor, on_event, module)
+        try:
+            executor.scale(prepared.plan.workers)
+            failed = _work(store, prepared, executor, on_event, module)
+        except BaseException:
+            executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes
+            raise
         run = Run(RunStore(url))
         done = sum(r["stage"] == "done" for r in run.records().values())
         return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
@@ -333,6 +360,10 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
     """Inputs, then units, then the header, which makes it a run; of one that exists, only what may change."""
     study = prepared.study.model_dump(mode="json")
     if store.header is not None:
+        # another process may have begun or changed the run since it was looked at
+        _check_same(_settings(store.header["study"]), _settings(study), store.url)
+        if prepared.survey is not None:
+            _check_same(store.header["identity"], prepared.survey.identity, store.url)
         store.header = {**store.header, "study": study}
         return
     found = prepared.survey
@@ -350,20 +381,25 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
         "source": found.source,
         "versions": versions(),
         "threads": prepared.plan.threads,
+        "units": [plan.unit.key for plan in prepared.plan.units],
     }
 
 
+def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stored study, what a process that continues it must agree with, besides the run's identity."""
+    return {name: study[name] for name in ("network", "normalize", "pool", "blocks", "functions", "kinds", "dtype")}
+
+
 def _work(store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any) -> dict[str, str]:
-    records = store.units()
-    for key, record in records.items():
-        if record["stage"] == "done":
-            _settle(store, key, prepared.study, on_event)
     records = store.units()
     threads = (store.header or {})["threads"]
     pending = [p for p in prepared.plan.units if p.works and records[p.unit.key]["stage"] != "done"]
     for plan in pending:
         if "made_with" not in records[plan.unit.key]:
             store.update(plan.unit.key, plan=plan.to_json())
+    for key, record in records.items():
+        if record["stage"] == "done" and not _settled(store, key, prepared.study, on_event):
+            pending.append(UnitPlan.from_json(Unit(**record), record["plan"]))
     running: dict[Future, UnitPlan] = {}
     failed: dict[str, str] = {}
     while pending or running:
@@ -397,8 +433,8 @@ def _work(store: RunStore, prepared: Prepared, executor: Executor, on_event: OnE
     return failed
 
 
-def _settle(store: RunStore, key: str, study: Study, on_event: OnEvent) -> None:
-    """A unit that is done must have a readable spectrum, else it is made again; what a killed session left goes."""
+def _settled(store: RunStore, key: str, study: Study, on_event: OnEvent) -> bool:
+    """Whether a unit that is done has a readable spectrum; if not, it is to be made again."""
     try:
         stored_spectrum(store, key)
     except DamagedError:
@@ -406,9 +442,10 @@ def _settle(store: RunStore, key: str, study: Study, on_event: OnEvent) -> None:
         store.drop(key, *SCRATCH, "eigenvalues")
         note = "its stored eigenvalues are damaged: they are computed again"
         on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
-        return
+        return False
     if study.keep is Keep.SPECTRA:
         store.drop(key, *SCRATCH)
+    return True
 
 
 def _carry_out(url: str, key: str, threads: int, module: Any, emit: OnEvent) -> str:

@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
+from zarr.errors import ContainsGroupError
 from zarr.storage import FsspecStore, LocalStore
 
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
@@ -211,8 +212,13 @@ class RunStore:
         Raises:
             InputError: where a file, or a folder with something else in it, is there.
         """
-        folder = Path(url).expanduser() if "://" not in url else None
-        if folder is None or not folder.exists():
+        folder = Path(url).expanduser().absolute() if "://" not in url else None
+        if folder is None:
+            return
+        if not folder.exists():
+            above = next(p for p in folder.parents if p.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise InputError(f"{url} cannot be made: {above} is not a folder that may be written to")
             return
         if not folder.is_dir():
             raise InputError(f"{url} exists and is not a folder: give a new one")
@@ -245,13 +251,18 @@ class RunStore:
                 raise InputError(f"{self.url} is not a folder, so it is no run")
         # only local files need, and know, this option
         options = {"auto_mkdir": True} if self.url.startswith(("file://", "local://")) else None
-        self._store = LocalStore(self.local) if self.local else FsspecStore.from_url(self.url, storage_options=options)
+        try:
+            self._store = (
+                LocalStore(self.local) if self.local else FsspecStore.from_url(self.url, storage_options=options)
+            )
+        except (ValueError, ImportError) as error:
+            raise InputError(f"{self.url} cannot be opened: {error}") from error
         try:
             self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
         except FileNotFoundError:
             if not create:
                 raise self._no_run() from None
-            self.root = zarr.create_group(store=self._store, zarr_format=3, attributes=dict(_BEGUN))
+            self.root = self._create()
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self.url} holds something that is not a run: {error}") from error
         found = self.header
@@ -263,6 +274,14 @@ class RunStore:
             raise InputError(
                 f"{self.url} was made by a newer stiffcore ({found['version']}): update stiffcore to read it"
             )
+
+    def _create(self) -> zarr.Group:
+        try:
+            return zarr.create_group(store=self._store, zarr_format=3, attributes=dict(_BEGUN))
+        except ContainsGroupError:  # another process was faster; who holds the run is decided later
+            return zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+        except OSError as error:
+            raise InputError(f"{self.url} cannot be made: {error}") from error
 
     def _no_run(self) -> NoRunError:
         return NoRunError(f"there is no run at {self.url}: `stiffcore run {self.url} --network ...` starts one")
@@ -290,10 +309,21 @@ class RunStore:
         self.unit_group(key).update_attributes(fields)
 
     def units(self) -> dict[str, dict[str, Any]]:
-        """The records of all units, by key."""
+        """The records of all units, by key.
+
+        Raises:
+            DamagedError: where one cannot be read, or a unit that the header names is not there.
+        """
         if "units" not in self.root:
             return {}
-        return {key: dict(group.attrs) for key, group in sorted(self.root["units"].groups())}  # type: ignore[union-attr]
+        try:
+            found = {key: dict(group.attrs) for key, group in sorted(self.root["units"].groups())}  # type: ignore[union-attr]
+        except _UNREADABLE as error:
+            raise DamagedError(f"{self.url}: the record of a unit cannot be read: {error}") from error
+        lost = [key for key in (self.header or {}).get("units", []) if key not in found]
+        if lost:
+            raise DamagedError(f"{self.url}: {len(lost)} units of the run are gone: {', '.join(lost[:5])}")
+        return found
 
     def put_array(
         self, group: str, name: str, values: np.ndarray, dims: tuple[str, ...], **attributes: str | int
@@ -360,12 +390,6 @@ class RunStore:
     def free_bytes(self) -> int | None:
         """Free space where the run lies; None where it cannot be known."""
         return None if self.local is None else shutil.disk_usage(self.local).free
-
-    def stored_bytes(self, key: str) -> int:
-        """Bytes a unit holds on disk now (local runs; else 0)."""
-        if self.local is None:
-            return 0
-        return sum(p.stat().st_size for p in (self.local / "units" / key).rglob("*") if p.is_file())
 
     @contextmanager
     def hold(self) -> Iterator[None]:

@@ -180,6 +180,20 @@ class Study(BaseModel):
             refuse((_problem(e) for e in error.errors()), "some options are wrong:")
             raise
 
+    @classmethod
+    def stored(cls, header: Mapping[str, Any] | None) -> "Study":
+        """The study that a run's header holds.
+
+        Raises:
+            InputError: where this version does not understand it.
+        """
+        try:
+            return cls(**(header or {})["study"])
+        except (KeyError, TypeError, ValidationError) as error:
+            made_by = (header or {}).get("version", "?")
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the run's header (stiffcore {made_by}) is not understood here: {reason}") from error
+
     def with_options(self, options: Mapping[str, Any]) -> "Study":
         """The study with some options changed; None means not given. One way to choose images replaces another."""
         given = {k: v for k, v in options.items() if v is not None}

@@ -15,7 +15,7 @@ from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual
 from stiffcore.networks.blocks import BlockCall, capture, choose_blocks, loss_and_prediction, residual_blocks
 from stiffcore.networks.images import Images, load_images, network_input
 from stiffcore.networks.zoo import Network, load_network, wrap_network
-from stiffcore.study import IN_MEMORY, BlockFunction, Device, Study, Survey, Unit, fingerprint, unit_key
+from stiffcore.study import IN_MEMORY, BlockFunction, Device, Study, Survey, Unit, fingerprint, unit_key, versions
 
 # Enough that a column costs what it costs in a chunk, few enough to be over soon.
 COLUMNS_TRIED = 16
@@ -33,8 +33,7 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
         InputError: whatever is wrong with the request.
     """
     device_bytes = free_device_bytes(study.device)
-    network = open_network(study, module)
-    images = images if images is not None else open_images(study)
+    network, images = _open_both(study, module, images)
     settled = study.with_options({"normalize": study.normalize or network.normalize, "weights": network.weights})
     inputs = [image_input(images.x[i], settled) for i in range(len(images))]
     found = residual_blocks(network.module, inputs[0], is_residual)
@@ -67,7 +66,7 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
                 "function": function,
                 "kind": kind,
                 "network_bytes": network_bytes,
-                "fingerprint": fingerprint(made_of | asked),
+                "fingerprint": fingerprint(made_of | asked | {"versions": versions()}),
             }
             units.append(_look(calls[block], function, common))
     identity = made_of | {
@@ -91,6 +90,23 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
         units=tuple(units),
         device_bytes=device_bytes,
     )
+
+
+def _open_both(study: Study, module: nn.Module | None, images: Images | None) -> tuple[Network, Images]:
+    """Network and images; where both cannot be had, one error says so of both."""
+    network, problems = None, []
+    try:
+        network = open_network(study, module)
+    except InputError as error:
+        problems.append(str(error))
+    try:
+        images = images if images is not None else open_images(study)
+    except InputError as error:
+        problems.append(str(error))
+    refuse(problems)
+    assert network is not None
+    assert images is not None
+    return network, images
 
 
 def open_network(study: Study, module: nn.Module | None = None) -> Network:

@@ -22,6 +22,7 @@ from stiffcore.errors import DamagedError, StiffcoreError
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.memory import release_free_memory
 from stiffcore.plan import TILE_ROWS, Solver
+from stiffcore.spectra import certified_choice
 from stiffcore.store import SCRATCH, RunStore, TiledMatrix
 from stiffcore.study import BlockFunction, Keep, Study, versions
 from stiffcore.survey import image_input, open_network, reduction_of
@@ -40,7 +41,7 @@ def open_reduction(store: RunStore, record: dict[str, Any], device: str, module:
         StiffcoreError: where the weights are not those that the run began with.
     """
     header = store.header or {}
-    study = Study(**header["study"])
+    study = Study.stored(header)
     network = open_network(study, module)
     if network.weights_digest != header["identity"]["weights"]:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
@@ -65,7 +66,7 @@ class UnitRun:
     opener: Opener
 
     def __post_init__(self) -> None:
-        study = Study(**(self.store.header or {})["study"])
+        study = Study.stored(self.store.header)
         self.keep = study.keep
         self.dtype = np.dtype(study.dtype)
         self.record = self.store.record(self.key)
@@ -254,7 +255,7 @@ def _certify(run: UnitRun) -> dict[str, Any]:
     where = f"units/{run.key}"
     with _undoing(run, "built" if run.device == "cuda" else "reduced", "reduced_eigenvalues"):
         values = run.store.get_array(where, "reduced_eigenvalues")
-    chosen = certificate.select(values, run.reduction.shift)
+    chosen = certified_choice(values, run.reduction.shift)
     vectors = None
     if len(values):
         if run.device == "cuda":

@@ -14,9 +14,8 @@ import torch
 from stiffcore.eigen.dense import Eigenvectors
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.metrics import stiffness_error
-from stiffcore.spectra import Certificate, Certified
+from stiffcore.spectra import EACH_END, Certificate, Certified
 
-EACH = 3
 PANEL = 32
 # Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
 RESIDUAL_TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
@@ -58,23 +57,6 @@ def matrix_moments(a: np.ndarray) -> Moments:
     return Moments(float(np.diagonal(a).astype(np.float64).sum()), trace_square, float(np.sqrt(squares)))
 
 
-def select(values: np.ndarray, shift: int) -> np.ndarray:
-    """The eigenvalues to certify: those with the largest, the smallest and the smallest absolute real part.
-
-    Args:
-        values: (k,) complex, of M.
-        shift: what makes them eigenvalues of J.
-
-    Returns:
-        (q,) int, ascending indices into `values`, one of each conjugate pair, at most 3 of each sort.
-    """
-    upper = np.flatnonzero(values.imag >= 0)
-    real = values.real[upper]
-    order = np.argsort(real, kind="stable")
-    nearest = np.argsort(np.abs(real + shift), kind="stable")
-    return np.unique(upper[np.concatenate([order[:EACH], order[-EACH:], nearest[:EACH]])])
-
-
 def certify(
     reduction: Reduction,
     values: np.ndarray,
@@ -87,7 +69,7 @@ def certify(
     Args:
         reduction: what M is, and the function it came from.
         values: (k,) complex, all eigenvalues of M.
-        chosen: (q,) indices from `select`.
+        chosen: (q,) indices from `certified_choice`.
         vectors: of M, for the chosen ones; None where k = 0.
         moments: of M.
 
@@ -102,8 +84,9 @@ def certify(
     trace_error = float(abs(complex(exactly.sum()) - moments.trace)) / norm
     square_error = float(abs(complex(((exactly / norm) ** 2).sum()) - moments.trace_square / norm / norm))
     error = max((c.error for c in certified), default=0.0)
-    # a defective eigenvalue far from the axis says nothing of those beside it
-    beside = sorted(certified, key=lambda c: abs(c.value.real))[:EACH]
+    # where no error reaches the axis, a defective eigenvalue far from it says nothing of those beside it
+    unsure = [c for c in certified if c.error >= abs(c.value.real)]
+    beside = unsure or sorted(certified, key=lambda c: abs(c.value.real))[:EACH_END]
     axis_error = max((c.error for c in beside), default=0.0)
     if dtype.itemsize == 4:
         axis_error = max(axis_error, FLOAT32_SPREAD * moments.frobenius)

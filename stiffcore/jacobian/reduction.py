@@ -43,6 +43,9 @@ class NoSpectrumError(InputError):
         super().__init__(message)
         self.n, self.m = n, m
 
+    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
+        return type(self), (str(self), self.n, self.m)  # it crosses from a worker
+
 
 class Route(StrEnum):
     """Which matrix is built."""

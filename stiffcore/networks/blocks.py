@@ -136,7 +136,7 @@ def choose_blocks(spec: str, found: Sequence[str], network: nn.Module) -> list[s
     chosen: list[str] = []
     problems = []
     for part in (p.strip() for p in spec.split(",") if p.strip()):
-        if part.isdigit() and 1 <= int(part) <= len(found):
+        if part.isdecimal() and 1 <= int(part) <= len(found):
             chosen.append(found[int(part) - 1])
         elif part in modules and part:
             chosen.append(part)
