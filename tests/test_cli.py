@@ -74,6 +74,10 @@ def test_many_images_get_a_table_of_means(small):  # noqa: F811
     [
         (["show", "nowhere"], ["there is no run", "stiffcore run"]),
         (["status", "."], ["no run"]),
+        (["status", "nosuch://bucket/run"], ["nosuch://"]),
+        (["run", "/proc/new", "--network", "smallnet:make", "--images", "six.npz"], ["/proc/new", "cannot be made"]),
+        (["run", "new", "--network", "resnet18", "--blocks", "²"], ["'²'"]),
+        (["run", "new", "--weights", "/nope.pt", "--network", "resnet18", "--index", "99"], ["/nope.pt", "99"]),
         (["run", "new", "--network", "resnet18", "--blocks", "7.7", "--memory", "4GiB"], ["'7.7'", "1 layer1.0"]),
         (["run", "new", "--dtype", "half", "--device", "tpu"], ["--dtype", "--device"]),
         (["run", "new", "--network", "resnet34"], ["resnet34", "--weights"]),
@@ -94,3 +98,10 @@ def test_images_of_the_wrong_shape_are_refused_by_the_network(small):  # noqa: F
     found = command("run", "new", "--network", "smallnet:make", "--images", "big.npz", cwd=small)
     assert found.returncode == 2
     assert "(1, 3, 9, 9)" in found.stderr
+
+
+def test_a_run_without_any_spectrum_yet_shows_dashes(small):  # noqa: F811
+    execute(small / "run", OPTIONS | {"blocks": "down"})
+    found = CliRunner().invoke(app, ["show", str(small / "run")])
+    assert found.exit_code == 0, found.output
+    assert "no spectrum" in found.output

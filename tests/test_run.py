@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -367,3 +369,68 @@ def test_a_worker_killed_in_the_middle_fails_its_unit_and_the_run_continues_to_t
     run, outcome = execute(small / "run", {})
     assert outcome.failed == {}
     assert np.array_equal(run.spectrum(block="layer4.1").values, expected)
+
+
+def test_of_two_processes_that_begin_the_same_run_with_other_settings_the_later_is_refused(small):
+    executor = InProcess(lambda event: None)
+    first, second = (prepare(str(small / "run"), OPTIONS | {"dtype": d}, executor) for d in ("float64", "float32"))
+    carry_out_plan(str(small / "run"), first, executor, lambda event: None)
+    before = spectra_bytes(small / "run")
+    with pytest.raises(stiffcore.InputError, match="dtype"):
+        carry_out_plan(str(small / "run"), second, executor, lambda event: None)
+    assert stiffcore.open_run(str(small / "run")).study.dtype == "float64"
+    assert spectra_bytes(small / "run") == before
+
+
+def test_a_unit_that_is_gone_is_named_and_one_whose_spectrum_is_damaged_is_made_again(small):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "4"})
+    expected = spectra_bytes(small / "run")
+    first, second = run.records()
+    chunk = next(p for p in (small / "run" / "units" / first / "eigenvalues" / "c").rglob("*") if p.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    events = []
+    _, outcome = execute(small / "run", {}, events.append)
+    assert [e["unit"] for e in events if e["stage"] == "restarted"] == [first]
+    assert outcome.done == 2
+    assert spectra_bytes(small / "run") == expected
+    (small / "run" / "units" / second / "zarr.json").unlink()
+    with pytest.raises(stiffcore.DamagedError, match=second):
+        execute(small / "run", {})
+
+
+def test_a_smaller_budget_is_refused_for_a_unit_under_way_too(small):
+    sessions(small, (small / "run", 5))
+    with pytest.raises(stiffcore.InputError, match="--memory"):
+        execute(small / "run", {"memory": "10MiB"})
+
+
+def test_workers_are_gone_before_the_run_is_released(small):
+    """A writer that outlived the lock could write into another process's session."""
+    pids = []
+
+    def interrupt(event):
+        if event["stage"] == "begun":
+            pids.extend(executor.worker_pids())
+            raise KeyboardInterrupt
+
+    with local_workers(lambda event: None) as executor:
+        prepared = prepare(
+            str(small / "run"), {"network": "resnet18", "blocks": "layer4.1", "memory": "4GiB"}, executor
+        )
+        hold = stiffcore.store.RunStore.hold
+        alive_at_release = []
+
+        @contextmanager
+        def watched(store):
+            with hold(store):
+                try:
+                    yield
+                finally:
+                    alive_at_release.extend(p for p in pids if psutil.pid_exists(p))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stiffcore.store.RunStore, "hold", watched)
+            with pytest.raises(KeyboardInterrupt):
+                carry_out_plan(str(small / "run"), prepared, executor, interrupt)
+    assert pids
+    assert alive_at_release == []
