@@ -18,7 +18,7 @@ from stiffcore.cluster import Event, local_workers
 from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
-from stiffcore.run import Prepared, Run, carry_out_plan, open_run, prepare, state_of
+from stiffcore.run import Prepared, Run, carry_out_plan, check_free, open_run, prepare, state_of
 from stiffcore.study import Study, format_bytes
 from stiffcore.version import __version__
 
@@ -35,7 +35,7 @@ err = Console(stderr=True)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Network = Annotated[
-    str | None, typer.Option(help="resnet18 | resnet34 | resnet50 | package.module:factory [default: resnet50]")
+    str | None, typer.Option(help="resnet18 | resnet34 | resnet50 | package.module:factory; a new run needs it")
 ]
 Weights = Annotated[
     str | None,
@@ -163,7 +163,11 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     holder = found.store.holder()
     by = f"being worked on by process {holder['pid']} on {holder['host']}" if holder else "nobody works on it now"
     _say(out, f"{run}: {by}")
-    out.print(tables.status_table(found.records()))
+    records = found.records()
+    _say(out, tables.status_summary(records))
+    table = tables.status_table(records)
+    if table.row_count:
+        out.print(table)
 
 
 @app.command()
@@ -207,6 +211,7 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(url: str, options: dict[str, Any], workers: int | None) -> None:
+    check_free(url)
     show = _Progress()
     with _interruptible(url), local_workers(show.event) as executor:
         with _looking():
@@ -217,10 +222,12 @@ def _run(url: str, options: dict[str, Any], workers: int | None) -> None:
         with show.bars:
             run, outcome = carry_out_plan(url, prepared, executor, show.event)
     _show(run)
+    spectra = tables.count(outcome.done, "spectrum", "spectra")
+    allowed = format_bytes(prepared.plan.allowed_bytes)
     _say(
         out,
-        f"{outcome.done} spectra in {url}; this session took {tables.seconds(outcome.wall_s)}, "
-        f"peak memory {format_bytes(outcome.peak_bytes)} of {format_bytes(prepared.plan.allowed_bytes)} allowed",
+        f"{spectra} in {url}; this session took {tables.seconds(outcome.wall_s)}, "
+        f"peak memory {format_bytes(outcome.peak_bytes)} of {allowed} allowed",
     )
     uncertain = [key for key, record in run.records().items() if state_of(record) == "not certified"]
     if uncertain:
@@ -232,7 +239,7 @@ def _run(url: str, options: dict[str, Any], workers: int | None) -> None:
 
 def _show(run: Run) -> None:
     rows = run.metrics()
-    out.print(tables.metrics_table(rows))
+    out.print(tables.metrics_table(rows, out.width))
     if rows["image"].nunique() > 1:
         out.print(tables.means_table(rows))
     if (rows["zero"] > 0).any():
@@ -340,13 +347,16 @@ class _Progress:
         if event["stage"] == "failed":
             _say(err, f"{key} failed: {event['note']}", style="bold red")
             return
-        spectrum = open_run(self._url).stored(key)
-        m, c = spectrum.metrics, spectrum.certificate
-        verdict = "certified" if c.passed else "NOT certified"
+        run = open_run(self._url)
+        spectrum = run.stored(key)
+        index = run.store.get_array("images", "index")
+        image = f"image {index[spectrum.record['image']]}, " if len(index) > 1 else ""
+        m = spectrum.metrics
         _say(
             err,
-            f"{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, S active {m['S_active']:.7g} "
-            f"+- {c.s_active_error:.1e}, Re<0 {100 * m['negative']:.3f} %, {verdict}",
+            f"{image}{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, "
+            f"S active {m['S_active']:.7g} +- {spectrum.certificate.s_active_error:.1e}, "
+            f"Re<0 {100 * m['negative']:.3f} %, {spectrum.verdict}",
         )
 
 

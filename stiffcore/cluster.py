@@ -176,6 +176,11 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
                 host="127.0.0.1",
                 silence_logs=50,
             )
+        except RuntimeError as error:
+            raise StiffcoreError(
+                f"worker processes could not be started ({str(error).splitlines()[0]}): in a script, what starts them "
+                'must stand under `if __name__ == "__main__":`'
+            ) from error
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)

@@ -19,7 +19,7 @@ from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan
 from stiffcore.spectra import Certificate, Spectrum
 from stiffcore.store import SCRATCH, RunStore
-from stiffcore.study import Keep, Study, Survey, Unit, versions
+from stiffcore.study import Keep, Study, Survey, Unit, fingerprint, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,7 +137,7 @@ class Run:
             | dict(zip(CERTIFICATE_COLUMNS, _certificate_row(certificate), strict=True))
             | {
                 "certified": certificate.passed,
-                "note": "; ".join(certificate.failures),
+                "note": "; ".join(certificate.failures or spectrum.doubts),
                 "seconds": sum(record["seconds"].values()),
             }
         )
@@ -233,6 +233,8 @@ def prepare(
     header, units = _existing(url)
     given = {name: value for name, value in options.items() if value is not None}
     study = Study.stored(header).with_options(given) if header else Study.ask(given)
+    if not header and "network" not in given:
+        raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
     found: Survey | None = None
     if not header or given.keys() - {"memory", "keep"}:
         from_survey = executor.submit(_survey, study, module, images).result()
@@ -255,6 +257,17 @@ def prepare(
     return Prepared(study, _plan(study, pending, recorded, device_bytes, executor, workers), found)
 
 
+def check_free(url: str) -> None:
+    """Say at once where another process works on the run, before anything is loaded.
+
+    Raises:
+        BusyError: where one does.
+    """
+    if _existing(url)[0] is not None:
+        with RunStore(url).hold():
+            pass
+
+
 def _existing(url: str) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
     try:
         store = RunStore(url)
@@ -272,6 +285,8 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], url: str) -> 
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and len(json.dumps(value)) > 60:
+        return f"{len(value)} of them (digest {fingerprint({'': value})[:12]})"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -443,7 +458,8 @@ def _settled(store: RunStore, key: str, study: Study, on_event: OnEvent) -> bool
         note = "its stored eigenvalues are damaged: they are computed again"
         on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
         return False
-    if study.keep is Keep.SPECTRA:
+    # matrices that were kept on request stay, whatever is asked of later units
+    if study.keep is Keep.SPECTRA and not store.record(key).get("kept"):
         store.drop(key, *SCRATCH)
     return True
 

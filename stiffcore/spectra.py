@@ -8,6 +8,8 @@ import numpy as np
 
 from stiffcore.metrics import spectrum_metrics
 
+# An S whose error is more than this share of it is not determined.
+DOUBTFUL = 0.1
 # Eigenvalues certified: so many at either end, so many nearest Re = 0, and so many nearest it on either side.
 EACH_END = 3
 NEAREST = 8
@@ -151,13 +153,30 @@ class Spectrum:
         """See `stiffcore.metrics.spectrum_metrics`."""
         return spectrum_metrics(self.computed, self.ones, self.zeros, branch=self.function == "branch")
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What a certified spectrum still leaves open: signs and an S that are within their errors."""
+        certificate, lines = self.certificate, []
+        if certificate.near_axis:
+            lines.append(f"the sign of {certificate.near_axis} eigenvalues is within their error")
+        s = abs(self.metrics["S_active"])
+        if not (certificate.s_active_error <= DOUBTFUL * s or np.isnan(s)):
+            lines.append("S active is within its error")
+        return tuple(lines)
+
+    @property
+    def verdict(self) -> str:
+        """In words: certified, certified with its doubts, or not certified and why."""
+        if not self.certificate.passed:
+            return "NOT certified: " + "; ".join(self.certificate.failures)
+        return "certified, but " + "; ".join(self.doubts) if self.doubts else "certified"
+
     def __repr__(self) -> str:
         m, c = self.metrics, self.certificate
-        verdict = "certified" if c.passed else "NOT certified: " + "; ".join(c.failures)
         return (
             f"Spectrum({self.name}, {self.kind} of {self.function}, n={self.n}: {self.k} computed, {self.ones} ones, "
             f"{self.zeros} zeros; S={m['S']:.6g}, S_active={m['S_active']:.6g} +- {c.s_active_error:.1e}, "
-            f"Re<0: {100 * m['negative']:.4g} %; {verdict})"
+            f"Re<0: {100 * m['negative']:.4g} %; {self.verdict})"
         )
 
 

@@ -133,7 +133,16 @@ class Study(BaseModel):
     @field_validator("index", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
-        return [int(part) for part in _split(value)] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if not all(part.isdecimal() for part in _split(value)):
+            raise ValueError("write numbers, as 0,5,7")
+        return [int(part) for part in _split(value)]
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return ",".join(str(v) for v in value) if isinstance(value, (list, tuple)) else value
 
     @field_validator("functions", "kinds", mode="before")
     @classmethod
@@ -328,5 +337,5 @@ def _problem(error: Any) -> str:
     name = "--" + str(error["loc"][0]).replace("_", "-") if error["loc"] else ""
     name = {"--functions": "--function", "--kinds": "--kind"}.get(name, name)
     message = error["msg"].removeprefix("Value error, ")
-    got = f", got {error['input']!r}" if name else ""
+    got = f", got {error['input']!r}" if name and repr(error["input"]) not in message else ""
     return f"{name}: {message}{got}".lstrip(": ")

@@ -133,6 +133,8 @@ def carry_out(url: str, key: str, *, threads: int, emit: Emit, opener: Opener = 
                 run.reach(stage, **fields, seconds=timing)
         if run.keep is Keep.SPECTRA:
             run.store.drop(key, *SCRATCH)
+        else:
+            run.store.update(key, kept=True)
     release_free_memory()
     return key
 

@@ -1,7 +1,7 @@
 """Tables for people, and rows for programs, of plans, states and metrics."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -18,7 +18,7 @@ DONE = ("done", "not certified")
 def plan_table(plan: Plan) -> Table:
     """One row a unit, cheap first: what it is, how it will be solved, and what that takes."""
     images = len({p.unit.image for p in plan.units}) > 1
-    table = _table("Plan", f"{plan.workers} side by side, {plan.threads} thread each")
+    table = _table("Plan", f"{plan.workers} side by side, {count(plan.threads, 'thread', 'threads')} each")
     for name in (["image"] if images else []) + ["block", "function"]:
         table.add_column(name)
     for name in ("n", "k", "memory", "disk", "time"):
@@ -57,22 +57,35 @@ def _plan_row(p: UnitPlan) -> dict[str, Any]:
 
 def plan_summary(plan: Plan) -> str:
     """The run's totals in one sentence."""
-    working = [p for p in plan.units if p.works]
+    working, refused = [p for p in plan.units if p.works], len(plan.refused)
+    without = len(plan.units) - len(working) - refused
     largest = max((p.projected_bytes for p in working), default=0)
     return (
-        f"{len(working)} spectra to compute ({len(plan.units) - len(working)} units have none), about "
-        f"{seconds(plan.seconds)}; memory: {format_bytes(plan.allowed_bytes)} allowed, "
-        f"{format_bytes(plan.reserved_bytes)} reserved, largest unit {format_bytes(largest)}; "
-        f"disk: at most {format_bytes(plan.disk_bytes)}"
+        f"to compute: {count(len(working), 'spectrum', 'spectra')}"
+        + (f" ({count(without, 'unit has', 'units have')} none)" if without else "")
+        + (f"; refused: {count(refused, 'unit', 'units')}, the budget is too small" if refused else "")
+        + f"; about {seconds(plan.seconds)} by rates measured now, {plan.workers} side by side; "
+        f"memory: {format_bytes(plan.allowed_bytes)} allowed, {format_bytes(plan.reserved_bytes)} reserved, "
+        f"largest unit {format_bytes(largest)}; disk: at most {format_bytes(plan.disk_bytes)}"
     )
 
 
-def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
-    """How many units are in which state, and what is known of those that are not simply done or planned."""
+def count(number: int, one: str, many: str) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def status_summary(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many units are in which state."""
     states: dict[str, int] = {}
     for record in records.values():
         states[state_of(record)] = states.get(state_of(record), 0) + 1
-    table = _table("Units", ", ".join(f"{count} {state}" for state, count in sorted(states.items())))
+    return ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
+
+
+def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The units that are not simply done or planned, and what is known of them."""
+    table = _table("", "")
     for name in ("unit", "state", "stage"):
         table.add_column(name)
     table.add_column("note", overflow="fold")
@@ -103,41 +116,49 @@ def _note(record: Mapping[str, Any]) -> str:
     return str(record["reason"])
 
 
-def metrics_table(rows: pd.DataFrame, kind: str = "matrix") -> Table:
-    """One row a unit: S, S_active with its error, the shares by sign, the extremes, and whether it is certified."""
+# Columns of the metrics table: header, width from which there is room for it, how a row is shown.
+COLUMNS: tuple[tuple[str, int, Callable[[pd.Series], str]], ...] = (
+    ("n", 0, lambda row: f"{row['n']:,}"),
+    ("k", 120, lambda row: f"{row['k']:,}"),
+    ("S", 120, lambda row: spell(row["S"])),
+    ("S active", 0, lambda row: spell(row["S_active"], 7)),
+    ("+-", 0, lambda row: spell(row["S_active_error"], 2)),
+    ("Re<0 %", 0, lambda row: f"{100 * row['negative']:.3f}"),
+    ("Re=0 %", 140, lambda row: f"{100 * row['zero']:.3f}"),
+    ("near axis", 100, lambda row: f"{int(row['near_axis'])}"),
+    ("max Re", 140, lambda row: spell(row["abscissa"])),
+    ("min Re active", 160, lambda row: spell(row["min_re_active"])),
+    ("error", 160, lambda row: spell(row["value_error"], 2)),
+)
+
+
+def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") -> Table:
+    """One row a unit: S, S_active with its error, the shares by sign, the extremes, and whether it is certified.
+
+    Args:
+        rows: from `Run.metrics`.
+        width: of the console; a narrow one shows fewer columns.
+        kind: of the spectra.
+    """
     images = rows["image"].nunique() > 1
     functions = ", ".join(sorted(set(rows["function"])))
     table = _table(f"{kind} spectra of {functions}", _images_caption(rows))
     for name in (["image"] if images else []) + ["block", "function"]:
-        table.add_column(name)
-    headers = ["n", "k", "S", "S active", "+-", "Re<0 %", "Re=0 %", "near axis", "max Re", "min Re active"]
-    for name in [*headers, "error"]:
-        table.add_column(name, justify="right")
-    table.add_column("certified")
+        table.add_column(name, no_wrap=True)
+    columns = [(header, show) for header, least, show in COLUMNS if width >= least]
+    for header, _ in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("certified", overflow="fold")
     for _, row in rows.iterrows():
-        lead = ([str(row["image"])] if images else []) + [_block(row["number"], row["block"]), row["function"]]
-        table.add_row(*lead, *_metric_cells(row))
+        lead = ([str(row["image_index"])] if images else []) + [_block(row["number"], row["block"]), row["function"]]
+        if row["state"] in DONE:
+            cells = [show(row) for _, show in columns]
+            verdict = "yes" if row["certified"] else "NO"
+            table.add_row(*lead, *cells, verdict + (f": {row['note']}" if row["note"] else ""))
+        else:
+            n = f"{row['n']:,}" if row["n"] == row["m"] else f"{row['m']:,} x {row['n']:,}"
+            table.add_row(*lead, n, *["-"] * (len(columns) - 1), row["state"])
     return table
-
-
-def _metric_cells(row: pd.Series) -> list[str]:
-    if row["state"] not in DONE:
-        n = f"{row['n']:,}" if row["n"] == row["m"] else f"{row['m']:,} x {row['n']:,}"
-        return [n, *["-"] * 10, row["state"]]
-    return [
-        f"{row['n']:,}",
-        f"{row['k']:,}",
-        spell(row["S"]),
-        spell(row["S_active"], 7),
-        spell(row["S_active_error"], 2),
-        f"{100 * row['negative']:.3f}",
-        f"{100 * row['zero']:.3f}",
-        f"{int(row['near_axis'])}",
-        spell(row["abscissa"]),
-        spell(row["min_re_active"]),
-        spell(row["value_error"], 2),
-        "yes" if row["certified"] else f"NO: {row['note']}",
-    ]
 
 
 def means_table(rows: pd.DataFrame) -> Table:
