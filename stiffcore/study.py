@@ -135,8 +135,9 @@ class Study(BaseModel):
     def _numbers(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        if not all(part.isdecimal() for part in _split(value)):
-            raise ValueError("write numbers, as 0,5,7")
+        wrong = [part for part in _split(value) if not part.isdecimal()]
+        if wrong:
+            raise ValueError(f"{', '.join(map(repr, wrong))}: write numbers, as 0,5,7")
         return [int(part) for part in _split(value)]
 
     @field_validator("blocks", mode="before")

@@ -148,7 +148,7 @@ def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") ->
     columns = [(header, show) for header, least, show in COLUMNS if width >= least]
     for header, _ in columns:
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("certified", overflow="fold")
+    table.add_column("certified", overflow="fold", min_width=len("no spectrum"))
     for _, row in rows.iterrows():
         lead = ([str(row["image_index"])] if images else []) + [_block(row["number"], row["block"]), row["function"]]
         if row["state"] in DONE:
