@@ -61,6 +61,8 @@ def spectrum(
     """
     if not isinstance(x, Tensor):
         raise InputError(f"x must be a torch tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise InputError(f"x must be a floating tensor, got {x.dtype}: pass x.double()")
     study = Study.ask({"network": IN_MEMORY, "images": IN_MEMORY, "dtype": dtype, "memory": memory})
     call: Callable[[Tensor], Tensor] = f
     if isinstance(f, nn.Module):

@@ -434,3 +434,32 @@ def test_workers_are_gone_before_the_run_is_released(small):
                 carry_out_plan(str(small / "run"), prepared, executor, interrupt)
     assert pids
     assert alive_at_release == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_cuda_device_a_run_gives_the_spectra_of_the_host(small):
+    options = {"network": "resnet18", "blocks": "layer3.1,layer4.1", "functions": "block,branch"}
+    host, _ = execute(small / "host", options | {"device": "cpu"})
+    cuda, outcome = execute(small / "cuda", options | {"device": "cuda"})
+    assert outcome.failed == {}
+    for key, record in cuda.records().items():
+        assert record["plan"]["solver"] == "cuda-dense"
+        assert cuda.stored(key).certificate.passed
+        assert np.allclose(cuda.stored(key).computed.real, host.stored(key).computed.real, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_device_that_runs_out_of_memory_hands_the_unit_to_the_host(small, monkeypatch):
+    def full(a, device):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("stiffcore.eigen.device.device_eigenvalues", full)
+    events = []
+    run, outcome = execute(
+        small / "run", {"network": "resnet18", "blocks": "layer4.1", "device": "cuda"}, events.append
+    )
+    assert outcome.failed == {}
+    assert [e["stage"] for e in events].count("fallback") == 1
+    assert [r["plan"]["solver"] for r in run.records().values()] == ["host-dense"]
