@@ -327,3 +327,30 @@ def test_trained_resnet50_against_the_jacobian_of_its_active_units(block):
         (cotangents,) = torch.func.vmap(lambda c: pull(c.reshape(x.shape)))(seeds)
         rows.append(cotangents.detach().reshape(len(part), -1)[:, active].numpy())
     assert_spectra_match(s.computed, 0, s.ones, np.linalg.eigvals(np.concatenate(rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["layer4.1", "layer3.1"])
+@pytest.mark.parametrize("function", ["block", "branch"])
+def test_trained_resnet50_against_matrices_written_out_by_hand_through_either_waist(block, function):
+    """The whole waist, inactive units too, from convolutions written out entry by entry: no derivative is taken."""
+    f, x, m = trained("resnet50", block)
+    side = x.shape[-1]
+    first, second, third = (
+        convolution_matrix(
+            torch.nn.functional.pad(c.weight, (1, 1, 1, 1)) if c.kernel_size == (1, 1) else c.weight, b, side
+        )
+        for c, b in ((m.conv1, m.bn1), (m.conv2, m.bn2), (m.conv3, m.bn3))
+    )
+    h1 = torch.relu(m.bn1(m.conv1(x)))
+    h2 = torch.relu(m.bn2(m.conv2(h1)))
+    inner1, inner2 = ((h > 0).reshape(-1).double().numpy() for h in (h1, h2))
+    outer = (f(x.clone()) > 0).reshape(-1).double().numpy() if function == "block" else np.ones(x.numel())
+    shift = 1 if function == "block" else 0
+    s = stiffcore.spectrum(f, x, function=function, name=block)
+    assert s.certificate.passed, s.certificate.failures
+    into, out = inner1[:, None] * first, outer[:, None] * (third @ (inner2[:, None] * second))
+    for matrix in (into @ out, (inner2[:, None] * (second @ into)) @ (outer[:, None] * third)):
+        truth = np.linalg.eigvals(matrix)
+        zeros = len(truth) - s.k
+        assert_spectra_match(s.computed - shift, zeros, 0, truth)
