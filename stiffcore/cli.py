@@ -330,7 +330,7 @@ class _Progress:
         if self._total is None:
             return
         if stage == "begun":
-            self._tasks[key] = self.bars.add_task(self._names[key], total=None, note="opening")
+            self._tasks[key] = self.bars.add_task(str(self._names.get(key, key)), total=None, note="opening")
         elif stage in ("ended", "failed"):
             self.bars.advance(self._total)
             if key in self._tasks:

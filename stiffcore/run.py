@@ -376,9 +376,10 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
     study = prepared.study.model_dump(mode="json")
     if store.header is not None:
         # another process may have begun or changed the run since it was looked at
-        _check_same(_settings(store.header["study"]), _settings(study), store.url)
         if prepared.survey is not None:
             _check_same(store.header["identity"], prepared.survey.identity, store.url)
+        else:
+            _check_same(_settings(store.header["study"]), _settings(study), store.url)
         store.header = {**store.header, "study": study}
         return
     found = prepared.survey
@@ -401,7 +402,7 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
 
 
 def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a stored study, what a process that continues it must agree with, besides the run's identity."""
+    """Of a stored study, what a process that continues it without looking again must agree with."""
     return {name: study[name] for name in ("network", "normalize", "pool", "blocks", "functions", "kinds", "dtype")}
 
 

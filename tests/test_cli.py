@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stiffcore.cli import app
-from tests.test_run import OPTIONS, execute, small  # noqa: F401 - small is a fixture
+from tests.test_run import OPTIONS, execute
 
 
 def command(*args, cwd):
@@ -25,7 +25,7 @@ def test_every_command_has_help(name):
     assert len(found.output.splitlines()) > 8
 
 
-def test_plan_run_status_show_and_export_agree(small):  # noqa: F811
+def test_plan_run_status_show_and_export_agree(small):
     options = ["--network", "smallnet:make", "--images", "six.npz", "--index", "3", "--normalize", "none"]
     planned = command("plan", "run", *options, "--json", cwd=small)
     assert planned.returncode == 0, planned.stderr
@@ -54,7 +54,7 @@ def test_plan_run_status_show_and_export_agree(small):  # noqa: F811
     assert "exists" in again.stderr
 
 
-def test_tables_show_blocks_without_spectrum_as_dashes(small, monkeypatch):  # noqa: F811
+def test_tables_show_blocks_without_spectrum_as_dashes(small):
     execute(small / "run", OPTIONS | {"blocks": "down,layer2.2", "functions": "block"})
     found = CliRunner().invoke(app, ["show", str(small / "run")])
     line = next(line for line in found.output.splitlines() if "down" in line)
@@ -62,7 +62,7 @@ def test_tables_show_blocks_without_spectrum_as_dashes(small, monkeypatch):  # n
     assert not any(part.strip().replace(".", "").isdigit() for part in line.split("│")[4:-2])
 
 
-def test_many_images_get_a_table_of_means(small):  # noqa: F811
+def test_many_images_get_a_table_of_means(small):
     execute(small / "run", OPTIONS | {"count": 3, "blocks": "4"})
     found = CliRunner().invoke(app, ["show", str(small / "run")])
     assert "Mean over images" in found.output
@@ -85,7 +85,7 @@ def test_many_images_get_a_table_of_means(small):  # noqa: F811
         (["run", "new", "--colour", "red"], ["--colour"]),
     ],
 )
-def test_wrong_input_ends_with_one_message_and_code_2(small, args, parts):  # noqa: F811
+def test_wrong_input_ends_with_one_message_and_code_2(small, args, parts):
     found = command(*args, cwd=small)
     assert found.returncode == 2
     assert all(part in found.stderr for part in parts), found.stderr
@@ -93,15 +93,24 @@ def test_wrong_input_ends_with_one_message_and_code_2(small, args, parts):  # no
     assert not (small / "new").exists()
 
 
-def test_images_of_the_wrong_shape_are_refused_by_the_network(small):  # noqa: F811
+def test_images_of_the_wrong_shape_are_refused_by_the_network(small):
     np.savez(small / "big.npz", x=np.zeros((1, 9, 9, 3), np.uint8), y=np.zeros(1, int))
     found = command("run", "new", "--network", "smallnet:make", "--images", "big.npz", cwd=small)
     assert found.returncode == 2
     assert "(1, 3, 9, 9)" in found.stderr
 
 
-def test_a_run_without_any_spectrum_yet_shows_dashes(small):  # noqa: F811
+def test_a_run_without_any_spectrum_yet_shows_dashes(small):
     execute(small / "run", OPTIONS | {"blocks": "down"})
     found = CliRunner().invoke(app, ["show", str(small / "run")])
     assert found.exit_code == 0, found.output
     assert "no spectrum" in found.output
+
+
+def test_a_damaged_spectrum_is_made_again_under_the_bars_too(small):
+    execute(small / "run", OPTIONS | {"blocks": "4", "functions": "block"})
+    chunk = next(p for p in (small / "run").rglob("eigenvalues/c/*") if p.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    found = command("run", "run", cwd=small)
+    assert found.returncode == 0, found.stderr
+    assert "computed again" in found.stderr
