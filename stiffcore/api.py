@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stiffcore.cluster import Event, InProcess, local_workers
+from stiffcore.cluster import Event, InProcess, workers_at
 from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
@@ -111,6 +111,7 @@ def analyze(
     *,
     run: str | Path,
     workers: int | None = None,
+    scheduler: str | None = None,
     on_event: Callable[[Event], None] | None = None,
     **options: Any,
 ) -> Run:
@@ -124,6 +125,7 @@ def analyze(
         run: new folder or URL, or an existing run, which continues.
         workers: None works in this process, one unit at a time; a number starts at most so many processes (then a
             script needs the usual `if __name__ == "__main__":`).
+        scheduler: address or scheduler file of a Dask cluster that runs already; `memory` is then each worker's.
         on_event: told of every step, a dict with `unit`, `stage`, `done`, `total`.
         options: fields of `stiffcore.Study`: blocks, functions, dtype, memory, normalize, keep, device, ...
 
@@ -149,7 +151,8 @@ def analyze(
         if in_memory.x.dtype != np.uint8:
             given.setdefault("normalize", "none")
     tell = on_event or (lambda event: None)
-    context = nullcontext(InProcess(tell)) if workers is None else local_workers(tell)
+    here = workers is None and scheduler is None
+    context = nullcontext(InProcess(tell)) if here else workers_at(scheduler, tell)
     with context as executor:
         prepared = prepare(str(run), given, executor, module, in_memory, workers=workers)
         return carry_out_plan(str(run), prepared, executor, tell, module)[0]

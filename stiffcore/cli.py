@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from stiffcore.cluster import Event, local_workers
+from stiffcore.cluster import Event, workers_at
 from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
@@ -61,6 +61,32 @@ Function = Annotated[str | None, typer.Option(help="block | branch | block,branc
 Kind = Annotated[str | None, typer.Option(help="matrix: the eigenvalues of the n x n Jacobian [default: matrix]")]
 Dtype = Annotated[str | None, typer.Option(help="float64 | float32 [default: float64]")]
 Pool = Annotated[str | None, typer.Option(help="Max-pool of a ResNet's stem: auto | max | none [default: auto]")]
+ReduceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reduce",
+        help="auto: the smallest matrix with the same eigenvalues | none: the n x n Jacobian itself [default: auto]",
+    ),
+]
+SolverOption = Annotated[
+    str | None,
+    typer.Option(
+        "--solver",
+        help="auto: the first that fits | cuda-dense | host-dense | matrix-only (build and keep, solve nothing) "
+        "[default: auto]",
+    ),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(help="What a unit may hold on a CUDA device, as 80GB; `plan` takes it for a device that is not here."),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Address or scheduler file of a Dask cluster that runs already; --memory is then each worker's "
+        "[default: workers on this machine]"
+    ),
+]
 Memory = Annotated[
     str | None, typer.Option(help="What all processes may hold together, as 4GiB [default: 80 % of what is free]")
 ]
@@ -93,17 +119,22 @@ def run(
     kind: Kind = None,
     dtype: Dtype = None,
     pool: Pool = None,
+    reduce: ReduceOption = None,
+    solver: SolverOption = None,
     memory: Memory = None,
+    device_memory: DeviceMemory = None,
     device: Device = None,
     keep: Keep = None,
     workers: Workers = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Compute spectra: start a run, or continue one.
 
     A RUN that exists continues from its last whole chunk or stage: with no options as first asked; --memory, --device,
-    --keep and --workers may change, any other option that disagrees is refused. Ctrl-C stops it cleanly.
+    --device-memory, --solver, --keep, --workers and --scheduler may change, any other option that disagrees is refused.
+    Ctrl-C stops it cleanly.
     """
-    _run(run, _options(locals()), workers)
+    _run(run, _options(locals()), workers, scheduler)
 
 
 @app.command()
@@ -136,15 +167,20 @@ def plan(
     kind: Kind = None,
     dtype: Dtype = None,
     pool: Pool = None,
+    reduce: ReduceOption = None,
+    solver: SolverOption = None,
     memory: Memory = None,
+    device_memory: DeviceMemory = None,
     device: Device = None,
     keep: Keep = None,
     workers: Workers = None,
+    scheduler: Scheduler = None,
     as_json: Json = False,
 ) -> None:
     """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing."""
-    with local_workers(lambda event: None) as executor, _looking(quiet=as_json):
-        prepared = prepare(run, _options(locals()), executor, workers=workers)
+    options = _options(locals())
+    with workers_at(scheduler, lambda event: None) as executor, _looking(quiet=as_json):
+        prepared = prepare(run, options, executor, workers=workers, suppose=True)
     if as_json:
         _print_json(tables.plan_rows(prepared.plan))
         return
@@ -210,10 +246,12 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in Study.model_fields if name in options}
 
 
-def _run(url: str, options: dict[str, Any], workers: int | None) -> None:
+def _run(url: str, options: dict[str, Any], workers: int | None, scheduler: str | None = None) -> None:
     check_free(url)
     show = _Progress()
-    with _interruptible(url), local_workers(show.event) as executor:
+    with _interruptible(url), workers_at(scheduler, show.event) as executor:
+        if executor.dashboard:
+            _say(out, f"dashboard: {executor.dashboard}")
         with _looking():
             prepared = prepare(url, options, executor, workers=workers)
         _announce(prepared)

@@ -1,20 +1,28 @@
 """Who does the work: this process, or worker processes under Dask. The one place that imports dask."""
 
 import os
+import re
+import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
-from stiffcore.errors import StiffcoreError
+from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.memory import default_allowed_bytes, keep_freed_pages, own_bytes
 
 Event = dict[str, Any]
-TOPIC = "stiffcore"
+CONNECT_S = 10
+WORKERS_S = 30
 # For the process that workers are forked from: libraries that each allocate a pool of threads, unless told not to
 # before they are imported; and Python's resource tracker, which warns of what a killed worker could not give back.
 ENVIRONMENT = {
@@ -25,24 +33,64 @@ ENVIRONMENT = {
 }
 
 
-class Executor(Protocol):
-    """Runs functions of the form `function(*args, emit=...)`; `emit` takes an event."""
+class WorkerDiedError(StiffcoreError):
+    """The process that worked on a unit is gone; what it had recorded stays."""
 
-    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Start `function`, with `emit` added to its arguments."""
+
+class ConnectionLostError(StiffcoreError):
+    """The scheduler of the cluster is gone, or cannot be reached."""
+
+
+class Executor(Protocol):
+    """Runs functions of the form `function(*args, emit=...)`; `emit` takes an event.
+
+    Attributes:
+        separate: whether the workers belong to a cluster that is not ours: other machines, each with its own memory.
+        dashboard: address of the cluster's dashboard; empty where there is none.
+    """
+
+    separate: bool
+    dashboard: str
+
+    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
+        """Start `function`, with `emit` added to its arguments; with `gpu` on a worker that has one."""
 
     def scale(self, workers: int) -> None:
         """Have so many workers, and wait for them."""
 
-    def worker_pids(self) -> list[int]:
+    def workers(self) -> list["Worker"]:
         """The processes that do the work, this one not among them."""
 
     def stop(self) -> None:
-        """End all workers at once, and wait until they are gone; nothing can be submitted any more."""
+        """End what was submitted; our own workers at once, and wait until they are gone."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process of a cluster.
+
+    Attributes:
+        host: where it runs.
+        pid: its number there.
+        threads: it may use.
+        gpu: whether it declares a `GPU` resource.
+        reserved_bytes: it holds before any unit.
+        free_bytes: what may be used of its machine.
+    """
+
+    host: str
+    pid: int
+    threads: int
+    gpu: bool
+    reserved_bytes: int
+    free_bytes: int
 
 
 class InProcess:
     """Runs each function at once, in this process."""
+
+    separate = False
+    dashboard = ""
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
         """Run here.
@@ -52,11 +100,11 @@ class InProcess:
         """
         self._on_event = on_event
 
-    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> "Future[Any]":
+    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
         """Run `function` to its end; the future is done."""
         future: Future[Any] = Future()
         try:
-            future.set_result(function(*args, **kwargs, emit=self._on_event))
+            future.set_result(function(*args, emit=self._on_event))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -64,7 +112,7 @@ class InProcess:
     def scale(self, workers: int) -> None:
         """Nothing to do: there is this process."""
 
-    def worker_pids(self) -> list[int]:
+    def workers(self) -> list[Worker]:
         """None."""
         return []
 
@@ -73,27 +121,41 @@ class InProcess:
 
 
 class DaskWorkers:
-    """Runs functions on a Dask cluster on this machine, one process a worker.
+    """Runs functions on a Dask cluster: its scheduler places them, the run's own records say what is done.
 
-    Workers are forked from one server process that has imported torch once, so that its 0.4 GB is shared.
+    On this machine workers are forked from one server process that has imported torch once, so that its 0.4 GB is
+    shared, and die with this process. A worker of a cluster that is not ours carries out one unit at a time, whatever
+    its number of threads.
     """
 
-    def __init__(self, client: Any, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, client: Any, on_event: Callable[[Event], None], *, separate: bool) -> None:
         """Run on a cluster.
 
         Args:
             client: of distributed.
             on_event: told of every event, from another thread.
+            separate: whether the cluster is not ours.
         """
         self._client = client
-        client.subscribe_topic(TOPIC, lambda event: on_event(event[1]))
+        self.separate = separate
+        self.dashboard = client.dashboard_link if find_spec("bokeh") else ""
+        # of this session only: a cluster may serve several
+        self._topic = f"stiffcore-{uuid.uuid4().hex}"
+        self._tasks: set[Any] = set()
+        client.subscribe_topic(self._topic, lambda event: on_event(event[1]))
 
-    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> "Future[Any]":
+    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
         """Start `function` on a free worker."""
         done: Future[Any] = Future()
-        task = self._client.submit(_with_events, os.getpid(), function, args, kwargs, pure=False, retries=0)
+        parent = None if self.separate else os.getpid()
+        resources = {"GPU": 1} if gpu and self.separate else None
+        task = self._client.submit(
+            _with_events, self._topic, parent, function, args, pure=False, retries=0, resources=resources
+        )
+        self._tasks.add(task)
 
         def finish(finished: Any) -> None:
+            self._tasks.discard(finished)
             try:
                 done.set_result(finished.result())
             except Exception as error:
@@ -104,16 +166,23 @@ class DaskWorkers:
         return done
 
     def scale(self, workers: int) -> None:
-        """Have so many workers, and wait for them."""
-        self._client.cluster.scale(workers)
-        self._client.wait_for_workers(workers, timeout=120)
+        """Have so many workers, and wait for them; a cluster that is not ours has what it has."""
+        if not self.separate:
+            self._client.cluster.scale(workers)
+            self._client.wait_for_workers(workers, timeout=120)
 
-    def worker_pids(self) -> list[int]:
-        """The workers' processes."""
-        return list(self._client.run(os.getpid).values())
+    def workers(self) -> list[Worker]:
+        """The workers there are now, as each sees itself."""
+        found = self._client.run(_describe)
+        gpus = self._client.run_on_scheduler(_with_gpu)
+        return [Worker(**facts, gpu=address in gpus) for address, facts in found.items()]
 
     def stop(self) -> None:
-        """End all workers at once, and wait until they are gone."""
+        """End our own workers at once, and wait until they are gone; elsewhere, tasks end with their next step."""
+        if self.separate:
+            with suppress(Exception):  # the scheduler may be what is gone
+                self._client.cancel(list(self._tasks), force=True)
+            return
         workers = []
         for nanny in self._client.cluster.workers.values():
             nanny.auto_restart = False
@@ -126,20 +195,87 @@ class DaskWorkers:
         psutil.wait_procs(workers, timeout=10)
 
 
-def _with_events(parent: int, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _describe(dask_worker: Any) -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "threads": dask_worker.state.nthreads,
+        "reserved_bytes": own_bytes(),
+        "free_bytes": default_allowed_bytes(),
+    }
+
+
+def _with_gpu(dask_scheduler: Any) -> set[str]:
+    return {address for address, w in dask_scheduler.workers.items() if w.resources.get("GPU", 0) >= 1}
+
+
+# One unit at a time in a process: its memory and threads are planned so.
+_BUSY = threading.Lock()
+
+
+def _with_events(topic: str, parent: int | None, function: Callable[..., Any], args: tuple) -> Any:
     from distributed import get_worker
 
-    _die_with(parent)
+    if parent is None:
+        _settle()
+    else:
+        _die_with(parent)
     worker = get_worker()
-    return function(*args, **kwargs, emit=lambda event: worker.log_event(TOPIC, event))
+    with _BUSY:
+        return function(*args, emit=lambda event: worker.log_event(topic, event))
+
+
+@cache
+def _settle() -> None:
+    """What `stiffcore.preload` does for our own workers, once in a worker of another cluster."""
+    keep_freed_pages()
 
 
 def _readable(error: Exception) -> Exception:
+    from distributed.comm import CommClosedError
     from distributed.scheduler import KilledWorker
 
     if isinstance(error, KilledWorker):
-        return StiffcoreError("the worker died (out of memory, or killed): what it had recorded stays, run again")
+        return WorkerDiedError("the worker died (out of memory, or killed): what it had recorded stays, run again")
+    if isinstance(error, (CancelledError, CommClosedError)):
+        return ConnectionLostError(
+            "the connection to Dask's scheduler is lost: what is done is kept; run again to continue"
+        )
     return error
+
+
+@contextmanager
+def workers_at(scheduler: str | None, on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
+    """The workers of a Dask cluster, for the time of the context.
+
+    Args:
+        scheduler: address (`tcp://host:8786`) or scheduler file of one that runs already; None: see `local_workers`.
+        on_event: told of every event.
+
+    Raises:
+        InputError: where it cannot be reached, or has no worker.
+    """
+    if scheduler is None:
+        with local_workers(on_event) as ours:
+            yield ours
+        return
+    import dask
+    from distributed import Client
+
+    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    if "address" in where and "://" not in scheduler and not re.fullmatch(r"[\w.-]+:\d+", scheduler):
+        raise InputError(f"--scheduler {scheduler}: neither an address, as tcp://host:8786, nor a scheduler file")
+    with dask.config.set({"logging": {"distributed": "error"}}):
+        try:
+            client = Client(**where, timeout=CONNECT_S, set_as_default=False)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise InputError(f"--scheduler {scheduler} cannot be reached: {error}") from error
+        with client:
+            try:
+                client.wait_for_workers(1, timeout=WORKERS_S)
+            except TimeoutError:
+                raise InputError(f"the cluster at {scheduler} has no worker: start some, then run again") from None
+            yield DaskWorkers(client, on_event, separate=True)
 
 
 @contextmanager
@@ -185,7 +321,7 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         with cluster, Client(cluster) as client:
-            yield DaskWorkers(client, on_event)
+            yield DaskWorkers(client, on_event, separate=False)
 
 
 @cache

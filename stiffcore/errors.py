@@ -29,6 +29,10 @@ class BusyError(StiffcoreError):
     exit_code = 3
 
 
+class DeviceFullError(StiffcoreError):
+    """The CUDA device has not the memory that was planned for: the next rung may take the unit."""
+
+
 class DamagedError(StiffcoreError):
     """Something stored cannot be trusted: a checksum failed, or a recorded tile is not there."""
 

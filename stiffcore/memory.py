@@ -117,6 +117,29 @@ def own_bytes(pid: int | None = None) -> int:
     return int(psutil.Process(pid).memory_full_info().uss)
 
 
+def reset_peak() -> int | None:
+    """Have `own_peak_bytes` count from now on.
+
+    Returns:
+        The resident set of this process now; None where the kernel does not allow it.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_bytes("VmRSS")
+    except (OSError, LookupError):
+        return None
+
+
+def own_peak_bytes() -> int:
+    """The largest resident set of this process since `reset_peak`: exact, no sample."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(lines[name].split()[0]) << 10
+
+
 class PeakMeter:
     """Samples `tree_bytes` four times a second while a context lasts.
 

@@ -1,13 +1,14 @@
 """Bytes, flops and seconds of every unit before any work, in integers; picks the solver and the chunk.
 
-Four quantities, always in bytes: *allowed* (what the user gave), *reserved* (what the processes hold before any
-unit: interpreter, libraries; measured), *projected* (what a unit will hold at its fullest stage, on top of that;
-computed here) and *measured* (the peak that was seen).
+Four quantities, always in bytes, for the host and for the device: *allowed* (what the user gave), *reserved* (what is
+held before any unit: interpreters and libraries, or the CUDA context; measured), *projected* (what a unit will hold at
+its fullest stage, on top of that; computed here) and *measured* (the peak that was seen).
+
+The ladder, from the top: `cuda-dense`, `host-dense`. Each rung says what it would take, and why it is passed over.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from stiffcore.eigen import dense
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
-from stiffcore.study import Keep, Study, Unit, format_bytes
+from stiffcore.study import Device, Keep, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
 # for the whole matrix, 64 take 38 s (2 cores, float64). Late layers have small columns and large weights, which every
@@ -42,14 +43,6 @@ PROBES = 3
 DENSE_EFFICIENCY = 0.6
 
 
-class Solver(StrEnum):
-    """The rungs of the ladder."""
-
-    CUDA_DENSE = "cuda-dense"
-    HOST_DENSE = "host-dense"
-    NONE = "none"
-
-
 @dataclass(frozen=True)
 class UnitPlan:
     """What one unit will take.
@@ -57,14 +50,15 @@ class UnitPlan:
     Attributes:
         unit: the facts.
         solver: the rung; `none` where the unit has no spectrum, or fits no rung.
-        why: why this rung, or why none.
+        why: why the rungs above were passed over, and why this one, or none.
         refused: whether it has a spectrum but the budget holds no rung.
         chunk: columns built at once.
         shard: columns in one file.
         stages: projected bytes by stage, host memory on top of what is reserved.
-        device_bytes: projected bytes on the device.
+        device_bytes: projected bytes on the device, on top of what is reserved there.
         disk_bytes: most bytes in the store while it runs.
         kept_bytes: bytes that stay in the store.
+        moved_bytes: written to and read from the store, and copied to the device, where no tile is zero.
         flops: of the eigenvalue solve.
         seconds: estimate of build and solve.
     """
@@ -79,6 +73,7 @@ class UnitPlan:
     device_bytes: int = 0
     disk_bytes: int = 0
     kept_bytes: int = 0
+    moved_bytes: int = 0
     flops: int = 0
     seconds: float = 0.0
 
@@ -108,10 +103,14 @@ class Plan:
 
     Attributes:
         units: cheap first.
-        allowed_bytes: the budget for all processes together.
-        reserved_bytes: held before any unit, by the parent and the first worker.
+        allowed_bytes: the budget for all processes together; for each worker, where they are `separate`.
+        reserved_bytes: held before any unit, by the parent and the first worker; by a worker, where `separate`.
         worker_bytes: held by each further worker.
+        device_allowed_bytes: the budget of each CUDA device; None where none is used.
+        device_reserved_bytes: held on it before any unit.
         workers: how many units may run side by side.
+        gpus: how many of them on a CUDA device each.
+        separate: whether the workers are those of a cluster that is not ours, so that they share no budget.
         threads: of each unit's arithmetic.
         disk_bytes: most bytes that the run adds to the store.
     """
@@ -120,14 +119,29 @@ class Plan:
     allowed_bytes: int
     reserved_bytes: int
     worker_bytes: int
+    device_allowed_bytes: int | None
+    device_reserved_bytes: int
     workers: int
+    gpus: int
+    separate: bool
     threads: int
     disk_bytes: int
 
     @property
     def data_bytes(self) -> int:
-        """What all units that run side by side may hold together."""
-        return self.allowed_bytes - self.reserved_bytes - (self.workers - 1) * self.worker_bytes
+        """What all units that run side by side may hold together; each of them, where the workers are separate."""
+        shared = 0 if self.separate else (self.workers - 1) * self.worker_bytes
+        return self.allowed_bytes - self.reserved_bytes - shared
+
+    def holds(self, unit: UnitPlan, running: Iterable[UnitPlan]) -> bool:
+        """Whether a unit may begin beside those that run."""
+        beside = list(running)
+        if len(beside) >= self.workers:
+            return False
+        if unit.solver is Solver.CUDA_DENSE and sum(p.solver is Solver.CUDA_DENSE for p in beside) >= self.gpus:
+            return False
+        held = 0 if self.separate else sum(p.projected_bytes for p in beside)
+        return held + unit.projected_bytes <= self.data_bytes
 
     @property
     def seconds(self) -> float:
@@ -146,11 +160,15 @@ class Machine:
     """What a plan may count on.
 
     Attributes:
-        cores: for arithmetic.
-        reserved_bytes: held by the parent and the first worker before any unit.
+        cores: for arithmetic; of one worker, where they are `separate`.
+        reserved_bytes: held by the parent and the first worker before any unit; by a worker, where `separate`.
         worker_bytes: held by each further worker.
         device_bytes: free on the CUDA device; None where it is not used.
         flops_per_s: rate of a float64 matrix product on one thread.
+        device_reserved_bytes: held on the device already.
+        gpus: CUDA devices, of one worker each.
+        free_bytes: what may be used where no budget is given; None: see `default_allowed_bytes`.
+        separate: how many workers there are, of a cluster that is not ours; None: as many as fit, on this machine.
     """
 
     cores: int
@@ -158,6 +176,10 @@ class Machine:
     worker_bytes: int
     device_bytes: int | None
     flops_per_s: float
+    device_reserved_bytes: int = 0
+    gpus: int = 1
+    free_bytes: int | None = None
+    separate: int | None = None
 
 
 def make_plan(
@@ -170,23 +192,30 @@ def make_plan(
 ) -> Plan:
     """Plan all units: each one's solver, chunk and bytes, and how many run side by side.
 
-    A unit starts when what is projected for all that run then stays within `Plan.data_bytes`.
+    A unit starts when `Plan.holds` says that it fits beside those that run.
 
     Args:
         units: the facts.
-        study: for the budget, the dtype and what is kept.
+        study: for the budgets, the dtype, the rung asked for and what is kept.
         machine: what there is.
         workers: at most so many; None: one a core. Never more than there are units, nor than memory allows.
         recorded: by key, earlier plans, which stay where they fit: a chunk's width can decide a result's last bits.
     """
     units = list(units)
-    allowed = study.memory or default_allowed_bytes()
+    allowed = study.memory or machine.free_bytes or default_allowed_bytes()
+    device = machine.device_bytes
+    if device is not None and study.device_memory is not None:
+        device = min(device, max(0, study.device_memory - machine.device_reserved_bytes))
+    machine = replace(machine, device_bytes=device)
     single = allowed - machine.reserved_bytes
     plans = [_plan_unit(u, study, machine, single, (recorded or {}).get(u.key)) for u in units]
     plans.sort(key=lambda p: (p.works, p.seconds))
     busy = [p for p in plans if p.works]
-    count = _workers(busy, machine, single, workers or machine.cores)
-    threads = max(1, machine.cores // count)
+    if machine.separate is None:
+        count = _workers(busy, machine, single, workers or machine.cores)
+        threads = max(1, machine.cores // count)
+    else:
+        count, threads = max(1, min(machine.separate, workers or machine.separate)), max(1, machine.cores)
     kept = sum(p.kept_bytes for p in plans)
     largest = sorted((p.disk_bytes - p.kept_bytes for p in plans), reverse=True)
     return Plan(
@@ -194,10 +223,29 @@ def make_plan(
         allowed_bytes=allowed,
         reserved_bytes=machine.reserved_bytes,
         worker_bytes=machine.worker_bytes,
+        device_allowed_bytes=None if device is None else device + machine.device_reserved_bytes,
+        device_reserved_bytes=machine.device_reserved_bytes,
         workers=count,
+        gpus=machine.gpus if device is not None else 0,
+        separate=machine.separate is not None,
         threads=threads,
         disk_bytes=kept + sum(largest[:count]),
     )
+
+
+def plan_below(plan: UnitPlan, study: Study, machine: Machine, data_bytes: int, why: str) -> UnitPlan:
+    """A unit's plan once more, where its rung failed: the rungs below it, with the matrix as it is stored.
+
+    Args:
+        plan: what failed.
+        study: as for `make_plan`.
+        machine: as for `make_plan`.
+        data_bytes: what a unit may hold.
+        why: it failed.
+    """
+    below = LADDER[LADDER.index(plan.solver) + 1 :] if study.solver is None else ()
+    found = _first_that_fits(plan.unit, study, machine, data_bytes, below, (plan.chunk, plan.shard))
+    return replace(found, why="; ".join(filter(None, [f"{plan.solver}: {why}", found.why])))
 
 
 def _workers(busy: Sequence[UnitPlan], machine: Machine, single: int, most: int) -> int:
@@ -209,67 +257,156 @@ def _workers(busy: Sequence[UnitPlan], machine: Machine, single: int, most: int)
     return count
 
 
+# What the planner tries, in this order, where no rung is asked for.
+LADDER = (Solver.CUDA_DENSE, Solver.HOST_DENSE)
+
+
 def _plan_unit(
     unit: Unit, study: Study, machine: Machine, data_bytes: int, recorded: UnitPlan | None = None
 ) -> UnitPlan:
     if unit.route == "none":
         return UnitPlan(unit, Solver.NONE, unit.reason)
-    if recorded is not None:
-        if recorded.projected_bytes <= data_bytes:
-            return recorded
-        why = _too_small(recorded.solver, unit, recorded.stages or {}, machine, data_bytes)
-        return replace(recorded, solver=Solver.NONE, refused=True, why=why)
-    itemsize = np.dtype(study.dtype).itemsize
-    vectors = 2 * itemsize * unit.k
-    flops = dense.to_hessenberg_flops(unit.k) + dense.hessenberg_eigenvalues_flops(unit.k)
-    seconds = unit.column_s * unit.k + flops / (machine.flops_per_s * DENSE_EFFICIENCY)
-    why_not = []
-    if machine.device_bytes is not None:
-        from stiffcore.eigen.device import CUSOLVER_MAX_ORDER, device_bytes  # imports torch: only with a device
+    asked = LADDER if study.solver is None else (study.solver,)
+    if recorded is None or recorded.solver is Solver.NONE:
+        return _first_that_fits(unit, study, machine, data_bytes, asked)
+    device_gone = recorded.solver is Solver.CUDA_DENSE and (machine.device_bytes is None or study.device is Device.CPU)
+    if recorded.solver not in asked or device_gone:
+        return _first_that_fits(unit, study, machine, data_bytes, asked, (recorded.chunk, recorded.shard))
+    if recorded.projected_bytes <= data_bytes:
+        return recorded
+    why = _too_small(recorded.solver, unit, recorded.stages or {}, machine, data_bytes)
+    return replace(recorded, solver=Solver.NONE, refused=True, why=why)
 
-        found = _fitting(unit, itemsize, data_bytes, on_device=True)
-        needed = device_bytes(unit.k, itemsize) + found.stages["build"]
-        if unit.k > CUSOLVER_MAX_ORDER:
-            why_not.append(f"cuda-dense: k = {unit.k:,} is over cuSOLVER's {CUSOLVER_MAX_ORDER:,}")
-        elif needed > machine.device_bytes:
-            why_not.append(f"cuda-dense: needs {format_bytes(needed)} of {format_bytes(machine.device_bytes)} free")
-        elif not found.fits:
-            why_not.append(_too_small("cuda-dense", unit, found.stages, machine, data_bytes))
-        else:
-            return UnitPlan(
-                unit,
-                Solver.CUDA_DENSE,
-                "fits the device",
-                chunk=found.chunk,
-                shard=found.shard,
-                stages=found.stages,
-                device_bytes=needed,
-                disk_bytes=_stored_bytes(unit.k, found.shard, itemsize) + vectors,
-                kept_bytes=vectors + _kept(study, _stored_bytes(unit.k, found.shard, itemsize)),
-                flops=flops,
-                seconds=seconds,
-            )
-    found = _fitting(unit, itemsize, data_bytes, on_device=False)
-    stored = 2 * _stored_bytes(unit.k, found.shard, itemsize) + vectors
-    host = UnitPlan(
+
+def _first_that_fits(
+    unit: Unit,
+    study: Study,
+    machine: Machine,
+    data_bytes: int,
+    rungs: Sequence[Solver],
+    stored: tuple[int, int] | None = None,
+) -> UnitPlan:
+    """The first rung that fits, with what passed over those above it; else the last one, refused.
+
+    Args:
+        unit: the facts.
+        study: as for `make_plan`.
+        machine: as for `make_plan`.
+        data_bytes: what a unit may hold.
+        rungs: to try.
+        stored: chunk and shard of a matrix that is begun already.
+    """
+    passed: list[str] = []
+    found = UnitPlan(unit, Solver.NONE, "no rung is left", refused=True)
+    for rung in rungs:
+        found, why_not = RUNGS[rung](unit, study, machine, data_bytes, stored)
+        if not why_not:
+            return replace(found, why="; ".join([*passed, found.why]))
+        passed.append(why_not)
+    return replace(found, solver=Solver.NONE, refused=True, why="; ".join(passed), seconds=0.0)
+
+
+def _cuda_dense(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
+) -> tuple[UnitPlan, str]:
+    """Eigenvalues and eigenvectors by torch on the device (`eigen.device`); host memory to read the matrix.
+
+    device: dense.device_bytes + the build's chunk and kernels.
+    moved: the matrix written, and read twice; and copied to the device twice.
+    """
+    itemsize = np.dtype(study.dtype).itemsize
+    found = _fitting(unit, itemsize, data_bytes, _device_stages, stored)
+    needed = dense.device_bytes(unit.k, itemsize) + found.stages["build"]
+    matrix, vectors = _stored_bytes(unit.k, found.shard, itemsize), 2 * itemsize * unit.k
+    plan = UnitPlan(
         unit,
-        Solver.HOST_DENSE,
-        "; ".join([*why_not, "fits the host budget"]),
+        Solver.CUDA_DENSE,
+        "fits the device",
         chunk=found.chunk,
         shard=found.shard,
         stages=found.stages,
-        disk_bytes=stored + vectors,
-        kept_bytes=vectors + _kept(study, stored),
-        flops=flops,
-        seconds=seconds,
+        device_bytes=needed,
+        disk_bytes=matrix + vectors,
+        kept_bytes=vectors + _kept(study, matrix),
+        moved_bytes=5 * matrix + 2 * vectors,
+        flops=_dense_flops(unit.k),
+        seconds=_seconds(unit, _dense_flops(unit.k), machine),
+    )
+    if machine.device_bytes is None:
+        return plan, "cuda-dense: no CUDA device is used"
+    if unit.k > dense.CUSOLVER_MAX_ORDER:
+        return plan, f"cuda-dense: k = {unit.k:,} is over cuSOLVER's {dense.CUSOLVER_MAX_ORDER:,}"
+    if needed > machine.device_bytes:
+        return plan, (
+            f"cuda-dense: needs {format_bytes(needed)} of the device, {format_bytes(machine.device_bytes)} may be used"
+        )
+    return plan, "" if found.fits else _too_small(Solver.CUDA_DENSE, unit, found.stages, machine, data_bytes)
+
+
+def _host_dense(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
+) -> tuple[UnitPlan, str]:
+    """LAPACK in two stages (`eigen.dense`), the matrix and its Hessenberg form in the store.
+
+    moved: the matrix written and read once, the Hessenberg form written once and read twice.
+    """
+    itemsize = np.dtype(study.dtype).itemsize
+    found = _fitting(unit, itemsize, data_bytes, _host_stages, stored)
+    matrix, vectors = _stored_bytes(unit.k, found.shard, itemsize), 2 * itemsize * unit.k
+    plan = UnitPlan(
+        unit,
+        Solver.HOST_DENSE,
+        "fits the host budget",
+        chunk=found.chunk,
+        shard=found.shard,
+        stages=found.stages,
+        disk_bytes=2 * (matrix + vectors),
+        kept_bytes=vectors + _kept(study, 2 * matrix + vectors),
+        moved_bytes=5 * matrix + 6 * vectors,
+        flops=_dense_flops(unit.k),
+        seconds=_seconds(unit, _dense_flops(unit.k), machine),
     )
     if unit.k > dense.LAPACK_MAX_ORDER:
-        why_not.append(f"host-dense: k = {unit.k:,} is over 32-bit LAPACK's {dense.LAPACK_MAX_ORDER:,}")
-    elif not found.fits:
-        why_not.append(_too_small("host-dense", unit, found.stages, machine, data_bytes))
-    else:
-        return host
-    return replace(host, solver=Solver.NONE, refused=True, why="; ".join(why_not), seconds=0.0)
+        return plan, f"host-dense: k = {unit.k:,} is over 32-bit LAPACK's {dense.LAPACK_MAX_ORDER:,}"
+    return plan, "" if found.fits else _too_small(Solver.HOST_DENSE, unit, found.stages, machine, data_bytes)
+
+
+def _matrix_only(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
+) -> tuple[UnitPlan, str]:
+    """Build the matrix and keep it, whatever `keep` says. moved: the matrix, once."""
+    itemsize = np.dtype(study.dtype).itemsize
+    found = _fitting(unit, itemsize, data_bytes, _no_stages, stored)
+    matrix = _stored_bytes(unit.k, found.shard, itemsize)
+    plan = UnitPlan(
+        unit,
+        Solver.MATRIX_ONLY,
+        "as asked",
+        chunk=found.chunk,
+        shard=found.shard,
+        stages=found.stages,
+        disk_bytes=matrix,
+        kept_bytes=matrix,
+        moved_bytes=matrix,
+        seconds=_seconds(unit, 0, machine),
+    )
+    return plan, "" if found.fits else _too_small(Solver.MATRIX_ONLY, unit, found.stages, machine, data_bytes)
+
+
+Rung = Callable[[Unit, Study, Machine, int, tuple[int, int] | None], tuple[UnitPlan, str]]
+RUNGS: dict[Solver, Rung] = {
+    Solver.CUDA_DENSE: _cuda_dense,
+    Solver.HOST_DENSE: _host_dense,
+    Solver.MATRIX_ONLY: _matrix_only,
+}
+
+
+def _dense_flops(k: int) -> int:
+    return dense.to_hessenberg_flops(k) + dense.hessenberg_eigenvalues_flops(k)
+
+
+def _seconds(unit: Unit, flops: int, machine: Machine) -> float:
+    return unit.column_s * unit.k + flops / (machine.flops_per_s * DENSE_EFFICIENCY)
 
 
 def _kept(study: Study, stored_bytes: int) -> int:
@@ -294,21 +431,16 @@ class _Sizes:
     fits: bool
 
 
-def _fitting(unit: Unit, itemsize: int, data_bytes: int, *, on_device: bool) -> _Sizes:
-    """The fastest chunk and shard whose stages fit the budget, else the smallest.
+def _fitting(unit: Unit, itemsize: int, data_bytes: int, solving: "Stages", stored: tuple[int, int] | None) -> _Sizes:
+    """The fastest chunk and shard whose stages fit the budget, else the smallest; those of a `stored` matrix stay.
 
     What the smallest need is what a refusal names, so that a budget of that size is always enough.
     """
     column_bytes = unit.column_items * itemsize
     found = None
-    for chunk, shard in _chunks_and_shards(unit.k, column_bytes, itemsize, data_bytes):
+    for chunk, shard in [stored] if stored else _chunks_and_shards(unit.k, column_bytes, itemsize, data_bytes):
         stages = _first_stages(unit, column_bytes, itemsize, chunk, shard)
-        if on_device:
-            matrix = unit.k * unit.k * itemsize
-            vectors = 4 * CERTIFIED_MOST * unit.k * itemsize
-            stages["solve"] = matrix + max(_shard_bytes(unit.k, shard, itemsize), vectors)
-        else:
-            stages |= _host_stages(unit, column_bytes, itemsize, shard)
+        stages |= solving(unit, column_bytes, itemsize, shard)
         found = _Sizes(chunk, shard, stages, max(stages.values()) <= data_bytes)
         if found.fits:
             break
@@ -347,6 +479,20 @@ def _first_stages(unit: Unit, column_bytes: int, itemsize: int, chunk: int, shar
         "open": unit.network_bytes + 2 * PROBES * column_bytes + kernels + LIBRARY_BYTES,
         "build": chunk * column_bytes + kernels + _shard_bytes(unit.k, shard, itemsize),
     }
+
+
+Stages = Callable[[Unit, int, int, int], dict[str, int]]
+
+
+def _no_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
+    return {}
+
+
+def _device_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
+    """Stages of the dense solve on the device: the matrix, and the shard that is read or the vectors that come back."""
+    k = unit.k
+    vectors = 4 * CERTIFIED_MOST * k * itemsize
+    return {"solve": k * k * itemsize + max(_shard_bytes(k, shard, itemsize), vectors)}
 
 
 def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:

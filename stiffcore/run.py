@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
 
-from stiffcore.cluster import Event, Executor
-from stiffcore.errors import DamagedError, InputError, NoRunError, StiffcoreError
-from stiffcore.memory import PeakMeter, own_bytes, release_free_memory, tree_bytes
+from stiffcore.cluster import ConnectionLostError, Event, Executor, WorkerDiedError
+from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
+from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.metrics import NAMES as METRIC_NAMES
-from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan
+from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.spectra import Certificate, Spectrum
 from stiffcore.store import SCRATCH, RunStore
-from stiffcore.study import Keep, Study, Survey, Unit, fingerprint, versions
+from stiffcore.study import Device, Keep, Solver, Study, Survey, Unit, fingerprint, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +92,7 @@ class Run:
                 and record["function"] == function
                 and record["kind"] == kind
             ):
-                if record["stage"] != "done":
+                if record["stage"] != "done" or state_of(record) == "stored":
                     raise InputError(
                         f"{key} has no spectrum: {state_of(record)}; {record.get('failure') or record['reason']}"
                     )
@@ -124,7 +125,7 @@ class Run:
             "state": state_of(record),
             "solver": record["plan"]["solver"],
         }
-        if record["stage"] != "done":
+        if record["stage"] != "done" or state_of(record) == "stored":
             nothing = dict.fromkeys((*METRIC_NAMES, *CERTIFICATE_COLUMNS), float("nan"))
             return (
                 row | nothing | {"certified": False, "note": record.get("failure") or record["reason"], "seconds": 0.0}
@@ -183,9 +184,11 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
 
 
 def state_of(record: Mapping[str, Any]) -> str:
-    """A unit's state for people: `done`, `not certified`, `failed`, `under way`, `planned` or `no spectrum`."""
+    """A unit's state: `done`, `not certified`, `stored` (matrix), `failed`, `under way`, `planned` or `no spectrum`."""
     if record["plan"]["solver"] == "none":
         return "no spectrum"
+    if record["stage"] == "done" and record["plan"]["solver"] == Solver.MATRIX_ONLY:
+        return "stored"
     if record["stage"] == "done":
         return "not certified" if record["certificate"]["failures"] else "done"
     if record.get("failure"):
@@ -200,11 +203,13 @@ class Prepared:
     Attributes:
         study: settled.
         plan: of the units that are not done, for this machine.
+        machine: what the plan counts on.
         survey: None where the run exists and continues as first asked.
     """
 
     study: Study
     plan: Plan
+    machine: Machine
     survey: Survey | None
 
 
@@ -216,6 +221,7 @@ def prepare(
     images: Any = None,
     *,
     workers: int | None = None,
+    suppose: bool = False,
 ) -> Prepared:
     """Look at a study before any work; writes nothing.
 
@@ -226,6 +232,7 @@ def prepare(
         module: the network, where it is in memory.
         images: `Images`, where they are in memory.
         workers: at most so many processes; None: one a core.
+        suppose: plan for a CUDA device of `device_memory` bytes where there is none.
 
     Raises:
         InputError: whatever is wrong with the request, or disagrees with what the run began with.
@@ -236,25 +243,25 @@ def prepare(
     if not header and "network" not in given:
         raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
     found: Survey | None = None
-    if not header or given.keys() - {"memory", "keep"}:
-        from_survey = executor.submit(_survey, study, module, images).result()
-        found = from_survey
+    if not header or given.keys() - {"memory", "keep", "solver", "device_memory"}:
+        found = executor.submit(_survey, study, module, images).result()
         if header:
-            _check_same(header["identity"], from_survey.identity, url)
-        study = from_survey.study
-        facts = list(from_survey.units)
-        device_bytes = from_survey.device_bytes
+            _check_same(header["identity"], found.identity, url)
+        study = found.study
+        facts = list(found.units)
     else:
         facts = [Unit(**record) for record in units.values()]
-        device_bytes = executor.submit(_device, study).result()
-    ended = {key for key, record in units.items() if record["stage"] == "done"}
+    ended = {key for key, record in units.items() if _ended(record, study.solver)}
     recorded = {
         u.key: UnitPlan.from_json(u, units[u.key]["plan"])
         for u in facts
-        if "made_with" in units.get(u.key, {}) or (u.key in units and "device" not in given)
+        if "made_with" in units.get(u.key, {}) or (u.key in units and not given.keys() & {"device", "solver"})
     }
     pending = [u for u in facts if u.key not in ended]
-    return Prepared(study, _plan(study, pending, recorded, device_bytes, executor, workers), found)
+    machine = _machine(executor, study, workers, suppose=suppose)
+    # this process carries out one unit at a time
+    most = workers if executor.separate or executor.workers() else 1
+    return Prepared(study, make_plan(pending, study, machine, workers=most, recorded=recorded), machine, found)
 
 
 def check_free(url: str) -> None:
@@ -299,33 +306,48 @@ def _survey(study: Study, module: Any, images: Any, emit: OnEvent) -> Survey:
     return found
 
 
-def _device(study: Study, emit: OnEvent) -> int | None:
-    from stiffcore.survey import free_device_bytes
-
-    return free_device_bytes(study.device)
-
-
-def _plan(
-    study: Study,
-    pending: list[Unit],
-    recorded: Mapping[str, UnitPlan],
-    device_bytes: int | None,
-    executor: Executor,
-    workers: int | None,
-) -> Plan:
-    pids = executor.worker_pids()
+def _machine(executor: Executor, study: Study, workers: int | None, *, suppose: bool) -> Machine:
+    found = executor.workers()
+    gpus = sum(w.gpu for w in found)
+    device = None
+    if not executor.separate or gpus:
+        supposed = study.device_memory if suppose else None
+        device = executor.submit(_device, study.device, supposed, gpu=bool(gpus)).result()
+    elif study.device is Device.CUDA:
+        raise InputError("--device cuda: no worker of the cluster declares a GPU: start one with `--resources GPU=1`")
+    rate = executor.submit(_product_rate).result()
+    common = {
+        "device_bytes": device and device[0],
+        "device_reserved_bytes": device[1] if device else 0,
+        "flops_per_s": rate,
+    }
+    if executor.separate:
+        on_host = Counter(w.host for w in found)
+        return Machine(
+            cores=min(w.threads for w in found),
+            reserved_bytes=max(w.reserved_bytes for w in found),
+            worker_bytes=0,
+            gpus=gpus,
+            free_bytes=min(w.free_bytes // on_host[w.host] + w.reserved_bytes for w in found),
+            separate=len(found),
+            **common,
+        )
     cores = len(psutil.Process().cpu_affinity())
-    machine = Machine(
+    return Machine(
         cores=min(cores, workers or cores),
         reserved_bytes=tree_bytes(),
-        worker_bytes=own_bytes(pids[0]) if pids else 0,
-        device_bytes=device_bytes,
-        flops_per_s=_product_rate(),
+        worker_bytes=found[0].reserved_bytes if found else 0,
+        **common,
     )
-    return make_plan(pending, study, machine, workers=None if pids else 1, recorded=recorded)
 
 
-def _product_rate(order: int = 512) -> float:
+def _device(device: Device, supposed: int | None, emit: OnEvent) -> tuple[int, int] | None:
+    from stiffcore.survey import device_memory
+
+    return device_memory(device, supposed)
+
+
+def _product_rate(emit: OnEvent, order: int = 512) -> float:
     a = np.random.default_rng(0).standard_normal((order, order))
     with threadpool_limits(1):
         a @ a
@@ -355,14 +377,14 @@ def carry_out_plan(
     """
     check_budget(prepared.plan)
     store = RunStore(url, create=True)
-    with store.hold(), PeakMeter() as meter:
+    with store.hold() as token, PeakMeter() as meter:
         start = time.perf_counter()
         store.sweep()
         check_disk(prepared.plan, store.free_bytes())
         _write_beginning(store, prepared)
         try:
             executor.scale(prepared.plan.workers)
-            failed = _work(store, prepared, executor, on_event, module)
+            failed = _work(store, prepared, executor, on_event, module, token)
         except BaseException:
             executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes
             raise
@@ -403,54 +425,92 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
 
 def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
     """Of a stored study, what a process that continues it without looking again must agree with."""
-    return {name: study[name] for name in ("network", "normalize", "pool", "blocks", "functions", "kinds", "dtype")}
+    names = ("network", "normalize", "pool", "blocks", "functions", "kinds", "dtype", "reduce")
+    return {name: study[name] for name in names}
 
 
-def _work(store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any) -> dict[str, str]:
+# How often a unit whose worker died is begun again in one session: memory may have been short for a moment, but a unit
+# that kills its worker each time must not do so for ever.
+DEATHS = 2
+
+
+def _work(
+    store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any, token: str
+) -> dict[str, str]:
     records = store.units()
     threads = (store.header or {})["threads"]
-    pending = [p for p in prepared.plan.units if p.works and records[p.unit.key]["stage"] != "done"]
+    pending = [p for p in prepared.plan.units if p.works and not _ended(records[p.unit.key], p.solver)]
     for plan in pending:
-        if "made_with" not in records[plan.unit.key]:
-            store.update(plan.unit.key, plan=plan.to_json())
+        _record_plan(store, records[plan.unit.key], plan)
     for key, record in records.items():
         if record["stage"] == "done" and not _settled(store, key, prepared.study, on_event):
             pending.append(UnitPlan.from_json(Unit(**record), record["plan"]))
+    where = str(store.local or store.url)  # a worker elsewhere has another current folder
     running: dict[Future, UnitPlan] = {}
     failed: dict[str, str] = {}
+    deaths: Counter[str] = Counter()
+
+    def tell(key: str, stage: str, note: str = "", done: int = 0) -> None:
+        on_event({"unit": key, "stage": stage, "done": done, "total": 1, "note": note})
+
     while pending or running:
-        held = sum(p.projected_bytes for p in running.values())
         for plan in list(pending):
-            fits = held + plan.projected_bytes <= prepared.plan.data_bytes or not running
-            if len(running) < prepared.plan.workers and fits:
+            if prepared.plan.holds(plan, running.values()) or not running:
+                key = plan.unit.key
                 pending.remove(plan)
-                held += plan.projected_bytes
-                on_event({"unit": plan.unit.key, "stage": "begun", "done": 0, "total": 1})
-                if records[plan.unit.key].get("failure"):
-                    store.update(plan.unit.key, failure=None)
-                running[executor.submit(_carry_out, store.url, plan.unit.key, threads, module)] = plan
+                tell(key, "begun")
+                if records[key].get("failure"):
+                    store.update(key, failure=None)
+                gpu = plan.solver is Solver.CUDA_DENSE
+                running[executor.submit(_carry_out, where, key, threads, module, token, gpu=gpu)] = plan
         # a time-out, so that signals are seen while a long solve goes on
         finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
         for future in finished:
             plan = running.pop(future)
-            failure = _failure(future)
-            if failure:
-                failed[plan.unit.key] = failure
-                store.update(plan.unit.key, failure=failure)
-            on_event(
-                {
-                    "unit": plan.unit.key,
-                    "stage": "failed" if failure else "ended",
-                    "done": 1,
-                    "total": 1,
-                    "note": failure,
-                }
-            )
+            key, error = plan.unit.key, future.exception()
+            if isinstance(error, WorkerDiedError) and deaths[key] < DEATHS:
+                deaths[key] += 1
+                tell(key, "restarted", "its worker died: another one goes on from what is stored")
+                pending.insert(0, plan)
+                continue
+            if isinstance(error, DeviceFullError):
+                below = plan_below(plan, prepared.study, prepared.machine, prepared.plan.data_bytes, str(error))
+                if below.works:
+                    tell(key, "fallback", f"{error}: {below.solver} takes it")
+                    _record_plan(store, store.record(key), below)
+                    pending.insert(0, below)
+                    continue
+                failed[key] = below.why
+            elif error is not None:
+                failed[key] = _failure(error)
+            if key in failed:
+                store.update(key, failure=failed[key])
+            tell(key, "failed" if key in failed else "ended", failed.get(key, ""), 1)
     return failed
+
+
+def _ended(record: Mapping[str, Any], solver: Solver | None) -> bool:
+    """Whether there is nothing more to do; a matrix that was only stored may yet be solved."""
+    if record["stage"] != "done":
+        return False
+    return state_of(record) != "stored" or solver is Solver.MATRIX_ONLY
+
+
+def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> None:
+    """Record the plan of a unit; one that another rung had begun goes back to its matrix, which all rungs share."""
+    fields: dict[str, Any] = {"plan": plan.to_json()}
+    if "made_with" in record:
+        if record["plan"]["solver"] == plan.solver:
+            return
+        if record["stage"] in ("reduced", "solved", "done"):
+            fields["stage"] = "built"
+    store.update(plan.unit.key, **fields)
 
 
 def _settled(store: RunStore, key: str, study: Study, on_event: OnEvent) -> bool:
     """Whether a unit that is done has a readable spectrum; if not, it is to be made again."""
+    if state_of(store.record(key)) == "stored":
+        return True
     try:
         stored_spectrum(store, key)
     except DamagedError:
@@ -465,16 +525,17 @@ def _settled(store: RunStore, key: str, study: Study, on_event: OnEvent) -> bool
     return True
 
 
-def _carry_out(url: str, key: str, threads: int, module: Any, emit: OnEvent) -> str:
+def _carry_out(url: str, key: str, threads: int, module: Any, token: str, emit: OnEvent) -> str:
     from stiffcore.unit import carry_out, open_reduction
 
-    return carry_out(url, key, threads=threads, emit=emit, opener=partial(open_reduction, module=module))
+    check = partial(RunStore(url).check_held, token)
+    return carry_out(url, key, threads=threads, emit=emit, opener=partial(open_reduction, module=module), check=check)
 
 
-def _failure(future: "Future[Any]") -> str:
-    error = future.exception()
-    if error is None:
-        return ""
+def _failure(error: BaseException) -> str:
+    """Why a unit failed; raises where the whole session ends with it."""
+    if isinstance(error, (ConnectionLostError, BusyError)):
+        raise error
     if isinstance(error, OSError):
         raise StiffcoreError(
             f"the store cannot be written: {error}; free some space, then run again to continue"

@@ -21,27 +21,31 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import scipy.sparse
 import zarr
 from filelock import FileLock, Timeout
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import Crc32cCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.errors import ContainsGroupError
 from zarr.storage import FsspecStore, LocalStore
 
-from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
+from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError, StiffcoreError
 
 FORMAT = 1
 # Arrays of a unit that are not needed once its spectrum is certified.
 SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues")
+# Of one file; a panel of a taller matrix is several, of which those that are all zero are not written.
+ROWS_IN_SHARD = 16_384
 HEARTBEAT_S = 15.0
 DEAD_AFTER_S = 60.0
 
@@ -52,6 +56,89 @@ zarr.config.set({"async.concurrency": 4, "threading.max_workers": 2})
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 # In the root from its first byte on, so that a run killed before its header was written is known as one.
 _BEGUN = {"stiffcore_begun": FORMAT}
+# Tokens of the runs that this process holds.
+_HELD: set[str] = set()
+# What a run that was killed before it wrote anything may leave.
+_LEFT = re.compile(r"\.lock|holder\.json|(zarr|holder)\.[0-9a-f]{32}\.partial")
+
+
+class StoreError(StiffcoreError, OSError):
+    """A run on a URL could not be reached, read or written: the network, the credentials, the bucket."""
+
+
+class _RemoteStore(FsspecStore):
+    """Zarr's store of a URL, of which everything that goes wrong on the wire is a `StoreError`.
+
+    What s3fs and botocore raise is of many types, some of them no OSError. None may reach zarr as it is: it takes
+    some for an absent key, and this module a ValueError for damage, which is deleted and made again.
+    """
+
+    @contextmanager
+    def _wire(self, doing: str, key: str = "") -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            place = f"{self.fs.unstrip_protocol(self.path)}/{key}".rstrip("/")
+            raise StoreError(f"{place} cannot be {doing}: {error or type(error).__name__}") from error
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        with self._wire("read", key):
+            return await super().get(key, prototype, byte_range)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        with self._wire("read"):
+            return await super().get_partial_values(prototype, key_ranges)
+
+    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
+        with self._wire("written", key):
+            await super().set(key, value, byte_range)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        try:
+            await self.fs._pipe_file(f"{self.path}/{key}", value.to_bytes(), mode="create")
+        except FileExistsError:
+            return
+        except Exception:  # of many types where a service knows no conditional writes
+            with self._wire("written", key):
+                await super().set_if_not_exists(key, value)
+
+    async def exists(self, key: str) -> bool:
+        with self._wire("read", key):
+            return await super().exists(key)
+
+    async def delete(self, key: str) -> None:
+        with self._wire("deleted", key):
+            await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        with self._wire("deleted", prefix):
+            await super().delete_dir(prefix)
+
+    async def list(self) -> AsyncIterator[str]:
+        with self._wire("listed"):
+            async for key in super().list():
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        with self._wire("listed", prefix):
+            async for key in super().list_dir(prefix):
+                yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        with self._wire("listed", prefix):
+            async for key in super().list_prefix(prefix):
+                yield key
+
+    async def names(self) -> tuple[str, ...]:
+        """What lies at the root; the place need not exist, but its bucket must."""
+        found = tuple([name async for name in self.list_dir("")])
+        bucket = self.path.split("/")[0]  # a path in a file system begins with a slash
+        with self._wire("used"):
+            if not found and bucket and not await self.fs._exists(bucket):
+                raise FileNotFoundError(f"there is no bucket {bucket}, or it is not open to these credentials")
+        return found
 
 
 class Tile(IntEnum):
@@ -65,8 +152,9 @@ class Tile(IntEnum):
 class TiledMatrix:
     """A (rows, columns) matrix written once, column shard by column shard, whose all-zero tiles cost nothing.
 
-    A shard is one file (one object) of all rows and `shard` columns, tiles of `tile` rows inside it, each with
-    a checksum. `NAME_tiles` (row tiles, shards) holds a `Tile` each.
+    A shard is `shard` columns: one file (one object), or where there are more than `ROWS_IN_SHARD` rows one for each
+    band of so many; inside are tiles of `tile` rows, each with a checksum. `NAME_tiles` (row tiles, shards) holds a
+    `Tile` each.
     """
 
     def __init__(self, group: zarr.Group, name: str) -> None:
@@ -76,6 +164,7 @@ class TiledMatrix:
         self.shape: tuple[int, int] = self._data.shape  # type: ignore[assignment]
         self.dtype: np.dtype = self._data.dtype
         self.tile, self.shard = self._data.chunks
+        self._band = (self._data.shards or self.shape)[0]
 
     @classmethod
     def create(
@@ -95,12 +184,13 @@ class TiledMatrix:
             rows, columns = shape
             tile, shard = min(tile, rows), min(shard, columns)
             row_tiles = -(-rows // tile)
+            band = row_tiles * tile if rows <= ROWS_IN_SHARD else max(1, ROWS_IN_SHARD // tile) * tile
             group.create_array(
                 name,
                 shape=shape,
                 dtype=dtype,
                 chunks=(tile, shard),
-                shards=(row_tiles * tile, shard),
+                shards=(band, shard),
                 fill_value=0,
                 compressors=(Crc32cCodec(),),
                 filters=None,
@@ -138,29 +228,45 @@ class TiledMatrix:
         done = (self._states() != Tile.MISSING).all(axis=0)
         return [int(i) for i in np.flatnonzero(~done)]
 
-    def write(self, shard: int, block: np.ndarray) -> int:
+    def write(self, shard: int, block: np.ndarray | scipy.sparse.csc_array) -> int:
         """Write one shard whole, then record it as done.
 
         Args:
             shard: its number.
-            block: (rows, columns of the shard), of the matrix's dtype; not kept. Where a whole tile is zero, its
-                negative zeros become positive, in place.
+            block: (rows, columns of the shard), of the matrix's dtype; not kept. Where a whole tile of a dense one is
+                zero, its negative zeros become positive, in place. Of a sparse one, one band at a time is made dense.
 
         Returns:
             How many of its tiles are zero and cost nothing.
         """
         start, stop = self.columns(shard)
-        if not block.flags.writeable:
-            block = block.copy(order="K")
-        states = []
-        for row in range(0, self.shape[0], self.tile):
-            rows = block[row : row + self.tile]
-            states.append(Tile.STORED if rows.any() else Tile.ZERO)
-            if states[-1] is Tile.ZERO:
-                rows[...] = 0  # Zarr does not count -0.0 as the fill value, and would store the tile
-        self._data[:, start:stop] = block
-        self._tiles[:, shard : shard + 1] = np.array(states, dtype="uint8")[:, None]
-        return states.count(Tile.ZERO)
+        states = np.full(self._tiles.shape[0], Tile.ZERO, dtype="uint8")
+        for first, band in self._bands(block):
+            of_band = states[first // self.tile :][: -(-len(band) // self.tile)]
+            for tile in range(len(of_band)):
+                rows = band[tile * self.tile : (tile + 1) * self.tile]
+                if rows.any():
+                    of_band[tile] = Tile.STORED
+                else:
+                    rows[...] = 0  # Zarr does not count -0.0 as the fill value, and would store the tile
+            if of_band.any():
+                self._data[first : first + len(band), start:stop] = band
+        self._tiles[:, shard : shard + 1] = states[:, None]
+        return int((states == Tile.ZERO).sum())
+
+    def _bands(self, block: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[int, np.ndarray]]:
+        """The bands of a block that may hold a nonzero, dense and writeable, each with its first row."""
+        if isinstance(block, np.ndarray):
+            if not block.flags.writeable:
+                block = block.copy(order="K")
+            for first in range(0, self.shape[0], self._band):
+                yield first, block[first : first + self._band]
+            return
+        by_row = block.tocsr()
+        for first in range(0, self.shape[0], self._band):
+            band = by_row[first : first + self._band]
+            if band.nnz:
+                yield first, band.toarray(order="F")
 
     def read(self) -> np.ndarray:
         """The whole matrix, Fortran-ordered: one copy, plus one shard while it is read.
@@ -168,38 +274,101 @@ class TiledMatrix:
         Raises:
             DamagedError: where a shard is not done, a checksum fails, or a recorded tile is not there.
         """
-        out = np.empty(self.shape, dtype=self.dtype, order="F")
+        out = np.zeros(self.shape, dtype=self.dtype, order="F")
         states = self._states()
         for shard in range(self.shards):
-            start, stop = self.columns(shard)
-            out[:, start:stop] = self._read_shard(shard, states[:, shard])
+            self._read_into(out[:, slice(*self.columns(shard))], shard, states[:, shard])
         return out
 
-    def _states(self) -> np.ndarray:
+    def read_panel(self, shard: int) -> np.ndarray:
+        """One shard, (rows, its columns), Fortran-ordered.
+
+        Raises:
+            DamagedError: as `read`.
+        """
+        start, stop = self.columns(shard)
+        out = np.zeros((self.shape[0], stop - start), dtype=self.dtype, order="F")
+        self._read_into(out, shard, self._states(shard)[:, 0])
+        return out
+
+    def read_sparse(self) -> scipy.sparse.csc_array:
+        """The whole matrix without its zeros, canonical; its indices are of 32 bits where they fit.
+
+        It takes twice the memory of the result, and the stored rows of one band of a shard.
+
+        Raises:
+            DamagedError: as `read`.
+        """
+        states = self._states()
+        data, indices, counts = [], [], []
+        for shard in range(self.shards):
+            width = self.columns(shard)[1] - self.columns(shard)[0]
+            rows, columns, values = [], [], []
+            for first, block in self._stored(shard, states[:, shard]):
+                column, row = np.nonzero(block.T)
+                rows.append((row + first).astype(np.int32 if self.shape[0] < 2**31 else np.int64))
+                columns.append(column)
+                values.append(block.T[column, row])
+            if rows:
+                column = np.concatenate(columns)
+                order = np.argsort(column, kind="stable")  # bands ascend, so the rows of a column do
+                indices.append(np.concatenate(rows)[order])
+                data.append(np.concatenate(values)[order])
+                counts.append(np.bincount(column, minlength=width))
+            else:
+                counts.append(np.zeros(width, dtype=np.int64))
+        pointers = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        kind = np.int32 if max(pointers[-1], *self.shape) < 2**31 else np.int64
+        numbers = np.concatenate(data) if data else np.empty(0, dtype=self.dtype)
+        positions = np.concatenate(indices).astype(kind, copy=False) if indices else np.empty(0, dtype=kind)
+        found = scipy.sparse.csc_array((numbers, positions, pointers.astype(kind)), shape=self.shape)
+        found.has_canonical_format = True
+        return found
+
+    def stored_tiles(self) -> int:
+        """How many tiles are stored, each of `tile` x `shard` numbers.
+
+        Raises:
+            DamagedError: where the record cannot be read.
+        """
+        return int((self._states() == Tile.STORED).sum())
+
+    def _states(self, shard: int | None = None) -> np.ndarray:
         try:
-            states = np.asarray(self._tiles[:])
+            states = np.asarray(self._tiles[:] if shard is None else self._tiles[:, shard : shard + 1])
         except _UNREADABLE as error:
             raise DamagedError(f"{self._tiles.store_path}: {error}") from error
         if not np.isin(states, list(Tile)).all():
             raise DamagedError(f"{self._tiles.store_path}: holds what is no state of a tile")
         return states
 
-    def _read_shard(self, shard: int, states: np.ndarray) -> np.ndarray:
+    def _read_into(self, out: np.ndarray, shard: int, states: np.ndarray) -> None:
+        for first, block in self._stored(shard, states):
+            out[first : first + len(block)] = block
+
+    def _stored(self, shard: int, states: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows of each band of a shard from its first stored tile to its last, with the first one's number."""
         start, stop = self.columns(shard)
         where = f"{self._data.store_path}, columns {start} to {stop - 1}"
         if (states == Tile.MISSING).any():
             raise DamagedError(f"{where}: not written yet")
-        if (states == Tile.ZERO).all():
-            return np.zeros((self.shape[0], stop - start), dtype=self.dtype)
-        try:
-            block = np.asarray(self._data[:, start:stop])
-        except _UNREADABLE as error:
-            raise DamagedError(f"{where}: {error}") from error
-        for tile, state in enumerate(states):
-            rows = block[tile * self.tile : (tile + 1) * self.tile]
-            if bool(rows.any()) != (state == Tile.STORED):
-                raise DamagedError(f"{where}: rows {tile * self.tile} and on are recorded as {Tile(state).name}")
-        return block
+        of_band = self._band // self.tile
+        for band in range(0, len(states), of_band):
+            stored = band + np.flatnonzero(states[band : band + of_band] == Tile.STORED)
+            if not len(stored):
+                continue
+            first = int(stored[0]) * self.tile
+            try:
+                block = np.asarray(self._data[first : (int(stored[-1]) + 1) * self.tile, start:stop])
+            except _UNREADABLE as error:
+                raise DamagedError(f"{where}: {error}") from error
+            for tile in range(int(stored[0]), int(stored[-1]) + 1):
+                rows = block[tile * self.tile - first :][: self.tile]
+                if bool(rows.any()) != (states[tile] == Tile.STORED):
+                    raise DamagedError(
+                        f"{where}: rows {tile * self.tile} and on are recorded as {Tile(states[tile]).name}"
+                    )
+            yield first, block
 
 
 class RunStore:
@@ -211,10 +380,15 @@ class RunStore:
 
         Raises:
             InputError: where a file, or a folder with something else in it, is there.
+            StoreError: where a URL cannot be reached, or its bucket does not exist.
         """
-        folder = Path(url).expanduser().absolute() if "://" not in url else None
-        if folder is None:
+        if "://" in url:
+            store = _open_store(url)
+            names = sync(store.names())
+            if any(not _LEFT.fullmatch(name) for name in names) and not _is_begun(_read(store, "zarr.json")):
+                raise InputError(f"{url} holds something that is not a run: give a new place")
             return
+        folder = Path(url).expanduser().absolute()
         if not folder.exists():
             above = next(p for p in folder.parents if p.exists())
             if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -222,9 +396,10 @@ class RunStore:
             return
         if not folder.is_dir():
             raise InputError(f"{url} exists and is not a folder: give a new one")
-        # left by a run that was killed before it wrote anything
-        left = re.compile(r"\.lock|holder\.json|(zarr|holder)\.[0-9a-f]{32}\.partial")
-        if not _is_begun(folder) and any(not left.fullmatch(p.name) for p in folder.iterdir()):
+        header = None
+        with suppress(OSError):
+            header = (folder / "zarr.json").read_bytes()
+        if not _is_begun(header) and any(not _LEFT.fullmatch(p.name) for p in folder.iterdir()):
             raise InputError(f"{url} exists and is not a run: give a new folder")
 
     def __init__(self, url: str, *, create: bool = False) -> None:
@@ -237,6 +412,7 @@ class RunStore:
         Raises:
             NoRunError: where there is no run.
             InputError: where something else is there, or a newer stiffcore made it.
+            StoreError: where a URL cannot be reached.
         """
         self.url = str(url)
         self.local = None if "://" in self.url else Path(self.url).expanduser().absolute()
@@ -249,19 +425,14 @@ class RunStore:
                 raise self._no_run()
             elif not self.local.is_dir():
                 raise InputError(f"{self.url} is not a folder, so it is no run")
-        # only local files need, and know, this option
-        options = {"auto_mkdir": True} if self.url.startswith(("file://", "local://")) else None
-        try:
-            self._store = (
-                LocalStore(self.local) if self.local else FsspecStore.from_url(self.url, storage_options=options)
-            )
-        except (ValueError, ImportError) as error:
-            raise InputError(f"{self.url} cannot be opened: {error}") from error
+        self._store = LocalStore(self.local) if self.local else _open_store(self.url)
         try:
             self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
         except FileNotFoundError:
             if not create:
                 raise self._no_run() from None
+            if self.local is None:
+                self.check_new(self.url)
             self.root = self._create()
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self.url} holds something that is not a run: {error}") from error
@@ -277,6 +448,11 @@ class RunStore:
 
     def _create(self) -> zarr.Group:
         try:
+            if self.local is None:
+                # zarr looks first and writes then: a slow one would write over the header of the run of a fast one
+                root = {"zarr_format": 3, "node_type": "group", "attributes": _BEGUN}
+                sync(self._store.set_if_not_exists("zarr.json", _json_buffer(root)))
+                return zarr.open_group(store=self._store, mode="r+", zarr_format=3)
             return zarr.create_group(store=self._store, zarr_format=3, attributes=dict(_BEGUN))
         except ContainsGroupError:  # another process was faster; who holds the run is decided later
             return zarr.open_group(store=self._store, mode="r+", zarr_format=3)
@@ -301,7 +477,7 @@ class RunStore:
 
     def record(self, key: str) -> dict[str, Any]:
         """What is recorded of a unit, as it stands on disk now."""
-        return dict(zarr.open_group(store=self._store, path=f"units/{key}", mode="r").attrs)
+        return dict(zarr.open_group(store=self._store, path=f"units/{key}", mode="r", zarr_format=3).attrs)
 
     def update(self, key: str, /, **fields: Any) -> None:
         """Add fields to a unit's record, in one atomic write."""
@@ -392,11 +568,14 @@ class RunStore:
         return None if self.local is None else shutil.disk_usage(self.local).free
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self) -> Iterator[str]:
         """Hold the run against other processes while the context lasts.
 
         On a folder the lock is the operating system's, and ends with its process. On a URL it is a record with
         a heartbeat, taken over where the heartbeat stopped.
+
+        Yields:
+            The session's token, see `check_held`.
 
         Raises:
             BusyError: where another process holds it; the message says who.
@@ -407,25 +586,33 @@ class RunStore:
                 lock.acquire()
             except Timeout:
                 raise BusyError(self._who()) from None
+            me = _me()
             try:
-                self._write_json("holder.json", _me())
+                _HELD.add(me["token"])
+                self._write_json("holder.json", me)
                 self._refresh()
-                yield
+                yield me["token"]
             finally:
+                _HELD.discard(me["token"])
                 sync(self._store.delete("holder.json"))
                 lock.release()
             return
         yield from self._hold_by_heartbeat()
 
-    def _hold_by_heartbeat(self) -> Iterator[None]:
+    def _hold_by_heartbeat(self) -> Iterator[str]:
         holder = self._read_json("holder.json")
         if holder and not self._dead(holder):
             raise BusyError(self._who())
         me = _me()
-        self._write_json("holder.json", me)
-        time.sleep(0.5)  # of two that write at once, the later one is left, and the other sees it here
+        if holder is not None:
+            sync(self._store.delete("holder.json"))
+        sync(self._store.set_if_not_exists("holder.json", _json_buffer(me)))
+        # not every service can refuse to write over what is there, and two may have deleted a dead one's:
+        # of two that write at once, the later one is left, and the other sees it here
+        time.sleep(0.5)
         if (self._read_json("holder.json") or {}).get("token") != me["token"]:
             raise BusyError(self._who())
+        _HELD.add(me["token"])
         stop = threading.Event()
 
         def beat() -> None:
@@ -441,12 +628,15 @@ class RunStore:
         thread.start()
         try:
             self._refresh()
-            yield
+            yield me["token"]
         finally:
             stop.set()
             thread.join()
-            if (self._read_json("holder.json") or me)["token"] == me["token"]:
-                sync(self._store.delete("holder.json"))
+            _HELD.discard(me["token"])
+            # what cannot be reached any more keeps the record of a holder that will be silent, or dead
+            with suppress(OSError):
+                if (self._read_json("holder.json") or me)["token"] == me["token"]:
+                    sync(self._store.delete("holder.json"))
 
     def _refresh(self) -> None:
         # who held the run before may have written a header since it was opened
@@ -465,26 +655,61 @@ class RunStore:
         holder = self._read_json("holder.json")
         return holder if holder and not self._dead(holder) else None
 
+    def check_held(self, token: str) -> None:
+        """Refuse to go on where the session with this token is over, so that a late worker spoils no other's work.
+
+        Raises:
+            BusyError: where nobody holds the run, or somebody else does.
+        """
+        if (self._read_json("holder.json") or {}).get("token") != token:
+            raise BusyError(f"the session that began this on {self.url} is over")
+
     def _dead(self, holder: Mapping[str, Any]) -> bool:
         # the holder of a folder does not beat: its lock is the operating system's
         silent = self.local is None and time.time() - holder["heartbeat"] >= DEAD_AFTER_S
         return silent or _dead_here(holder)
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        data = json.dumps(value).encode()
-        sync(self._store.set(name, default_buffer_prototype().buffer.from_bytes(data)))
+        sync(self._store.set(name, _json_buffer(value)))
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
+        """What a JSON file holds: None where it is not there, nothing where a killed writer left it half written."""
         for attempt in range(3):
-            found = sync(self._store.get(name, default_buffer_prototype()))
+            found = _read(self._store, name)
             if found is None:
                 return None
             try:
-                return json.loads(found.to_bytes())
+                return json.loads(found)
             except ValueError:
-                # a URL's file may be seen half written; one that stays so was left by a killed writer
+                # a URL's file may be seen half written
                 time.sleep(0.05 * (attempt + 1))
-        return None
+        return {}
+
+
+def _open_store(url: str) -> _RemoteStore:
+    # others list too: what is remembered of a folder would hide what they wrote
+    options: dict[str, Any] = {"use_listings_cache": False}
+    s3 = url.startswith(("s3://", "s3a://"))
+    if s3:
+        options["max_concurrency"] = 1  # else each read is two requests, the first for the size alone
+    if url.startswith(("file://", "local://")):
+        options = {"auto_mkdir": True}
+    try:
+        return _RemoteStore.from_url(url, storage_options=options)  # type: ignore[return-value]
+    except ImportError as error:
+        extra = ": pip install 'stiffcore[s3]'" if s3 else ""
+        raise InputError(f"{url} cannot be opened: {error}{extra}") from error
+    except Exception as error:  # of many types, whatever a file system makes of its options and surroundings
+        raise InputError(f"{url} cannot be opened: {error}") from error
+
+
+def _json_buffer(value: Mapping[str, Any]) -> Buffer:
+    return default_buffer_prototype().buffer.from_bytes(json.dumps(value).encode())
+
+
+def _read(store: Store, name: str) -> bytes | None:
+    found = sync(store.get(name, default_buffer_prototype()))
+    return None if found is None else found.to_bytes()
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
@@ -494,10 +719,10 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     return found
 
 
-def _is_begun(folder: Path) -> bool:
+def _is_begun(header: bytes | None) -> bool:
     try:
-        return _BEGUN.keys() <= json.loads((folder / "zarr.json").read_bytes())["attributes"].keys()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return _BEGUN.keys() <= json.loads(header or b"")["attributes"].keys()
+    except (ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
@@ -515,6 +740,8 @@ def _me() -> dict[str, Any]:
 def _dead_here(holder: Mapping[str, Any]) -> bool:
     if holder["host"] != socket.gethostname():
         return False
+    if holder["pid"] == os.getpid():
+        return holder["token"] not in _HELD  # given up where it could not be deleted
     try:
         # a process started after the holder was written only has its number
         process = psutil.Process(holder["pid"])

@@ -55,6 +55,22 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Reduce(StrEnum):
+    """Which matrix is solved: the smallest with the same eigenvalues (`auto`), or the n x n Jacobian itself."""
+
+    AUTO = "auto"
+    NONE = "none"
+
+
+class Solver(StrEnum):
+    """The rungs of the ladder, from the top; `matrix-only` builds and keeps the matrix and solves nothing."""
+
+    CUDA_DENSE = "cuda-dense"
+    HOST_DENSE = "host-dense"
+    MATRIX_ONLY = "matrix-only"
+    NONE = "none"
+
+
 class Keep(StrEnum):
     """What stays in the store: the spectra, or the matrices too."""
 
@@ -100,7 +116,11 @@ class Study(BaseModel):
         functions: see `BlockFunction`.
         kinds: see `Kind`.
         dtype: see `Precision`.
-        memory: bytes that the run's processes may use together; None: what the machine or container has left.
+        reduce: see `Reduce`.
+        solver: the one rung to use; None lets the planner take the first that fits.
+        memory: bytes that the run's processes may use together, or each worker of a cluster that is not ours; None:
+            what the machine or container has left.
+        device_memory: bytes that a unit may use of a CUDA device; None: what is free.
         device: see `Device`.
         keep: see `Keep`.
     """
@@ -121,11 +141,21 @@ class Study(BaseModel):
     functions: tuple[BlockFunction, ...] = (BlockFunction.BLOCK,)
     kinds: tuple[Kind, ...] = (Kind.MATRIX,)
     dtype: Precision = Precision.FLOAT64
+    reduce: Reduce = Reduce.AUTO
+    solver: Solver | None = None
     memory: int | None = Field(default=None, gt=0)
+    device_memory: int | None = Field(default=None, gt=0)
     device: Device = Device.AUTO
     keep: Keep = Keep.SPECTRA
 
-    @field_validator("memory", mode="before")
+    @field_validator("solver", mode="before")
+    @classmethod
+    def _chosen(cls, value: Any) -> Any:
+        if value == Solver.NONE:
+            raise ValueError(f"Input should be 'auto', {', '.join(repr(str(s)) for s in list(Solver)[:-1])}")
+        return None if value == "auto" else value
+
+    @field_validator("memory", "device_memory", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
@@ -274,7 +304,6 @@ class Survey:
             `index` in the source, `prediction` (-1 where the network is no classifier), `loss` (cross-entropy, nan
             where the label is unknown).
         units: in order of image, block, function.
-        device_bytes: free memory of the CUDA device; None where there is none, or it is not asked for.
     """
 
     study: Study
@@ -283,7 +312,6 @@ class Survey:
     source: str
     images: dict[str, np.ndarray]
     units: tuple[Unit, ...]
-    device_bytes: int | None
 
 
 def parse_bytes(text: str) -> int:

@@ -15,7 +15,18 @@ from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual
 from stiffcore.networks.blocks import BlockCall, capture, choose_blocks, loss_and_prediction, residual_blocks
 from stiffcore.networks.images import Images, load_images, network_input
 from stiffcore.networks.zoo import Network, load_network, wrap_network
-from stiffcore.study import IN_MEMORY, BlockFunction, Device, Study, Survey, Unit, fingerprint, unit_key, versions
+from stiffcore.study import (
+    IN_MEMORY,
+    BlockFunction,
+    Device,
+    Reduce,
+    Study,
+    Survey,
+    Unit,
+    fingerprint,
+    unit_key,
+    versions,
+)
 
 # Enough that a column costs what it costs in a chunk, few enough to be over soon.
 COLUMNS_TRIED = 16
@@ -32,7 +43,6 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
     Raises:
         InputError: whatever is wrong with the request.
     """
-    device_bytes = free_device_bytes(study.device)
     network, images = _open_both(study, module, images)
     settled = study.with_options({"normalize": study.normalize or network.normalize, "weights": network.weights})
     inputs = [image_input(images.x[i], settled) for i in range(len(images))]
@@ -44,6 +54,7 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
         "normalize": str(settled.normalize),
         "pool": str(study.pool),
         "dtype": str(study.dtype),
+        "reduce": str(study.reduce),
     }
     digests = [images.digest(i) for i in range(len(images))]
     checkpoint = Path(network.weights)
@@ -68,7 +79,7 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
                 "network_bytes": network_bytes,
                 "fingerprint": fingerprint(made_of | asked | {"versions": versions()}),
             }
-            units.append(_look(calls[block], function, common))
+            units.append(_look(calls[block], function, study.reduce, common))
     identity = made_of | {
         "images": digests,
         "blocks": blocks,
@@ -88,7 +99,6 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
             "loss": np.array(losses),
         },
         units=tuple(units),
-        device_bytes=device_bytes,
     )
 
 
@@ -143,40 +153,50 @@ def image_input(image: np.ndarray, study: Study) -> torch.Tensor:
     return network_input(image, normalize, getattr(torch, study.dtype))
 
 
-def reduction_of(
-    network: nn.Module, x: torch.Tensor, block: str, function: BlockFunction, device: str = "cpu"
-) -> Reduction:
-    """The reduction of one block's function at one image; what it does not need of the network is let go."""
-    calls, _ = capture(network, x, [block])
-    call = calls[block]
-    if device != "cpu":
-        dict(network.named_modules())[block].to(device)
-    return reduce_jacobian(call.function, call.x.to(device), function, name=block)
+def device_memory(device: Device, supposed: int | None = None) -> tuple[int, int] | None:
+    """Bytes free and bytes held on the CUDA device that a study would use; None where it uses none.
 
-
-def free_device_bytes(device: Device) -> int | None:
-    """Free memory of the CUDA device that a study would use; None for the CPU.
+    Args:
+        device: asked for.
+        supposed: bytes of a device to plan for where there is none.
 
     Raises:
         InputError: where CUDA is asked for and there is none.
     """
     if device is Device.CPU:
         return None
-    if not torch.cuda.is_available():
-        refuse(
-            ["--device cuda: torch finds no CUDA device here; leave --device out, or use cpu"]
-            if device is Device.CUDA
-            else []
-        )
-        return None
-    return int(torch.cuda.mem_get_info()[0])
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return int(free), int(total - free)
+    if supposed is not None:
+        return supposed, 0
+    if device is Device.CUDA:
+        raise InputError("--device cuda: torch finds no CUDA device here; leave --device out, or use cpu")
+    return None
 
 
-def _look(call: BlockCall, function: BlockFunction, common: dict[str, Any]) -> Unit:
+def reduction_of(
+    network: nn.Module,
+    x: torch.Tensor,
+    block: str,
+    function: BlockFunction,
+    reduce: Reduce = Reduce.AUTO,
+    device: str = "cpu",
+) -> Reduction:
+    """The reduction of one block's function at one image; what it does not need of the network is let go."""
+    calls, _ = capture(network, x, [block])
+    call = calls[block]
+    if device != "cpu":
+        dict(network.named_modules())[block].to(device)
+    return reduce_jacobian(call.function, call.x.to(device), function, reduce=reduce is Reduce.AUTO, name=block)
+
+
+def _look(call: BlockCall, function: BlockFunction, reduce: Reduce, common: dict[str, Any]) -> Unit:
     try:
-        return unit_facts(reduce_jacobian(call.function, call.x, function, name=call.name), common)
+        found = reduce_jacobian(call.function, call.x, function, reduce=reduce is Reduce.AUTO, name=call.name)
     except NoSpectrumError as error:
         return Unit(**common, n=error.n, m=error.m, route="none", reason=str(error))
+    return unit_facts(found, common)
 
 
 def unit_facts(reduction: Reduction, common: dict[str, Any]) -> Unit:

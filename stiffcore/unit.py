@@ -18,19 +18,20 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from stiffcore.eigen import certificate, dense, device
-from stiffcore.errors import DamagedError, StiffcoreError
+from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.reduction import Reduction
-from stiffcore.memory import release_free_memory
-from stiffcore.plan import TILE_ROWS, Solver
+from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
+from stiffcore.plan import TILE_ROWS
 from stiffcore.spectra import certified_choice
 from stiffcore.store import SCRATCH, RunStore, TiledMatrix
-from stiffcore.study import BlockFunction, Keep, Study, versions
+from stiffcore.study import BlockFunction, Keep, Solver, Study, versions
 from stiffcore.survey import image_input, open_network, reduction_of
 
 Emit = Callable[[dict[str, Any]], None]
 Opener = Callable[[RunStore, dict[str, Any], str], Reduction]
 # From this order on, the memory of a unit matters more than the 0.2 s that finding all of it takes.
 LARGE_ORDER = 1000
+CUDA = "cuda"
 STAGES = ("planned", "built", "reduced", "solved", "done")
 
 
@@ -46,7 +47,7 @@ def open_reduction(store: RunStore, record: dict[str, Any], device: str, module:
     if network.weights_digest != header["identity"]["weights"]:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
     x = image_input(store.get_array("images", "x")[record["image"]], study)
-    return reduction_of(network.module, x, record["block"], BlockFunction(record["function"]), device)
+    return reduction_of(network.module, x, record["block"], BlockFunction(record["function"]), study.reduce, device)
 
 
 @dataclass
@@ -58,19 +59,22 @@ class UnitRun:
         key: of the unit.
         emit: told of every step that the store has recorded.
         opener: makes the unit's operator.
+        check: raises where the unit may no longer be written to; asked before every step.
     """
 
     store: RunStore
     key: str
     emit: Emit
     opener: Opener
+    check: Callable[[], None]
 
     def __post_init__(self) -> None:
         study = Study.stored(self.store.header)
         self.keep = study.keep
         self.dtype = np.dtype(study.dtype)
         self.record = self.store.record(self.key)
-        self.device = "cuda" if self.record["plan"]["solver"] == Solver.CUDA_DENSE else "cpu"
+        self.solver = Solver(self.record["plan"]["solver"])
+        self.device = CUDA if self.solver is Solver.CUDA_DENSE else "cpu"
 
     @cached_property
     def reduction(self) -> Reduction:
@@ -94,16 +98,26 @@ class UnitRun:
 
     def reach(self, stage: str, **fields: Any) -> None:
         """Record a stage as done, and tell."""
+        self.check()
         self.store.update(self.key, stage=stage, **fields)
         self.record = self.record | fields | {"stage": stage}
         self.emit({"unit": self.key, "stage": stage, "done": 1, "total": 1})
 
     def step(self, stage: str, done: int, total: int) -> None:
         """Tell of progress inside a stage."""
+        self.check()
         self.emit({"unit": self.key, "stage": stage, "done": done, "total": total})
 
 
-def carry_out(url: str, key: str, *, threads: int, emit: Emit, opener: Opener = open_reduction) -> str:
+def carry_out(
+    url: str,
+    key: str,
+    *,
+    threads: int,
+    emit: Emit,
+    opener: Opener = open_reduction,
+    check: Callable[[], None] = lambda: None,
+) -> str:
     """Bring one unit to `done`, from wherever its record says it is.
 
     Args:
@@ -112,26 +126,30 @@ def carry_out(url: str, key: str, *, threads: int, emit: Emit, opener: Opener = 
         threads: of BLAS and torch; decides the last bits of the results.
         emit: told of every step that the store has recorded.
         opener: makes the unit's operator.
+        check: raises where the unit may no longer be written to; asked before every step.
 
     Returns:
         The key.
 
     Raises:
+        DeviceFullError: where the device is out of memory; the matrix is built, and another rung may take it.
         StiffcoreError: where it cannot be done; what is recorded stays.
     """
     torch.set_num_threads(threads)
     with threadpool_limits(threads):
-        run = UnitRun(RunStore(url), key, emit, opener)
+        run = UnitRun(RunStore(url), key, emit, opener, check)
         _restart_if_foreign(run)
         timing = dict(run.record.get("seconds", {}))
+        before = reset_peak()
         for stage, work in _route(run):
             if STAGES.index(run.record["stage"]) < STAGES.index(stage):
                 start = time.perf_counter()
                 run.step(stage, 0, 1)
-                fields = work(run)
+                with _device_memory():
+                    fields = work(run)
                 timing[stage] = timing.get(stage, 0.0) + time.perf_counter() - start
-                run.reach(stage, **fields, seconds=timing)
-        if run.keep is Keep.SPECTRA:
+                run.reach(stage, **fields, seconds=timing, **_measured(run, before))
+        if run.keep is Keep.SPECTRA and run.solver is not Solver.MATRIX_ONLY:
             run.store.drop(key, *SCRATCH)
         else:
             run.store.update(key, kept=True)
@@ -139,10 +157,20 @@ def carry_out(url: str, key: str, *, threads: int, emit: Emit, opener: Opener = 
     return key
 
 
+def _measured(run: UnitRun, before: int | None) -> dict[str, int]:
+    """Peaks of host and device memory, on top of what was held before; of all sessions."""
+    found = {} if before is None else {"measured_bytes": max(0, own_peak_bytes() - before)}
+    if run.device != "cpu":
+        found["measured_device_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return {name: max(value, run.record.get(name, 0)) for name, value in found.items()}
+
+
 def _route(run: UnitRun) -> list[tuple[str, Callable[[UnitRun], dict[str, Any]]]]:
+    if run.solver is Solver.MATRIX_ONLY:
+        return [("built", _build), ("done", _keep)] if run.record["k"] else [("done", _keep)]
     if run.record["k"] == 0:
         return [("solved", _solve_nothing), ("done", _certify)]
-    if run.device == "cuda":
+    if run.solver is Solver.CUDA_DENSE:
         return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
     return [("built", _build), ("reduced", _reduce), ("solved", _solve), ("done", _certify)]
 
@@ -228,19 +256,23 @@ def _solve(run: UnitRun) -> dict[str, Any]:
 def _solve_on_device(run: UnitRun) -> dict[str, Any]:
     a = _read_matrix(run)
     moments = certificate.matrix_moments(a)
-    try:
-        values = device.device_eigenvalues(a, run.device)
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        note = f"the device is out of memory ({str(error).splitlines()[0]}): solving on the host"
-        run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": note})
-        del a
-        plan = run.record["plan"] | {"solver": str(Solver.HOST_DENSE), "why": note}
-        run.store.update(run.key, plan=plan)
-        run.record["plan"], run.device = plan, "cpu"
-        run.reach("reduced", **_reduce(run))
-        return _solve(run)
+    values = device.device_eigenvalues(a, run.device)
     return _store_eigenvalues(run, values) | {"moments": asdict(moments)}
+
+
+@contextmanager
+def _device_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceFullError(f"the device is out of memory ({str(error).splitlines()[0]})") from error
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _keep(run: UnitRun) -> dict[str, Any]:
+    return {}
 
 
 def _solve_nothing(run: UnitRun) -> dict[str, Any]:
@@ -255,12 +287,13 @@ def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
 
 def _certify(run: UnitRun) -> dict[str, Any]:
     where = f"units/{run.key}"
-    with _undoing(run, "built" if run.device == "cuda" else "reduced", "reduced_eigenvalues"):
+    on_device = run.solver is Solver.CUDA_DENSE
+    with _undoing(run, "built" if on_device else "reduced", "reduced_eigenvalues"):
         values = run.store.get_array(where, "reduced_eigenvalues")
     chosen = certified_choice(values, run.reduction.shift)
     vectors = None
     if len(values):
-        if run.device == "cuda":
+        if on_device:
             vectors = device.device_eigenvectors(_read_matrix(run), values[chosen], run.device)
         else:
             vectors = dense.hessenberg_eigenvectors(_hessenberg(run), values[chosen])

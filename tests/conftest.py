@@ -1,11 +1,16 @@
 """Fixtures that several test files share."""
 
+import logging
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 
 SMALL = """
+import time
 import torch
 from torch import nn
 
@@ -34,6 +39,17 @@ class Net(nn.Module):
 def make():
     torch.manual_seed(5)
     return Net()
+
+class SlowBlock(Block):
+    def forward(self, x):
+        time.sleep(0.2)
+        return super().forward(x)
+
+def make_slow():
+    torch.manual_seed(5)
+    net = Net()
+    net.layer1[0].__class__ = SlowBlock
+    return net
 """
 
 
@@ -47,3 +63,46 @@ def small(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("smallnet", None)
     return tmp_path
+
+
+@dataclass
+class Bucket:
+    """An S3 bucket on a server in this process; what is in it outlives the server's stops."""
+
+    port: int = 0
+    url: str = "s3://stiffcore-tests"
+    _server: Any = field(default=None, repr=False)
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server.start()
+        self.port = self._server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    """A bucket that this process and its children find at its URL."""
+    pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    from s3fs import S3FileSystem
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request costs as much as the request
+    made = Bucket()
+    made.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # of a server that is stopped, patience shows nothing
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.port}")
+        S3FileSystem.clear_instance_cache()
+        S3FileSystem().mkdir(made.url)
+        yield made
+    made.stop()
+    S3FileSystem.clear_instance_cache()

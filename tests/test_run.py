@@ -1,10 +1,12 @@
 """A run ends with the same bytes however often it was killed, and refuses what it cannot do before it begins."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -312,26 +314,50 @@ def test_a_signal_stops_the_command_cleanly_and_the_run_continues(small, number,
         pass
 
 
-def test_a_worker_killed_in_the_middle_fails_its_unit_and_the_run_continues_to_the_same_bytes(small):
-    options = {"network": "resnet18", "blocks": "layer4.1", "memory": "4GiB"}
-    expected = execute(small / "whole", options)[0].spectrum(block="layer4.1").values
-    killed = []
+def test_a_worker_killed_in_the_middle_is_replaced_and_its_unit_goes_on_to_the_same_bytes(small):
+    options = OPTIONS | {"network": "smallnet:make_slow", "blocks": "1", "functions": "block", "memory": "4GiB"}
+    execute(small / "whole", options)
+    killed, stages, told = [], [], []
 
     def kill(event):
-        if event["stage"] == "built" and event["done"] >= 1 and not killed:
+        stages.append((event["stage"], event["done"]))
+        if event["stage"] == "done" and event["done"] == 0 and not killed:
             killed.append(workers[0])
             os.kill(workers[0], signal.SIGKILL)
 
     with local_workers(kill) as executor:
         prepared = prepare(str(small / "run"), options, executor)
-        workers = executor.worker_pids()
-        run, outcome = carry_out_plan(str(small / "run"), prepared, executor, lambda event: None)
+        workers = [w.pid for w in executor.workers()]
+        _, outcome = carry_out_plan(str(small / "run"), prepared, executor, told.append)
     assert killed
+    assert outcome.failed == {}
+    assert ["its worker died" in e["note"] for e in told if e["stage"] == "restarted"] == [True]
+    # what was recorded was not done again
+    assert [stages.count((stage, 0)) for stage in ("built", "reduced", "solved", "done")] == [1, 1, 1, 2]
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "whole")
+
+
+def test_a_unit_that_kills_its_worker_each_time_fails_and_the_run_continues(small):
+    options = OPTIONS | {"blocks": "1", "functions": "block", "memory": "4GiB"}
+    deaths = []
+
+    def kill(event):
+        if event["stage"] == "done" and event["done"] == 0:
+            for worker in executor.workers():
+                deaths.append(worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+
+    def aside(event):  # not in the client's own thread, which must go on meanwhile
+        threading.Thread(target=kill, args=(event,)).start()
+
+    with local_workers(aside) as executor:
+        prepared = prepare(str(small / "run"), options, executor)
+        run, outcome = carry_out_plan(str(small / "run"), prepared, executor, lambda event: None)
+    assert len(deaths) == 3
     assert ["worker died" in why for why in outcome.failed.values()] == [True]
     assert [state_of(r) for r in run.records().values()] == ["failed"]
     run, outcome = execute(small / "run", {})
     assert outcome.failed == {}
-    assert np.array_equal(run.spectrum(block="layer4.1").values, expected)
 
 
 def test_of_two_processes_that_begin_the_same_run_with_other_settings_the_later_is_refused(small):
@@ -373,7 +399,7 @@ def test_workers_are_gone_before_the_run_is_released(small):
 
     def interrupt(event):
         if event["stage"] == "begun":
-            pids.extend(executor.worker_pids())
+            pids.extend(w.pid for w in executor.workers())
             raise KeyboardInterrupt
 
     with local_workers(lambda event: None) as executor:
@@ -412,17 +438,106 @@ def test_on_a_cuda_device_a_run_gives_the_spectra_of_the_host(small):
         assert np.allclose(cuda.stored(key).computed.real, host.stored(key).computed.real, atol=1e-8)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_device_that_runs_out_of_memory_hands_the_unit_to_the_host(small, monkeypatch):
+@pytest.fixture
+def supposed_device(monkeypatch):
+    """The rung of the CUDA device, all of it, on the CPU: torch runs the same lines there."""
+    monkeypatch.setattr("stiffcore.unit.CUDA", "cpu")
+    monkeypatch.setattr("stiffcore.survey.device_memory", lambda device, supposed=None: (8 << 30, 1 << 20))
+
+
+def test_the_cuda_rung_gives_the_spectra_of_the_host(small, supposed_device):
+    cuda, outcome = execute(small / "cuda", OPTIONS)
+    assert outcome.failed == {}
+    host, _ = execute(small / "host", OPTIONS | {"solver": "host-dense"})
+    for key, record in cuda.records().items():
+        assert record["plan"]["solver"] == "cuda-dense"
+        assert host.records()[key]["plan"]["solver"] == "host-dense"
+        assert "cuda-dense" not in host.records()[key]["plan"]["why"]
+        assert cuda.stored(key).certificate.passed
+        assert np.allclose(cuda.stored(key).values.real, host.stored(key).values.real, atol=1e-10)
+
+
+def test_a_device_that_runs_out_of_memory_hands_the_unit_to_the_host(small, supposed_device, monkeypatch):
+    execute(small / "host", OPTIONS | {"solver": "host-dense"})
+
     def full(a, device):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr("stiffcore.eigen.device.device_eigenvalues", full)
     events = []
-    run, outcome = execute(
-        small / "run", {"network": "resnet18", "blocks": "layer4.1", "device": "cuda"}, events.append
-    )
+    run, outcome = execute(small / "run", OPTIONS, events.append)
     assert outcome.failed == {}
-    assert [e["stage"] for e in events].count("fallback") == 1
-    assert [r["plan"]["solver"] for r in run.records().values()] == ["host-dense"]
+    assert {e["note"] for e in events if e["stage"] == "fallback"} == {
+        "the device is out of memory (full): host-dense takes it"
+    }
+    assert {r["plan"]["solver"] for r in run.records().values()} == {"host-dense"}
+    assert all("out of memory (full)" in r["plan"]["why"] for r in run.records().values())
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "host")
+
+
+def test_a_device_that_runs_out_of_memory_fails_the_unit_where_only_it_was_asked_for(
+    small, supposed_device, monkeypatch
+):
+    def full(a, values, device):
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stiffcore.eigen.device.device_eigenvectors", full)
+        _, outcome = execute(small / "run", OPTIONS | {"solver": "cuda-dense", "blocks": "1"})
+    assert ["cuda-dense: the device is out of memory (full)" in why for why in outcome.failed.values()] == [True] * 2
+    run, outcome = execute(small / "run", {"solver": "host-dense"})
+    assert outcome.failed == {}
+    assert {state_of(r) for r in run.records().values()} == {"done"}
+
+
+def test_matrices_alone_are_stored_and_can_be_solved_later(small):
+    execute(small / "straight", OPTIONS | {"blocks": "1,4"})
+    run, outcome = execute(small / "run", OPTIONS | {"blocks": "1,4", "solver": "matrix-only"})
+    assert outcome.failed == {}
+    assert {state_of(r) for r in run.records().values()} == {"stored"}
+    assert run.metrics()["S"].isna().all()
+    for key, record in run.records().items():
+        matrix = stiffcore.store.TiledMatrix(run.store.unit_group(key), "matrix").read()
+        assert matrix.shape == (record["k"], record["k"])
+    with pytest.raises(stiffcore.InputError, match="stored"):
+        run.spectrum(block="1")
+    events = []
+    execute(small / "run", {}, events.append)
+    assert events == []
+    execute(small / "run", {"solver": "auto"}, events.append)
+    assert "built" not in {e["stage"] for e in events}
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "straight")
+
+
+def test_unreduced_matrices_have_the_same_spectra_and_cost_no_disk_where_they_are_zero(small):
+    reduced, _ = execute(small / "reduced", OPTIONS | {"blocks": "1,4"})
+    run, outcome = execute(small / "run", OPTIONS | {"blocks": "1,4", "reduce": "none"})
+    assert outcome.failed == {}
+    for key, record in run.records().items():
+        assert (record["route"], record["k"]) == ("full", record["n"])
+        a, b = (np.sort_complex(np.round(r.stored(key).values, 7)) for r in (run, reduced))
+        assert np.allclose(a, b, atol=1e-6)
+    with pytest.raises(stiffcore.InputError, match="reduce"):
+        execute(small / "run", {"reduce": "auto"})
+
+
+@pytest.mark.parametrize("at", [3, 9, 20, 40])
+def test_a_disk_that_is_full_half_way_ends_the_session_and_the_run_continues_to_the_same_bytes(small, monkeypatch, at):
+    execute(small / "whole", KILL_OPTIONS)
+    expected = spectra_bytes(small / "whole")
+    write, writes = stiffcore.store.LocalStore.set, []
+
+    async def full(store, key, value, *args):
+        if "units" in key:
+            writes.append(key)
+        if len(writes) > at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return await write(store, key, value, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stiffcore.store.LocalStore, "set", full)
+        # before the header is written there is no session yet, and the system's own words are passed on
+        with pytest.raises((stiffcore.StiffcoreError, OSError), match=r"No space left"):
+            execute(small / "run", KILL_OPTIONS)
+    execute(small / "run", KILL_OPTIONS)
+    assert spectra_bytes(small / "run") == expected

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,6 +89,63 @@ def test_any_matrix_comes_back_bit_for_bit(tmp_path_factory, case):
     assert found.flags.f_contiguous
     assert same_bits(found, expected)
     assert np.array_equal(found, a)
+
+
+@st.composite
+def tall_matrices(draw):
+    rows, columns = draw(st.integers(20, 80)), draw(st.integers(1, 12))
+    tile, shard, band = draw(st.integers(1, 6)), draw(st.integers(1, 5)), draw(st.integers(1, 19))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    a = np.zeros((rows, columns), dtype)
+    for column in range(columns):
+        for _ in range(rng.integers(0, 4)):
+            at = rng.integers(0, rows)
+            a[at : at + 3, column] = rng.standard_normal()
+    return a, tile, shard, band
+
+
+@QUICK
+@given(tall_matrices())
+def test_a_tall_matrix_is_several_files_a_panel_and_sparse_or_dense_the_same(tmp_path_factory, case):
+    a, tile, shard, band = case
+    folder = tmp_path_factory.mktemp("s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "ROWS_IN_SHARD", band)
+        found = []
+        for name in ("dense", "sparse"):
+            store = RunStore(str(folder / name), create=True)
+            m = TiledMatrix.create(store.unit_group("u"), "matrix", a.shape, a.dtype, tile, shard)
+            for i in range(m.shards):
+                block = a[:, slice(*m.columns(i))].copy(order="F")
+                assert i in m.missing()
+                zeros = m.write(i, block if name == "dense" else scipy.sparse.csc_array(block))
+                tiles = [block[r : r + m.tile].any() for r in range(0, len(a), m.tile)]
+                assert zeros == tiles.count(False)
+            matrix = store.local / "units/u/matrix"
+            found.append({p.relative_to(store.local): p.read_bytes() for p in files(store.local / "units/u")})
+            assert m.missing() == []
+        assert found[0] == found[1]
+    rows = m._band
+    bands = {(r // rows, c // m.shard) for r, c in zip(*np.nonzero(a), strict=True)}
+    assert len([p for p in files(matrix) if p.name != "zarr.json"]) == len(bands)
+    m = TiledMatrix(RunStore(store.url, create=True).unit_group("u"), "matrix")
+    assert same_bits(m.read(), a)
+    assert all(same_bits(m.read_panel(i), a[:, slice(*m.columns(i))]) for i in range(m.shards))
+    sparse, expected = m.read_sparse(), scipy.sparse.csc_array(a)
+    assert sparse.dtype == a.dtype
+    assert sparse.has_canonical_format
+    assert sparse.indices.dtype == sparse.indptr.dtype == np.int32
+    assert np.array_equal(sparse.indptr, expected.indptr)
+    assert np.array_equal(sparse.indices, expected.indices)
+    assert sparse.data.tobytes() == expected.data.tobytes()
+
+
+def test_up_to_16384_rows_a_shard_is_one_file(store):
+    for rows, bands in ((16_384, 1), (16_385, 2), (40_000, 3)):
+        m = TiledMatrix.create(store.unit_group(f"u{rows}"), "matrix", (rows, 1), np.dtype("f4"), 256, 1)
+        m.write(0, np.ones((rows, 1), "f4"))
+        assert len([p for p in files(store.local / f"units/u{rows}/matrix") if p.name != "zarr.json"]) == bands
 
 
 def test_a_shard_written_twice_is_the_last_one(store):
@@ -208,6 +266,28 @@ def test_a_flipped_byte_in_the_record_of_shards_is_told_when_asked_what_is_missi
         m.missing()
 
 
+def test_damage_to_a_tall_matrix_is_told_whichever_way_it_is_read(store, monkeypatch):
+    monkeypatch.setattr(store_module, "ROWS_IN_SHARD", 4)
+    a = np.zeros((10, 2))
+    a[1], a[9] = 1, 2
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", a.shape, a.dtype, 2, 2)
+    for read in (m.read, m.read_sparse, lambda: m.read_panel(0)):
+        with pytest.raises(DamagedError, match="not written"):
+            read()
+    fill(m, a)
+    chunks = [p for p in files(store.local / "units/u") if p.name != "zarr.json"]
+    assert len(chunks) == 3
+    for path in chunks:
+        good = path.read_bytes()
+        for bad in (None, b"", good[:-1], bytes([good[0] ^ 1]) + good[1:], good[:-1] + bytes([good[-1] ^ 1])):
+            path.unlink() if bad is None else path.write_bytes(bad)
+            for read in (m.read, m.read_sparse, lambda: m.read_panel(0)):
+                with pytest.raises(DamagedError):
+                    read()
+        path.write_bytes(good)
+    assert np.array_equal(m.read_sparse().toarray(), a)
+
+
 @pytest.mark.parametrize("name", ["matrix", "matrix_tiles"])
 def test_a_deleted_file_of_a_recorded_shard_is_told(store, name):
     group = store.unit_group("u")
@@ -239,12 +319,11 @@ def test_writing_and_reading_a_shard_takes_what_is_planned(store, dtype):
     m = TiledMatrix.create(store.unit_group("u"), "matrix", (k, 3 * shard), np.dtype(dtype), 256, shard)
     block = np.asfortranarray(np.random.default_rng(0).standard_normal((k, shard)).astype(dtype))
     fill(m, np.tile(block, 3))
-    states = m._states()
     tracemalloc.start()
     m.write(1, block)
     written = tracemalloc.get_traced_memory()[1] + block.nbytes
     tracemalloc.reset_peak()
-    m._read_shard(1, states[:, 1])
+    m.read_panel(1)
     read = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert max(written, read) <= _shard_bytes(k, shard, block.itemsize)

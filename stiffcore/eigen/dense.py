@@ -17,6 +17,9 @@ from stiffcore.errors import InputError, refuse
 LAPACK_MAX_ORDER = 46_340
 """Largest order whose k * k entries a signed 32-bit integer can count, as SciPy's LAPACK does."""
 
+CUSOLVER_MAX_ORDER = 46_340
+"""Largest order that Xgeev is trusted with: 2^31 - 1 entries are reported as its limit (CUDA 12.8)."""
+
 _BLOCK_BYTES = 1 << 20
 
 
@@ -242,6 +245,21 @@ def hessenberg_eigenvectors_bytes(k: int, m: int, itemsize: int) -> int:
         itemsize: 4 or 8.
     """
     return itemsize * (k * k + k * (k + 2) + 8 * k * m + 12 * k + lapack.ormhr_items(2 * m))
+
+
+def device_bytes(k: int, itemsize: int) -> int:
+    """Estimate device memory of the functions of `eigen.device`: itemsize * (5 k^2 + 64 k) bytes.
+
+    Nobody has measured this on a GPU. Eigenvalues: the matrix, torch's column-major copy of it, and three
+    matrices for what Xgeev asks for, which cuSOLVER does not document. Eigenvectors: the matrix, the shifted
+    one in complex numbers (two) and its LU (two). Xgeev wants pinned host memory too, likewise undocumented
+    and not in this.
+
+    Args:
+        k: order of the matrix.
+        itemsize: 4 or 8.
+    """
+    return itemsize * (5 * k * k + 64 * k)
 
 
 def to_hessenberg_flops(k: int) -> int:

@@ -9,11 +9,8 @@ import math
 import numpy as np
 import torch
 
-from stiffcore.eigen.dense import Eigenvectors, check_matrix, sort_eigenvalues
+from stiffcore.eigen.dense import CUSOLVER_MAX_ORDER, Eigenvectors, check_matrix, sort_eigenvalues
 from stiffcore.errors import InputError
-
-CUSOLVER_MAX_ORDER = 46_340
-"""Largest order that Xgeev is trusted with: 2^31 - 1 entries are reported as its limit (CUDA 12.8)."""
 
 MAX_ITERATIONS = 3
 """Steps of inverse iteration at most; the best iterate counts.
@@ -46,7 +43,7 @@ def check_cusolver_order(k: int) -> None:
 def device_eigenvalues(a: np.ndarray, device: str) -> np.ndarray:
     """Find all eigenvalues of a matrix on a torch device.
 
-    Memory there is `device_bytes`.
+    Memory there is `dense.device_bytes`.
 
     Args:
         a: (k, k) float32 or float64, Fortran-ordered, finite; only read, though torch wants it writable.
@@ -75,7 +72,7 @@ def device_eigenvectors(a: np.ndarray, values: np.ndarray, device: str) -> Eigen
     ed., section 7.6.1). A pair of vectors has converged when both residuals, norm(A x - lambda x) and
     norm(y^H A - lambda y^H), are at most 1000 eps norm(A) in the Frobenius norm. Unlike ?hsein this does not
     rescale inside the triangular solves: a large Jordan block overflows, and is flagged. Memory there is
-    `device_bytes`.
+    `dense.device_bytes`.
 
     Args:
         a: (k, k) float32 or float64, Fortran-ordered, finite; only read, though torch wants it writable.
@@ -106,21 +103,6 @@ def device_eigenvectors(a: np.ndarray, values: np.ndarray, device: str) -> Eigen
         right[:, j] = x.conj() if value.imag < 0 else x
         left[:, j] = y.conj() if value.imag < 0 else y
     return Eigenvectors(right, left, converged)
-
-
-def device_bytes(k: int, itemsize: int) -> int:
-    """Estimate device memory of both functions here: itemsize * (5 k^2 + 64 k) bytes.
-
-    Nobody has measured this on a GPU. Eigenvalues: the matrix, torch's column-major copy of it, and three
-    matrices for what Xgeev asks for, which cuSOLVER does not document. Eigenvectors: the matrix, the shifted
-    one in complex numbers (two) and its LU (two). Xgeev wants pinned host memory too, likewise undocumented
-    and not in this.
-
-    Args:
-        k: order of the matrix.
-        itemsize: 4 or 8.
-    """
-    return itemsize * (5 * k * k + 64 * k)
 
 
 def _to_device(a: np.ndarray, device: str) -> torch.Tensor:

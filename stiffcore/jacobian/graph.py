@@ -7,15 +7,17 @@ lost in the graph: whoever uses it compares it with the function's own derivativ
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from stiffcore.jacobian.colouring import Map, Pair, Reach
 from stiffcore.jacobian.kernels import convolution_by_products, products_items, use_products
 from stiffcore.jacobian.linearise import Function, differentiable_kernels
 
@@ -30,6 +32,8 @@ IDENTITY = frozenset(
     {"alias", "clone", "view", "_unsafe_view", "reshape", "lift_fresh", "_to_copy", "contiguous"}
     | {"flatten", "unflatten", "squeeze", "unsqueeze"}
 )
+# Operations of one tensor or several that work number by number, where their shapes agree.
+POINTWISE = ELEMENTWISE | {"add", "sub", "rsub", "mul", "div", "maximum", "minimum", "where", "_prelu_kernel"}
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,94 @@ def live_items(module: fx.GraphModule) -> int:
         for a in {a for a in node.all_input_nodes if a in moving and last[a] == i}:
             live -= _items(a)
     return peak
+
+
+def reach_of(module: fx.GraphModule) -> Reach | None:
+    """Which positions of its result a position of its input can influence, for a function of one feature map.
+
+    Known are convolutions, pooling windows, paddings by constants, batch norm in eval mode, and what works number by
+    number; a global pool, a norm over positions, attention and everything else has none.
+
+    Args:
+        module: from `FunctionGraph.between`; its dependent nodes know their shapes.
+
+    Returns:
+        The reach; its maps have the input's and the result's row-major order. None where it is not known, or the
+        input is no (1, C, H, W) map.
+    """
+    # a tensor may be a view of the map that its reach ends in, with the same numbers in the same order
+    known: dict[fx.Node, Reach] = {}
+    moving: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return known.get(node.all_input_nodes[0])
+        if node.op == "placeholder":
+            if (shape := _map_shape(node)) is None:
+                return None
+            known[node] = Reach.identity(shape)
+        elif not any(a in moving for a in node.all_input_nodes):
+            continue
+        elif _is_tensor(node):
+            if (found := _reach(node, known, moving)) is None:
+                return None
+            known[node] = found
+        moving.add(node)
+    return None
+
+
+def _reach(node: fx.Node, known: dict[fx.Node, Reach], moving: set[fx.Node]) -> Reach | None:
+    """The reach into `node` from the reaches into its arguments."""
+    # batch norm and max-pool return several tensors; the first one is the result
+    is_item = node.target is operator.getitem and node.args[1] == 0
+    call: Any = node.args[0] if is_item else node
+    sources = [a for a in call.all_input_nodes if a in moving]
+    if not sources or any(a not in known for a in sources):
+        return None
+    first, name, shape = known[sources[0]], _name(call), _map_shape(node)
+    if name in POINTWISE:
+        return _united(node, [known[a] for a in sources], sources)
+    if len(sources) > 1 or sources[0] is not call.args[0]:
+        return None
+    if name in IDENTITY:
+        return first
+    # the others work on positions, so their argument must be the map itself
+    if shape is None or _map_shape(sources[0]) != first.destination:
+        return None
+    if name in ("native_batch_norm", "cudnn_batch_norm"):
+        return first if call.args[5] is False else None
+    if name == "constant_pad_nd":
+        pads = (*call.args[1], 0, 0)  # left, right, top, bottom, then those of the channels and of the batch
+        return first.window(shape, (1, 1), (1, 1), (pads[2], pads[0]), (1, 1)) if len(pads) <= 8 else None
+    follow = first.transposed_window if name == "convolution" and call.args[6] else first.window
+    geometry = _window(call, name)
+    return follow(shape, *geometry) if geometry else None
+
+
+def _united(node: fx.Node, reaches: list[Reach], sources: list[fx.Node]) -> Reach | None:
+    one_shape = all(a.meta["shape"] == node.meta["shape"] for a in sources)
+    if not one_shape or any(r.destination != reaches[0].destination for r in reaches):
+        return None
+    return reduce(Reach.union, reaches)
+
+
+def _window(node: fx.Node, name: str) -> tuple[Pair, Pair, Pair, Pair] | None:
+    """Kernel, stride, padding and dilation."""
+    args: Any = node.args
+    if node.target is convolution_by_products:
+        return args[1].meta["shape"][2:], (1, 1), args[3], (1, 1)
+    if name == "convolution":
+        return args[1].meta["shape"][2:], args[3], args[4], args[5]
+    if name not in ("max_pool2d_with_indices", "avg_pool2d"):
+        return None
+    stride = args[2] if len(args) > 2 and args[2] else args[1]
+    padding = args[3] if len(args) > 3 else (0, 0)
+    dilation = args[4] if len(args) > 4 and name == "max_pool2d_with_indices" else (1, 1)
+    return args[1], stride, padding, dilation
+
+
+def _map_shape(node: fx.Node) -> Map | None:
+    shape = node.meta["shape"]
+    return shape[1:] if shape is not None and len(shape) == 4 and shape[0] == 1 else None
 
 
 def _items(node: fx.Node) -> int:

@@ -21,17 +21,20 @@ def plan_table(plan: Plan) -> Table:
     table = _table("Plan", f"{plan.workers} side by side, {count(plan.threads, 'thread', 'threads')} each")
     for name in (["image"] if images else []) + ["block", "function"]:
         table.add_column(name)
-    for name in ("n", "k", "memory", "disk", "time"):
+    for name in ("n", "k", "memory", "device", "disk", "moved", "flops", "time"):
         table.add_column(name, justify="right")
     table.add_column("solver")
     table.add_column("why", overflow="fold")
     for p in plan.units:
         cells = [_block(p.unit.number, p.unit.block), str(p.unit.function), f"{p.unit.n:,}"]
         if p.works:
-            cells += [f"{p.unit.k:,}", format_bytes(p.projected_bytes), format_bytes(p.disk_bytes), seconds(p.seconds)]
-            cells += [str(p.solver), p.unit.reason]
+            device = format_bytes(p.device_bytes) if p.device_bytes else "-"
+            cells += [f"{p.unit.k:,}", format_bytes(p.projected_bytes), device, format_bytes(p.disk_bytes)]
+            cells += [format_bytes(p.moved_bytes), f"{p.flops:.1e}", seconds(p.seconds)]
+            cells += [str(p.solver), f"{p.why}; {p.unit.reason}"]
         else:
-            cells += [f"{p.unit.k:,}" if p.refused else "-", "-", "-", "-", "refused" if p.refused else "-", p.why]
+            cells += [f"{p.unit.k:,}" if p.refused else "-", *["-"] * 6]
+            cells += ["refused" if p.refused else "-", p.why]
         table.add_row(*([str(p.unit.image)] if images else []), *cells)
     return table
 
@@ -42,9 +45,13 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
         "allowed_bytes": plan.allowed_bytes,
         "reserved_bytes": plan.reserved_bytes,
         "worker_bytes": plan.worker_bytes,
+        "device_allowed_bytes": plan.device_allowed_bytes,
+        "device_reserved_bytes": plan.device_reserved_bytes,
         "data_bytes": plan.data_bytes,
         "disk_bytes": plan.disk_bytes,
         "workers": plan.workers,
+        "gpus": plan.gpus,
+        "separate": plan.separate,
         "threads": plan.threads,
         "seconds": plan.seconds,
         "units": [_plan_row(p) for p in plan.units],
@@ -65,8 +72,19 @@ def plan_summary(plan: Plan) -> str:
         + (f" ({count(without, 'unit has', 'units have')} none)" if without else "")
         + (f"; refused: {count(refused, 'unit', 'units')}, the budget is too small" if refused else "")
         + f"; about {seconds(plan.seconds)} by rates measured now, {plan.workers} side by side; "
-        f"memory: {format_bytes(plan.allowed_bytes)} allowed, {format_bytes(plan.reserved_bytes)} reserved, "
-        f"largest unit {format_bytes(largest)}; disk: at most {format_bytes(plan.disk_bytes)}"
+        f"memory{' of each worker' if plan.separate else ''}: {format_bytes(plan.allowed_bytes)} allowed, "
+        f"{format_bytes(plan.reserved_bytes)} reserved, "
+        f"largest unit {format_bytes(largest)}{_device(plan)}; disk: at most {format_bytes(plan.disk_bytes)}"
+    )
+
+
+def _device(plan: Plan) -> str:
+    if plan.device_allowed_bytes is None:
+        return ""
+    largest = max((p.device_bytes for p in plan.units), default=0)
+    return (
+        f"; device: {format_bytes(plan.device_allowed_bytes)} allowed, "
+        f"{format_bytes(plan.device_reserved_bytes)} reserved, largest unit {format_bytes(largest)}"
     )
 
 

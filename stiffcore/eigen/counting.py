@@ -1,0 +1,424 @@
+"""How many eigenvalues of a sparse real matrix lie left of a line, or outside of a disc: proved, or left open.
+
+Every eigenvalue lies in the numerical range. Where that does not decide, the doubtful part of it is covered by discs:
+for each z, no eigenvalue is nearer to z than the smallest singular value of A - zI. Eigenvalues that are there are
+found and deflated first: with A Q = Q T + R, Q an orthonormal basis of a few eigenvectors, the eigenvalues of A' =
+A - R Q^T are those of T and those of A compressed to the complement of Q. The discs are of that compression. They prove
+that it has none in the doubtful part; and as no eigenvalue of A' + s R Q^T meets the boundary while s goes from 0 to
+1, A has as many on the counted side as T.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse as sp
+
+from stiffcore.eigen.extremes import Extremes, nearest
+from stiffcore.eigen.numerical_range import numerical_range_end, outer_polygon
+from stiffcore.eigen.sparse import (
+    DENSE_ORDER,
+    EPS,
+    Array,
+    FillError,
+    Shifted,
+    as_sparse,
+    norm_bound,
+    singular_bound,
+)
+from stiffcore.errors import InputError
+
+OPEN = "open"
+# Factorisations before a count is given up, and those after which it is asked whether so many will do.
+MOST_DISCS = 200
+FIRST_DISCS = 24
+# Columns of Q, and eigenvalues on the counted side: beyond these the spectrum is cheaper.
+MOST_DEFLATED = 60
+MOST_COUNTED = 30
+# A piece is covered when it lies within this share of a disc's radius: the rest keeps the boundary away.
+COVERED = 0.9
+# The polygon around the numerical range is moved out by this share of the norm, so that margins hold beside it.
+INFLATION = 1e-3
+# A disc that small, relative to its piece, has an eigenvalue beside it that is worth finding.
+BLOCKED = 0.3
+# Residual of a deflated vector, relative to the norm.
+INVARIANT = 1e-10
+SMALLEST_PIECE = 1e-7
+NORMALS = np.pi * np.array([1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0, 0.0])
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many eigenvalues are on the counted side of a line or circle.
+
+    Attributes:
+        threshold: the line Re = threshold, or the circle's radius.
+        count: how many are strictly on that side; None where it is open.
+        basis: what the answer rests on, in a few words; `open` where there is none.
+        margin: every eigenvalue is at least that far from the boundary; 0 where it is open.
+        computed: whether it rests on Lanczos steps from a random start as well (each bound fails with a probability of
+            1e-12), or, at small orders, on dense factorisations taken as backward stable; False for inertia alone.
+        note: details, and why it is open.
+    """
+
+    threshold: float
+    count: int | None
+    basis: str
+    margin: float
+    computed: bool
+    note: str = ""
+
+
+class _Region(Protocol):
+    """The counted side of the complex plane, closed; symmetric about the real axis."""
+
+    def has(self, values: Array) -> Array:
+        """Which values are on the counted side, strictly."""
+
+    def clip(self, piece: Array) -> Array:
+        """A convex polygon that holds the counted part of a convex one, and little else."""
+
+    def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
+        """Half the boundary, up to |z| = reach at least: its length, and its points by arc length."""
+
+
+@dataclass(frozen=True)
+class _LeftOf:
+    threshold: float
+
+    def has(self, values: Array) -> Array:
+        return values.real < self.threshold
+
+    def clip(self, piece: Array) -> Array:
+        return _clipped(piece, 1, self.threshold)
+
+    def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
+        return reach, lambda s: complex(self.threshold, s)
+
+
+@dataclass(frozen=True)
+class _OutsideOf:
+    centre: float
+    radius: float
+
+    def has(self, values: Array) -> Array:
+        return np.abs(values - self.centre) > self.radius
+
+    def clip(self, piece: Array) -> Array:
+        """The part beyond the chord that the circle cuts off in the directions of the piece; it ends at the circle."""
+        out = piece - self.centre
+        if len(out) == 0 or (np.abs(out) < self.radius).all():
+            return piece[:0]
+        middle = out.mean()
+        if (np.abs(out) == 0).any() or middle == 0:
+            return piece
+        turned = np.abs(np.angle(out / middle)).max()
+        if turned >= np.pi / 2:
+            return piece
+        normal = complex(middle / abs(middle))
+        edge = self.radius * math.cos(turned) * (1 - 4 * EPS)
+        return _clipped(piece, -normal, -edge - (normal.conjugate() * self.centre).real)
+
+    def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
+        return np.pi * self.radius, lambda s: self.centre + self.radius * np.exp(1j * s / self.radius)
+
+
+def count_left(
+    a: Any,
+    threshold: float = 0.0,
+    *,
+    memory_bytes: int | None = None,
+    extremes: Extremes | None = None,
+    seed: int = 0,
+) -> Count:
+    """Count the eigenvalues with a real part under a threshold, with a proof, or leave the count open.
+
+    The numerical range decides alone where it lies on one side of the line. Otherwise one sparse LU a disc, 200 at
+    most, and it is open where there are more than 30 eigenvalues to be found or where the matrix is so far from
+    normal, or an eigenvalue so near to the line, that discs vanish. Orders up to 100 are solved densely.
+
+    Args:
+        a: (k, k) real, sparse or dense.
+        threshold: the line.
+        memory_bytes: what a sparse LU may take; open where it does not fit.
+        extremes: of the same matrix, where known: their vectors are deflated from the start.
+        seed: of the start vectors.
+
+    Returns:
+        The count and what it rests on.
+
+    Raises:
+        InputError: where `a` is no such matrix, or the threshold is not finite.
+    """
+    a = as_sparse(a)
+    if not math.isfinite(threshold):
+        raise InputError(f"count_left needs a finite threshold, got {threshold}")
+    k = a.shape[0]
+    for matrix, line, count in ((a, threshold, 0), (-a, -threshold, k)):
+        end = numerical_range_end(matrix, right_of=line, memory_bytes=memory_bytes, seed=seed)
+        if end.bound > line:
+            return Count(threshold, count, "proved: numerical range", end.bound - line, computed=False)
+    return _by_discs(a, _LeftOf(threshold), threshold, memory_bytes, extremes, seed)
+
+
+def count_outside_disc(
+    a: Any,
+    centre: float = -1.0,
+    radius: float = 1.0,
+    *,
+    memory_bytes: int | None = None,
+    extremes: Extremes | None = None,
+    seed: int = 0,
+) -> Count:
+    """Count the eigenvalues with |lambda - centre| > radius, with a proof, or leave the count open.
+
+    With the default disc: those for which a step of the explicit Euler method of length 1 is not stable. The norm of
+    A - centre decides where inertia proves it under the radius; otherwise as in `count_left`.
+
+    Args:
+        a: (k, k) real, sparse or dense.
+        centre: of the disc, on the real axis.
+        radius: positive.
+        memory_bytes: what a sparse LU may take; open where it does not fit.
+        extremes: of the same matrix, where known.
+        seed: of the start vectors.
+
+    Returns:
+        The count and what it rests on; its threshold is the radius.
+
+    Raises:
+        InputError: where `a` is no such matrix, or the disc is none.
+    """
+    a = as_sparse(a)
+    if not (math.isfinite(centre) and 0 < radius < math.inf):
+        raise InputError(f"count_outside_disc needs a finite centre and a positive radius, got {centre} and {radius}")
+    k = a.shape[0]
+    if k == 0:
+        return Count(radius, 0, "proved: norm", math.inf, computed=False)
+    shifted = sp.csc_array(a - centre * sp.eye_array(k, format="csc"))
+    # its eigenvalues are the singular values and their negatives
+    both = sp.csc_array(sp.block_array([[None, shifted], [shifted.T, None]]))
+    end = numerical_range_end(both, right_of=-radius, memory_bytes=memory_bytes, seed=seed)
+    if end.bound > -radius:
+        margin = radius + end.bound - 2 * EPS * abs(centre)
+        if margin > 0:
+            return Count(radius, 0, "proved: norm", margin, computed=False)
+    return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, extremes, seed)
+
+
+def _by_discs(
+    a: sp.csc_array, region: _Region, threshold: float, memory_bytes: int | None, extremes: Extremes | None, seed: int
+) -> Count:
+    rng = np.random.default_rng(seed)
+    if a.shape[0] <= DENSE_ORDER:
+        return _dense_count(a.toarray(), region, threshold)
+    search = _Search(a, region, memory_bytes, rng)
+    if extremes is not None:
+        search.deflate(extremes.values, extremes.vectors.right)
+    try:
+        search.cover()
+    except (_OpenError, FillError) as error:
+        return Count(threshold, None, OPEN, 0.0, computed=True, note=str(error))
+    return search.count(threshold)
+
+
+def _dense_count(a: Array, region: _Region, threshold: float) -> Count:
+    """Count computed eigenvalues: they are those of A + E, and none meets the boundary on the way to A."""
+    k = len(a)
+    allowed = 20 * k * EPS * float(np.linalg.norm(a))
+    distance = _boundary_distance(a, region, float(np.linalg.norm(a)), 2 * allowed)
+    if distance <= 2 * allowed:
+        return Count(threshold, None, OPEN, 0.0, computed=True, note="an eigenvalue is within rounding of the boundary")
+    count = int(region.has(np.linalg.eigvals(a)).sum())
+    return Count(threshold, count, "proved: dense spectrum", distance - allowed, computed=True)
+
+
+def _boundary_distance(t: Array, region: _Region, reach: float, least: float) -> float:
+    """A lower bound of the smallest singular value of T - zI over the boundary, by bisection; 0 under `least`.
+
+    The smallest singular value changes by at most |z - z'|. Beyond `reach`, a bound of |T|, it is at least the
+    distance from there.
+    """
+    if len(t) == 0:
+        return math.inf
+    eye, allowed = np.eye(len(t)), least / 2
+    length, point = region.boundary(2 * reach + least)
+    distance, pieces = reach + least, [(0.0, length)]
+    while pieces:
+        start, stop = pieces.pop()
+        half = (stop - start) / 2
+        value = float(scipy.linalg.svdvals(t - point(start + half) * eye)[-1]) - allowed
+        if value >= 2 * half or value >= half + distance:
+            distance = min(distance, value - half)
+        elif value <= least or half <= least / 4:
+            return 0.0
+        else:
+            pieces += [(start, start + half), (start + half, stop)]
+    return distance
+
+
+class _OpenError(Exception):
+    """Why a count stays open."""
+
+
+class _Search:
+    """The discs laid so far and the eigenvectors deflated so far, of one matrix and one region."""
+
+    def __init__(self, a: sp.csc_array, region: _Region, memory_bytes: int | None, rng: np.random.Generator) -> None:
+        self.a, self.region, self.memory_bytes, self.rng = a, region, memory_bytes, rng
+        self.norm = norm_bound(a)
+        self.q = np.zeros((a.shape[0], 0))
+        self.discs: list[tuple[complex, float]] = []
+        self.slack = math.inf
+
+    def project(self, x: Array) -> Array:
+        """Onto the complement of Q."""
+        return x - self.q @ (self.q.T @ x) if self.q.shape[1] else x
+
+    def deflate(self, values: Array, vectors: Array) -> int:
+        """Add eigenvectors of the compression to Q, as far as A Q stays in Q; returns how many columns."""
+        before = self.q.shape[1]
+        for value, x in zip(values, vectors.T, strict=True):
+            if value.imag < 0 or not np.isfinite(x).all():
+                continue
+            new = np.stack([x.real, x.imag], axis=1)
+            for _ in range(2):
+                new = new - self.q @ (self.q.T @ new)
+            # the two columns of a real eigenvalue, or what Q has already, leave small singular values
+            basis, sizes, _ = scipy.linalg.svd(new, full_matrices=False)
+            basis = basis[:, sizes > 1e-6]
+            trial = np.hstack([self.q, basis])
+            outside = self.a @ basis
+            outside = outside - trial @ (trial.T @ outside)
+            if basis.shape[1] and np.linalg.norm(outside) <= INVARIANT * self.norm:
+                self.q = trial
+        return self.q.shape[1] - before
+
+    def cover(self) -> None:
+        """Cover the counted part of the numerical range's upper half.
+
+        Raises:
+            _OpenError: where that fails.
+            FillError: where no factorisation fits.
+        """
+        start = self.region.clip(self._range())
+        whole, left = _area(start), 0.0
+        pieces = [start]
+        while pieces:
+            piece = self.region.clip(pieces.pop())
+            if len(piece) == 0 or self._covered(piece):
+                continue
+            left = _area(piece) + sum(map(_area, pieces))
+            self._check_progress(left / whole if whole else 1.0)
+            if np.abs(piece - _middle(piece)).max() < SMALLEST_PIECE * self.norm:
+                raise _OpenError("an eigenvalue or a singular value is too near to the boundary for discs")
+            self._lay_disc(piece)
+            if not self._covered(piece):
+                pieces += _halves(piece)
+
+    def count(self, threshold: float) -> Count:
+        """The count after `cover`: by T, where the way from A' to A is clear."""
+        basis = "proved: found and deflated" if self.q.shape[1] else "proved: discs"
+        aq = self.a @ self.q
+        t = self.q.T @ aq
+        m, longest = len(t), int(np.bincount(self.a.indices).max(initial=0))
+        # what was computed of R, and the rounding of it, of Q and of the eigenvalues of T
+        rounding = (longest + 40 * m + 10) * EPS * self.norm
+        residual = float(np.linalg.norm(aq - self.q @ t)) + rounding if m else 0.0
+        distance = _boundary_distance(t, self.region, self.norm, 2 * rounding) if m else math.inf
+        slack = min(self.slack, INFLATION * self.norm)
+        # | (A' - zI)^-1 | on the boundary, A' block triangular with T, the compression, and a block of norm |A| at most
+        inverse = (1 / distance if distance else math.inf) + 1 / slack
+        inverse += self.norm / slack / distance if distance else math.inf
+        margin = min(1 / inverse - 2 * residual, slack)
+        if not margin > 0:
+            note = "an eigenvalue found is within its error of the boundary"
+            return Count(threshold, None, OPEN, 0.0, computed=True, note=note)
+        count = int(self.region.has(np.linalg.eigvals(t)).sum()) if m else 0
+        note = f"{len(self.discs)} discs, {m} eigenvalues deflated"
+        return Count(threshold, count, basis, margin, computed=True, note=note)
+
+    def _range(self) -> Array:
+        """The upper half of a polygon around the numerical range, a little larger."""
+        r = 2 * self.norm
+        polygon = np.array([complex(-r, 0), complex(r, 0), complex(r, r), complex(-r, r)])
+        for normal, height in outer_polygon(self.a, NORMALS, self.rng):
+            polygon = _clipped(polygon, normal, height + INFLATION * self.norm)
+        return polygon
+
+    def _covered(self, piece: Array) -> bool:
+        """Whether one disc holds a piece with room to spare; keeps the least room."""
+        for centre, radius in self.discs:
+            far = float(np.abs(piece - centre).max())
+            if far <= COVERED * radius:
+                self.slack = min(self.slack, radius - far)
+                return True
+        return False
+
+    def _lay_disc(self, piece: Array) -> None:
+        centre = _middle(piece)
+        half = float(np.abs(piece - centre).max())
+        try:
+            shifted = Shifted(self.a, centre, self.memory_bytes)
+        except ZeroDivisionError:
+            return
+        radius = singular_bound(shifted, self.norm, self.rng, self.project)
+        while (
+            radius < BLOCKED * half
+            and self.q.shape[1] < MOST_DEFLATED
+            and self.deflate(*nearest(shifted, 6, self.rng, self.project))
+        ):
+            self._check_found()
+            radius = singular_bound(shifted, self.norm, self.rng, self.project)
+        self.discs.append((centre, radius))
+
+    def _check_found(self) -> None:
+        t = self.q.T @ (self.a @ self.q)
+        counted = int(self.region.has(np.linalg.eigvals(t)).sum())
+        if counted > MOST_COUNTED:
+            raise _OpenError(f"more than {MOST_COUNTED} eigenvalues are there: needs the spectrum")
+
+    def _check_progress(self, left: float) -> None:
+        laid = len(self.discs)
+        hopeless = laid >= FIRST_DISCS and (1 - left) * MOST_DISCS < laid / 4
+        if laid >= MOST_DISCS or hopeless:
+            raise _OpenError(f"{laid} discs cover {100 * (1 - left):.2g} % of the doubtful part")
+
+
+def _clipped(piece: Array, normal: complex, height: float) -> Array:
+    """The part of a convex polygon with Re(conj(normal) z) <= height (Sutherland & Hodgman)."""
+    over = (np.conj(normal) * piece).real - height
+    kept: list[complex] = []
+    for i in range(len(piece)):
+        j = (i + 1) % len(piece)
+        if over[i] <= 0:
+            kept.append(complex(piece[i]))
+        if over[i] * over[j] < 0:
+            kept.append(complex(piece[i] + (piece[j] - piece[i]) * (over[i] / (over[i] - over[j]))))
+    return np.array(kept, complex)
+
+
+def _middle(piece: Array) -> complex:
+    """Of the bounding box; on the real axis where the piece reaches it: a real LU, and a disc of twice the use."""
+    x = (piece.real.min() + piece.real.max()) / 2
+    bottom, top = piece.imag.min(), piece.imag.max()
+    on_axis = bottom <= 0 and 2 * top <= 1.5 * (piece.real.max() - piece.real.min())
+    return complex(x, 0.0 if on_axis else (bottom + top) / 2)
+
+
+def _halves(piece: Array) -> list[Array]:
+    """Cut across the longer side of the bounding box; the upper half plane's mirror image counts at the real axis."""
+    width = piece.real.max() - piece.real.min()
+    bottom, top = piece.imag.min(), piece.imag.max()
+    if width >= (2 * top if bottom <= 0 else top - bottom):
+        x = (piece.real.min() + piece.real.max()) / 2
+        return [_clipped(piece, 1, x), _clipped(piece, -1, -x)]
+    y = (bottom + top) / 2
+    return [_clipped(piece, 1j, y), _clipped(piece, -1j, -y)]
+
+
+def _area(piece: Array) -> float:
+    return abs(float((np.conj(piece) * np.roll(piece, -1)).imag.sum())) / 2

@@ -1,0 +1,398 @@
+"""The eigenvalues of largest and of smallest real part of a sparse or matrix-free real matrix, and their vectors.
+
+Arnoldi finds the ends of a spectrum fast where they stand apart, and may miss one from an unlucky start. So every end
+is found twice, from different starts in different spaces: with A, and with its transpose, which gives the left vectors
+too. Where the two do not agree, or do not converge, they are repeated in larger spaces, and then by shift-invert.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse as sp
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
+
+from stiffcore.eigen.dense import Eigenvectors, sort_eigenvalues
+from stiffcore.eigen.numerical_range import logarithmic_norm
+from stiffcore.eigen.sparse import (
+    DENSE_ORDER,
+    EPS,
+    Array,
+    FillError,
+    Product,
+    Shifted,
+    as_sparse,
+    identity,
+    norm_bound,
+    product,
+)
+
+# Asked for beyond `each_end`: a converged neighbour further in shows that nothing further out was passed over.
+SPARE = 3
+# Of ARPACK, relative to each eigenvalue: a Rayleigh quotient of both vectors then has an error of its square.
+ARNOLDI_TOLERANCE = 1e-10
+# Vectors kept by the two runs, at the first try and where there is no other way; and restarts allowed in each.
+SPACES = ((30, 44), (80, 104))
+RESTARTS = 200
+# Two runs agree within this, relative to the largest eigenvalue, or within their error estimate.
+AGREEMENT = 1e-8
+WORST_AGREEMENT = 1e-4
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The ends of a spectrum.
+
+    Attributes:
+        values: (m,) complex, ascending by real part, then imaginary part; conjugate pairs are complete and exact, real
+            eigenvalues have imaginary part zero. `each_end` of them at either end at least, where there are so many.
+        vectors: right and left eigenvectors (k, m) of unit norm; the left ones NaN, and `converged` false, where A has
+            no transpose.
+        residual: (m,) |A x - lambda x|.
+        left_residual: (m,) |y^H A - lambda y^H|.
+        condition: (m,) 1 / |y^H x|.
+        converged_right: whether two starts agree on the eigenvalues of largest real part.
+        converged_left: the same of the smallest.
+        note: how they were found, and what did not converge.
+    """
+
+    values: Array
+    vectors: Eigenvectors
+    residual: Array
+    left_residual: Array
+    condition: Array
+    converged_right: bool
+    converged_left: bool
+    note: str
+
+
+# value, right and left vector, both residuals, condition
+_Column = tuple[complex, Array, Array, float, float, float]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Eigenpairs from one start or more: imaginary parts not negative, and what the iteration said of itself."""
+
+    values: Array
+    vectors: Array
+    converged: bool
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One end: a run of A, the vectors of A^T that belong to it (NaN where there are none), and how it went."""
+
+    run: _Run
+    left: Array
+    converged: bool
+    note: str = ""
+
+
+def extremes(a: Any, *, each_end: int = 3, seed: int = 0, memory_bytes: int | None = None) -> Extremes:
+    """Find the eigenvalues of largest and of smallest real part.
+
+    Two starts that agree are strong evidence, not a proof: `stiffcore.eigen.counting.count_left` proves. Of a multiple
+    eigenvalue fewer copies may be found than there are.
+
+    Args:
+        a: (k, k) real: sparse, dense, or a `LinearOperator` (with `rmatvec` for left vectors). Shift-invert needs a
+            matrix.
+        each_end: how many at either end.
+        seed: of the start vectors.
+        memory_bytes: what a sparse LU may take; where it does not fit, Arnoldi's answer stands and the note says so.
+
+    Returns:
+        The ends. Memory: about 150 vectors of length k, and the LU where one is needed.
+
+    Raises:
+        InputError: where `a` is no such matrix.
+    """
+    matrix = a if isinstance(a, LinearOperator) else as_sparse(a)
+    k = matrix.shape[0]
+    if k <= max(DENSE_ORDER, 4 * (each_end + SPARE)):
+        return _dense_extremes(_to_dense(matrix), each_end)
+    products = _products(matrix)
+    sides = {}
+    for which in ("SR", "LR"):
+        rng = np.random.default_rng([seed, which == "LR"])
+        sides[which] = _search(products, matrix, which, each_end, rng, memory_bytes)
+    left, right = sides["SR"], sides["LR"]
+    return _assembled(
+        products,
+        _Run(
+            np.concatenate([left.run.values, right.run.values]),
+            np.concatenate([left.run.vectors, right.run.vectors], axis=1),
+            True,
+        ),
+        np.concatenate([left.left, right.left], axis=1),
+        (right.converged, left.converged),
+        f"left end: {left.note}; right end: {right.note}",
+    )
+
+
+def spectral_radius(a: Any, *, seed: int = 0) -> float:
+    """The largest |lambda|, by Arnoldi from two starts: the larger of both. Not proved.
+
+    Args:
+        a: (k, k) real: sparse, dense or a `LinearOperator`.
+        seed: of the start vectors.
+
+    Returns:
+        The radius; 0 for k = 0, NaN where Arnoldi did not converge.
+
+    Raises:
+        InputError: where `a` is no such matrix.
+    """
+    matrix = a if isinstance(a, LinearOperator) else as_sparse(a)
+    k = matrix.shape[0]
+    if k <= DENSE_ORDER:
+        return float(np.abs(np.linalg.eigvals(_to_dense(matrix))).max(initial=0.0))
+    rng = np.random.default_rng(seed)
+    runs = [_arnoldi(_products(matrix)[0], k, "LM", SPARE, space, rng) for space in SPACES[0]]
+    if not all(run.converged for run in runs):
+        return math.nan
+    return max(float(np.abs(run.values).max()) for run in runs)
+
+
+def nearest(
+    shifted: Shifted,
+    count: int,
+    rng: np.random.Generator,
+    project: Product = identity,
+    *,
+    adjoint: bool = False,
+) -> tuple[Array, Array]:
+    """Eigenvalues of P A P nearest to the shift, by Arnoldi with the inverse.
+
+    Args:
+        shifted: A - zI, factored.
+        count: how many.
+        rng: draws the start.
+        project: P; see `Shifted.solve`.
+        adjoint: of A^H, nearest to the conjugate of the shift.
+
+    Returns:
+        (m,) complex values and (k, m) right vectors: those that converged, so m may be under `count`.
+    """
+    k = shifted.a.shape[0]
+    operator = LinearOperator((k, k), lambda x: shifted.solve(x.ravel(), project, adjoint=adjoint), dtype=shifted.dtype)
+    start = project(rng.standard_normal(k).astype(shifted.dtype))
+    try:
+        inverse, vectors = eigs(operator, k=count, which="LM", v0=start, ncv=4 * count + 6, tol=1e-12, maxiter=100)
+    except ArpackNoConvergence as error:
+        inverse, vectors = error.eigenvalues, error.eigenvectors
+    except (ArpackError, ZeroDivisionError):
+        inverse, vectors = np.zeros(0), np.zeros((k, 0))
+    good = inverse != 0
+    z = np.conj(shifted.z) if adjoint else shifted.z
+    return z + 1 / inverse[good].astype(complex), vectors[:, good].astype(complex)
+
+
+def _to_dense(matrix: sp.csc_array | LinearOperator) -> Array:
+    return matrix @ np.eye(matrix.shape[0]) if isinstance(matrix, LinearOperator) else matrix.toarray()
+
+
+def _products(matrix: sp.csc_array | LinearOperator) -> tuple[Product, Product | None]:
+    if not isinstance(matrix, LinearOperator):
+        return partial(product, matrix), partial(product, matrix.T)
+    try:
+        matrix.rmatvec(np.zeros(matrix.shape[0]))
+    except (NotImplementedError, TypeError):  # SciPy calls None where no rmatvec was given
+        return _real_product(matrix.matvec), None
+    return _real_product(matrix.matvec), _real_product(matrix.rmatvec)
+
+
+def _real_product(apply: Product) -> Product:
+    return lambda x: apply(x.real) + 1j * apply(x.imag) if np.iscomplexobj(x) else apply(x)
+
+
+def _arnoldi(
+    apply: Product,
+    k: int,
+    which: str,
+    count: int,
+    space: int,
+    rng: np.random.Generator,
+    tolerance: float = ARNOLDI_TOLERANCE,
+) -> _Run:
+    operator = LinearOperator((k, k), lambda x: apply(x.ravel()), dtype=np.dtype(np.float64))
+    converged = True
+    try:
+        values, vectors = eigs(
+            operator,
+            k=count,
+            which=which,
+            ncv=min(space, k - 1),
+            v0=rng.standard_normal(k),
+            tol=tolerance,
+            maxiter=RESTARTS,
+        )
+    except ArpackNoConvergence as error:
+        values, vectors, converged = error.eigenvalues, error.eigenvectors, False
+    except ArpackError:  # no start outside of an invariant subspace, as with A = 0
+        values, vectors, converged = np.zeros(0), np.zeros((k, 0)), False
+    return _upper(values, vectors, converged)
+
+
+def _upper(values: Array, vectors: Array, converged: bool) -> _Run:
+    """One of each conjugate pair, which ARPACK may return in part, and each value once."""
+    values, vectors = values.astype(complex), vectors.astype(complex)
+    vectors = np.where(values.imag < 0, vectors.conj(), vectors)
+    values = values.real + 1j * np.abs(values.imag)
+    near = AGREEMENT / 100 * np.abs(values).max(initial=0.0)
+    keep = [i for i in range(len(values)) if not (np.abs(values[:i] - values[i]) <= near).any()]
+    return _Run(values[keep], vectors[:, keep], converged)
+
+
+def _outermost(run: _Run, which: str, count: int) -> Array:
+    """Indices of the outermost, a pair counted as two, so many at least where there are."""
+    order = np.argsort(run.values.real * (1 if which == "SR" else -1), kind="stable")
+    before = np.concatenate([[0], np.cumsum(1 + (run.values[order].imag > 0))])[:-1]
+    return order[before < count]
+
+
+def _search(
+    products: tuple[Product, Product | None],
+    matrix: sp.csc_array | LinearOperator,
+    which: str,
+    each_end: int,
+    rng: np.random.Generator,
+    memory_bytes: int | None,
+) -> _Side:
+    """Arnoldi; then shift-invert where there is a matrix whose LU fits, Arnoldi in a larger space where not."""
+    side = _arnoldi_side(products, matrix.shape[0], which, each_end, SPACES[0], rng)
+    if side.converged:
+        return side
+    note = ""
+    if not isinstance(matrix, LinearOperator):
+        try:
+            inverted = _shift_invert_side(matrix, which, each_end, rng, memory_bytes)
+            return inverted if inverted.converged or len(inverted.run.values) >= len(side.run.values) else side
+        except (FillError, ZeroDivisionError) as error:
+            note = f"; no shift-invert: {error}"
+    larger = _arnoldi_side(products, matrix.shape[0], which, each_end, SPACES[1], rng)
+    return replace(larger, note=larger.note + note)
+
+
+def _arnoldi_side(
+    products: tuple[Product, Product | None],
+    k: int,
+    which: str,
+    each_end: int,
+    spaces: tuple[int, int],
+    rng: np.random.Generator,
+) -> _Side:
+    apply, transposed = products
+    run = _arnoldi(apply, k, which, each_end + SPARE, spaces[0], rng)
+    other = _arnoldi(transposed or apply, k, which, each_end + SPARE, spaces[1], rng)
+    note = f"Arnoldi, two starts, {spaces[0]} and {spaces[1]} vectors"
+    return _compared(run, other, which, each_end, note, paired=transposed is not None)
+
+
+def _compared(run: _Run, other: _Run, which: str, each_end: int, note: str, *, paired: bool) -> _Side:
+    """Hold the outermost of two runs against each other; `paired` where the other one is of the transpose."""
+    outer = _outermost(run, which, each_end)
+    left = np.full((len(run.vectors), len(outer)), np.nan, complex)
+    agree = run.converged and other.converged and len(outer) > 0 and len(other.values) > 0
+    scale = np.abs(np.concatenate([run.values, other.values])).max(initial=0.0)
+    for column, i in enumerate(outer if len(other.values) else []):
+        j = int(np.argmin(np.abs(other.values - run.values[i])))
+        allowed = AGREEMENT
+        if paired:
+            # an eigenvector of A^T is the conjugate of a left one of A
+            left[:, column] = other.vectors[:, j].conj()
+            overlap = abs(np.vdot(left[:, column], run.vectors[:, i]))
+            allowed = min(max(AGREEMENT, 20 * ARNOLDI_TOLERANCE / max(overlap, EPS)), WORST_AGREEMENT)
+        agree &= bool(abs(other.values[j] - run.values[i]) <= allowed * scale)
+    for j in _outermost(other, which, each_end):
+        agree &= bool(np.abs(run.values - other.values[j]).min(initial=np.inf) <= WORST_AGREEMENT * scale)
+    kept = _Run(run.values[outer], run.vectors[:, outer], run.converged)
+    return _Side(kept, left, bool(agree), note if agree else note + ", which did not find the same eigenvalues")
+
+
+def _shift_invert_side(
+    matrix: sp.csc_array, which: str, each_end: int, rng: np.random.Generator, memory_bytes: int | None
+) -> _Side:
+    """From shifts outside of the spectrum, and once more, of the transpose, from shifts beside what that found."""
+    sign = 1 if which == "LR" else -1
+    norm = norm_bound(matrix) or 1.0
+    rough = _arnoldi(partial(product, matrix), matrix.shape[0], which, each_end + SPARE, SPACES[1][0], rng, 1e-2)
+    outside = sign * (logarithmic_norm(sign * matrix) + 1e-3 * norm)
+    runs = []
+    for adjoint, distance in ((False, 1e-2), (True, 1e-3)):
+        best = rough.values[_outermost(rough, which, 3)]
+        targets = [complex(outside + sign * distance * norm), *(best + sign * distance * norm)]
+        found = [nearest(Shifted(matrix, z, memory_bytes), each_end + SPARE, rng, adjoint=adjoint) for z in targets]
+        values, vectors = (np.concatenate([pair[i] for pair in found], axis=-1) for i in (0, 1))
+        values[np.abs(values) <= EPS * norm] = 0  # smaller than its rounding
+        rough = _upper(values, vectors, True)
+        runs.append(rough)
+    return _compared(runs[0], runs[1], which, each_end, "shift-invert, twice", paired=True)
+
+
+def _dense_extremes(a: Array, each_end: int) -> Extremes:
+    if len(a) == 0:
+        none, empty = np.zeros(0), np.zeros((0, 0), complex)
+        vectors = Eigenvectors(empty, empty, np.zeros(0, bool))
+        return Extremes(np.zeros(0, complex), vectors, none, none, none, True, True, "order 0")
+    values, left, right = scipy.linalg.eig(a, left=True, right=True)
+    upper = np.flatnonzero(values.imag >= 0)
+    run = _Run(values[upper], right[:, upper].astype(complex), True)
+    chosen = np.unique(np.concatenate([_outermost(run, which, each_end) for which in ("SR", "LR")]))
+    kept = _Run(run.values[chosen], run.vectors[:, chosen], True)
+    apply, transposed = partial(product, sp.csc_array(a)), partial(product, sp.csc_array(a.T))
+    return _assembled((apply, transposed), kept, left[:, upper[chosen]].astype(complex), (True, True), "dense")
+
+
+def _assembled(
+    products: tuple[Product, Product | None], run: _Run, left: Array, converged: tuple[bool, bool], note: str
+) -> Extremes:
+    """Rayleigh quotients of both vectors, residuals, conjugates, order."""
+    apply, transposed = products
+    scale = np.abs(run.values).max(initial=0.0)
+    columns: list[_Column] = []
+    for i, found in enumerate(run.values):
+        real = found.imag <= AGREEMENT / 100 * scale
+        x, y = (_unit(v, real) for v in (run.vectors[:, i], left[:, i]))
+        ax = apply(x)
+        overlap = np.vdot(y, x)
+        value = np.vdot(y, ax) / overlap if abs(overlap) > AGREEMENT else found
+        value = found if abs(value - found) > AGREEMENT * scale else value
+        value = complex(value.real, 0.0 if real else abs(value.imag))
+        ya = transposed(y.conj()).conj() if transposed is not None else np.full_like(y, np.nan)
+        residuals = float(np.linalg.norm(ax - value * x)), float(np.linalg.norm(ya - np.conj(value) * y))
+        condition = 1 / float(abs(overlap)) if overlap != 0 else math.inf
+        columns.append((value, x, y, *residuals, condition))
+        if not real:
+            columns.append((value.conjugate(), x.conj(), y.conj(), *residuals, condition))
+    columns = _once(columns)
+    values = np.array([c[0] for c in columns], complex)
+    shape = (len(left), len(columns))
+    right_vectors, left_vectors = (np.array([c[i] for c in columns], complex).T.reshape(shape) for i in (1, 2))
+    sizes = [np.array([c[i] for c in columns], float) for i in (3, 4, 5)]
+    good = (sizes[0] <= AGREEMENT * scale) & (sizes[1] <= AGREEMENT * scale)
+    vectors = Eigenvectors(right_vectors, left_vectors, good)
+    return Extremes(sort_eigenvalues(values), vectors, *sizes, *converged, note)
+
+
+def _once(columns: list[_Column]) -> list[_Column]:
+    """In the order of `sort_eigenvalues`; what both ends found is kept once."""
+    ordered = sorted(columns, key=lambda c: (c[0].real, c[0].imag))
+    scale = max((abs(c[0]) for c in ordered), default=0.0)
+    kept: list[_Column] = []
+    for c in ordered:
+        alike = [d for d in kept if abs(d[0] - c[0]) <= AGREEMENT / 100 * scale and abs(np.vdot(d[1], c[1])) > 0.99]
+        if not alike:
+            kept.append(c)
+    return kept
+
+
+def _unit(x: Array, real: bool) -> Array:
+    if real and np.isfinite(x).all():
+        # the vector of a real eigenvalue is real but for a factor
+        x = (x * np.conj(x[np.argmax(np.abs(x))])).real.astype(complex)
+    return x / np.linalg.norm(x)

@@ -1,0 +1,169 @@
+"""A cluster that is not ours: units go to its workers, and whatever dies, the run ends with the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+import stiffcore
+from stiffcore.cluster import ConnectionLostError, InProcess, workers_at
+from stiffcore.run import carry_out_plan, prepare, state_of
+from stiffcore.store import RunStore
+from tests.test_run import OPTIONS, execute, spectra_bytes
+
+# slow to certify, so that something can be killed meanwhile
+ONE = OPTIONS | {"network": "smallnet:make_slow", "blocks": "1", "functions": "block", "memory": "4GiB"}
+
+
+class Cluster:
+    """`dask scheduler` and `dask worker` as a user starts them."""
+
+    def __init__(self, folder):
+        self.folder, self.file = folder, str(folder / "scheduler.json")
+        self.environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        self.scheduler = self.start("scheduler", "--port", "0", "--scheduler-file", self.file, "--no-dashboard")
+        self.processes = [self.scheduler]
+        deadline = time.monotonic() + 60
+        while not os.path.exists(self.file) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def start(self, *args):
+        program = [sys.executable, "-W", "ignore", "-m", "dask", *args]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(program, cwd="/", env=self.environment, **quiet)
+
+    def worker(self, *args):
+        where = ("--scheduler-file", self.file, "--nthreads", "2", "--no-dashboard", "--no-nanny")
+        self.processes.append(self.start("worker", *where, *args))
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(small):
+    made = Cluster(small)
+    yield made
+    made.stop()
+
+
+def on(cluster, url, options, watch=lambda event: None):
+    with workers_at(cluster.file, watch) as executor:
+        prepared = prepare(str(url), options, executor)
+        return prepared, carry_out_plan(str(url), prepared, executor, watch)
+
+
+def test_units_go_to_the_workers_and_give_the_bytes_of_one_process(small, cluster, monkeypatch):
+    cluster.worker("--resources", "GPU=1")
+    cluster.worker()
+    events = []
+    with workers_at(cluster.file, events.append) as executor:
+        deadline = time.monotonic() + 60
+        while len(executor.workers()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert sorted(w.gpu for w in executor.workers()) == [False, True]
+        # a relative name, from a folder that is not the workers'
+        prepared = prepare("run", OPTIONS | {"memory": "3GiB", "device": "cpu"}, executor)
+        plan = prepared.plan
+        assert (plan.separate, plan.workers, plan.threads) == (True, 2, 2)
+        assert plan.data_bytes == plan.allowed_bytes - plan.reserved_bytes
+        assert plan.allowed_bytes == 3 << 30
+        _, outcome = carry_out_plan("run", prepared, executor, events.append)
+    assert outcome.failed == {}
+    assert {e["stage"] for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
+    one = InProcess(lambda event: None)
+    prepared = prepare("one", OPTIONS | {"device": "cpu"}, one)
+    prepared = replace(prepared, plan=replace(prepared.plan, threads=2))
+    carry_out_plan("one", prepared, one, lambda event: None)
+    assert spectra_bytes(small / "run")[0] == spectra_bytes(small / "one")[0]
+
+
+def test_a_worker_that_dies_hands_its_unit_to_another(small, cluster):
+    expected = execute(small / "whole", ONE)[0].spectrum(block="layer1.0").values
+    cluster.worker()
+    killed = []
+
+    def kill(event):
+        if event["stage"] == "done" and event["done"] == 0 and not killed:
+            killed.extend(pids)
+            os.kill(pids[0], signal.SIGKILL)
+            cluster.worker()
+
+    with workers_at(cluster.file, kill) as executor:
+        prepared = prepare(str(small / "run"), ONE, executor)
+        pids = [w.pid for w in executor.workers()]
+        run, outcome = carry_out_plan(str(small / "run"), prepared, executor, lambda event: None)
+    assert killed
+    assert outcome.failed == {}
+    assert abs(run.spectrum(block="layer1.0").values - expected).max() < 1e-12
+
+
+def test_a_scheduler_that_is_gone_ends_the_session_and_the_run_continues(small, cluster):
+    expected = execute(small / "whole", ONE)[0].spectrum(block="layer1.0").values
+    cluster.worker()
+    events = []
+
+    def kill(event):
+        events.append(event)
+        if event["stage"] == "done" and event["done"] == 0:
+            cluster.scheduler.kill()
+
+    with pytest.raises(ConnectionLostError, match="run again to continue"):
+        on(cluster, small / "run", ONE, kill)
+    run = stiffcore.open_run(str(small / "run"))
+    assert run.store.holder() is None
+    assert {state_of(r) for r in run.records().values()} <= {"under way", "done"}
+    run, outcome = execute(small / "run", {})
+    assert outcome.failed == {}
+    assert abs(run.spectrum(block="layer1.0").values - expected).max() < 1e-12
+
+
+def test_work_of_a_session_that_is_over_stops_at_its_next_step(small):
+    from stiffcore.unit import carry_out
+
+    execute(small / "run", OPTIONS | {"blocks": "1"})
+    store = RunStore(str(small / "run"))
+    key = next(iter(store.units()))
+    store.update(key, stage="planned")
+    with store.hold() as token:
+        store.check_held(token)
+        with pytest.raises(stiffcore.BusyError, match="is over"):
+            carry_out(
+                str(small / "run"), key, threads=1, emit=print, check=lambda: store.check_held("another session's")
+            )
+    with pytest.raises(stiffcore.BusyError, match="is over"):
+        store.check_held(token)
+    assert store.record(key)["stage"] == "planned"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        ("nonsense", "neither an address"),
+        ("tcp://127.0.0.1:9", "cannot be reached"),
+        ("127.0.0.1:9", "cannot be reached"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_had_is_refused(scheduler, says, monkeypatch):
+    monkeypatch.setattr("stiffcore.cluster.CONNECT_S", 1)
+    with pytest.raises(stiffcore.InputError, match=says), workers_at(scheduler, print):
+        pass
+
+
+def test_a_cluster_without_workers_is_refused(cluster, monkeypatch):
+    monkeypatch.setattr("stiffcore.cluster.WORKERS_S", 1)
+    with pytest.raises(stiffcore.InputError, match="has no worker"), workers_at(cluster.file, print):
+        pass
+
+
+def test_a_gpu_that_no_worker_declares_is_refused(small, cluster):
+    cluster.worker()
+    with pytest.raises(stiffcore.InputError, match="--resources GPU=1"):
+        on(cluster, small / "run", OPTIONS | {"device": "cuda"})
+    assert not (small / "run").exists()
