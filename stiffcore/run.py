@@ -442,8 +442,9 @@ def _work(
     pending = [p for p in prepared.plan.units if p.works and not _ended(records[p.unit.key], p.solver)]
     for plan in pending:
         _record_plan(store, records[plan.unit.key], plan)
+    begun = {plan.unit.key for plan in pending}
     for key, record in records.items():
-        if record["stage"] == "done" and not _settled(store, key, prepared.study, on_event):
+        if record["stage"] == "done" and key not in begun and not _settled(store, key, prepared.study, on_event):
             pending.append(UnitPlan.from_json(Unit(**record), record["plan"]))
     where = str(store.local or store.url)  # a worker elsewhere has another current folder
     running: dict[Future, UnitPlan] = {}

@@ -266,7 +266,7 @@ class TiledMatrix:
         for first in range(0, self.shape[0], self._band):
             band = by_row[first : first + self._band]
             if band.nnz:
-                yield first, band.toarray(order="F")
+                yield first, band.toarray()  # by row, as Zarr cuts its tiles
 
     def read(self) -> np.ndarray:
         """The whole matrix, Fortran-ordered: one copy, plus one shard while it is read.

@@ -315,6 +315,28 @@ def test_reaches_follow_one_another_only_through_one_map():
         Reach.identity((2, 3, 4)).then(Reach.identity((3, 2, 4)))
 
 
+W = seeded((2, 2, 3, 3), 1)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda t: torch.conv2d(t, W, None, [2], [1], [2]),
+        lambda t: F.conv_transpose2d(t, W, stride=[2], padding=[1]),
+        lambda t: F.max_pool2d(t, [2]),
+        lambda t: F.max_pool2d(t, [3], [1], [1]),
+        lambda t: F.avg_pool2d(t, [3], [2], [1]),
+    ],
+)
+def test_one_number_for_both_axes_is_read_as_such(f):
+    x = seeded((1, 2, 7, 6))
+    expected = dense_jacobian(f, x)
+    m = Colouring(reach_between(f, x)).matrix(
+        Linearisation(f, x).jvp, np.arange(expected.shape[1]), np.arange(expected.shape[0]), 9, x
+    )
+    assert np.allclose(m.toarray(), expected, rtol=1e-12, atol=1e-13)
+
+
 def test_small_maps_multiplied_by_products_have_the_same_reach():
     f = randomised(conv(2, 3))
     x = seeded((1, 2, 4, 3))

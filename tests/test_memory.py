@@ -1,6 +1,7 @@
 """What a unit holds at its peak is at most what its plan projected, and the projection at most twice that."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -70,3 +71,78 @@ def test_the_meter_sees_a_peak_that_is_over_before_it_is_asked():
         del block
         release_free_memory()
     assert meter.peak_bytes >= before + (180 << 20)
+
+
+# Like UNIT, several units side by side if there are workers, at a budget that is tight; what the whole tree held.
+TREE = """
+import sys
+from stiffcore.cluster import local_workers
+from stiffcore.memory import PeakMeter
+from stiffcore.run import prepare, carry_out_plan
+from stiffcore.errors import InputError
+
+if __name__ == "__main__":
+    url, blocks, workers, factor = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+    options = dict(network="resnet18", blocks=blocks, functions="block,branch")
+    with PeakMeter() as meter, local_workers(lambda event: None) as executor:
+        loose = prepare(url, options | dict(memory="8GiB"), executor, workers=workers)
+        # the smallest budget that holds the largest unit beside what is reserved, then more
+        single = max(p.projected_bytes for p in loose.plan.units)
+        together = single + (workers - 1) * (single + loose.plan.worker_bytes)
+        allowed = loose.plan.reserved_bytes + int(factor * together) + (24 << 20)
+        prepared = prepare(url, options | dict(memory=allowed), executor, workers=workers)
+        _, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
+        assert not outcome.failed, outcome.failed
+        assert prepared.plan.workers == workers, prepared.plan
+    print(allowed, outcome.peak_bytes, meter.peak_bytes)
+"""
+
+
+@pytest.mark.parametrize(("workers", "factor"), [(1, 1.0), (1, 1.5), (2, 1.0)])
+def test_the_process_tree_holds_at_most_what_is_allowed(tmp_path, workers, factor):
+    script = tmp_path / "tree.py"
+    script.write_text(TREE)
+    args = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "run"), "layer4.1", str(workers), str(factor)]
+    found = subprocess.run(args, capture_output=True, text=True, check=False, timeout=900)
+    assert found.returncode == 0, found.stderr
+    allowed, measured, whole_session = map(int, found.stdout.split())
+    assert measured <= allowed
+    assert whole_session <= allowed
+
+
+# The kernel refuses every byte of data beyond what the plan allows this process.
+LIMITED = """
+import json, resource, sys
+import stiffcore.preload
+from stiffcore.cluster import InProcess
+from stiffcore.memory import release_free_memory
+from stiffcore.run import prepare, carry_out_plan
+url, share = sys.argv[1], float(sys.argv[2])
+
+def status(name):
+    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(name))
+
+executor = InProcess(lambda event: None)
+prepared = prepare(url, dict(network="resnet18", blocks="layer4.1", memory="4GiB"), executor, workers=1)
+[unit] = prepared.plan.units
+release_free_memory(cycles=True)
+limit = status("VmData") + int(share * unit.projected_bytes)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+_, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
+print(json.dumps([outcome.done, list(outcome.failed.values())]))
+"""
+
+
+def limited(folder, share):
+    args = [sys.executable, "-W", "ignore", "-c", LIMITED, str(folder / "run"), str(share)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    found = subprocess.run(args, capture_output=True, text=True, check=False, timeout=900, env=environment)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+def test_a_unit_ends_under_a_limit_of_its_plan_that_the_kernel_enforces(tmp_path):
+    done, failed = limited(tmp_path, 0.2)
+    assert done == 0
+    assert len(failed) == 1
+    assert limited(tmp_path, 1.0) == [1, []]

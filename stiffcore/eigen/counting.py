@@ -42,8 +42,8 @@ MOST_COUNTED = 30
 COVERED = 0.9
 # The polygon around the numerical range is moved out by this share of the norm, so that margins hold beside it.
 INFLATION = 1e-3
-# A disc that small, relative to its piece, has an eigenvalue beside it that is worth finding.
-BLOCKED = 0.3
+# Where a disc is that small, relative to its piece, the eigenvalues nearest to its centre are deflated.
+BLOCKED = 0.7
 # Residual of a deflated vector, relative to the norm.
 INVARIANT = 1e-10
 SMALLEST_PIECE = 1e-7
@@ -161,6 +161,10 @@ def count_left(
         end = numerical_range_end(matrix, right_of=line, memory_bytes=memory_bytes, seed=seed)
         if end.bound > line:
             return Count(threshold, count, "proved: numerical range", end.bound - line, computed=False)
+    if a.trace() < threshold * k and k > DENSE_ORDER:
+        # most eigenvalues are left of the line: count the others; none is on it where this is proved
+        right = _by_discs(-a, _LeftOf(-threshold), threshold, memory_bytes, None, seed)
+        return right if right.count is None else replace(right, count=k - right.count)
     return _by_discs(a, _LeftOf(threshold), threshold, memory_bytes, extremes, seed)
 
 
@@ -321,7 +325,8 @@ class _Search:
 
     def count(self, threshold: float) -> Count:
         """The count after `cover`: by T, where the way from A' to A is clear."""
-        basis = "proved: found and deflated" if self.q.shape[1] else "proved: discs"
+        basis = "proved: discs" if self.discs else "proved: numerical range"
+        basis = "proved: found and deflated" if self.q.shape[1] else basis
         aq = self.a @ self.q
         t = self.q.T @ aq
         m, longest = len(t), int(np.bincount(self.a.indices).max(initial=0))

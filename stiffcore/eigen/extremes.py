@@ -373,10 +373,10 @@ def _assembled(
     values = np.array([c[0] for c in columns], complex)
     shape = (len(left), len(columns))
     right_vectors, left_vectors = (np.array([c[i] for c in columns], complex).T.reshape(shape) for i in (1, 2))
-    sizes = [np.array([c[i] for c in columns], float) for i in (3, 4, 5)]
-    good = (sizes[0] <= AGREEMENT * scale) & (sizes[1] <= AGREEMENT * scale)
+    right_residual, left_residual, conditions = (np.array([c[i] for c in columns], float) for i in (3, 4, 5))
+    good = (right_residual <= AGREEMENT * scale) & (left_residual <= AGREEMENT * scale)
     vectors = Eigenvectors(right_vectors, left_vectors, good)
-    return Extremes(sort_eigenvalues(values), vectors, *sizes, *converged, note)
+    return Extremes(sort_eigenvalues(values), vectors, right_residual, left_residual, conditions, *converged, note)
 
 
 def _once(columns: list[_Column]) -> list[_Column]:

@@ -327,18 +327,21 @@ def _united(node: fx.Node, reaches: list[Reach], sources: list[fx.Node]) -> Reac
 
 
 def _window(node: fx.Node, name: str) -> tuple[Pair, Pair, Pair, Pair] | None:
-    """Kernel, stride, padding and dilation."""
+    """Kernel, stride, padding and dilation; one number in a list counts for both axes."""
     args: Any = node.args
     if node.target is convolution_by_products:
-        return args[1].meta["shape"][2:], (1, 1), args[3], (1, 1)
-    if name == "convolution":
-        return args[1].meta["shape"][2:], args[3], args[4], args[5]
-    if name not in ("max_pool2d_with_indices", "avg_pool2d"):
+        found = [args[1].meta["shape"][2:], (1,), args[3], (1,)]
+    elif name == "convolution":
+        found = [args[1].meta["shape"][2:], *args[3:6]]
+    elif name in ("max_pool2d_with_indices", "avg_pool2d"):
+        stride = args[2] if len(args) > 2 and args[2] else args[1]
+        padding = args[3] if len(args) > 3 else (0,)
+        dilation = args[4] if len(args) > 4 and name != "avg_pool2d" else (1,)
+        found = [args[1], stride, padding, dilation]
+    else:
         return None
-    stride = args[2] if len(args) > 2 and args[2] else args[1]
-    padding = args[3] if len(args) > 3 else (0, 0)
-    dilation = args[4] if len(args) > 4 and name == "max_pool2d_with_indices" else (1, 1)
-    return args[1], stride, padding, dilation
+    pairs: Any = tuple((f[0], f[-1]) for f in found)
+    return pairs
 
 
 def _map_shape(node: fx.Node) -> Map | None:

@@ -1,0 +1,188 @@
+"""Claims about the ends of sparse spectra: eigenpairs first, then agreement with dense eigenvalues."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.sparse as sp
+from scipy.sparse.linalg import LinearOperator
+from threadpoolctl import threadpool_limits
+
+from stiffcore.eigen import extremes as module
+from stiffcore.eigen.extremes import extremes, spectral_radius
+from stiffcore.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threadpool_limits(1):
+        yield
+
+
+def dense_eigenvalues(a):
+    values = np.linalg.eigvals(a.toarray() if sp.issparse(a) else a)
+    return values[np.lexsort((values.imag, values.real))]
+
+
+def normal_spread(k, seed=0):
+    """Sparse, non-symmetric, mildly non-normal; complex and real ends."""
+    rng = np.random.default_rng(seed)
+    return sp.csc_array(sp.eye_array(k) + sp.random_array((k, k), density=8 / k, rng=rng, data_sampler=rng.normal) / 4)
+
+
+def planted(k, corner, seed=0):
+    """A bulk of real parts between 1 and 2, and a few eigenvalues of a small block, hidden by a similarity."""
+    rng = np.random.default_rng(seed)
+    corner = np.asarray(corner, float)
+    bulk = sp.diags_array(rng.uniform(1, 2, k - len(corner)))
+    a = sp.block_diag([corner, bulk]).tocsc()
+    t = sp.eye_array(k, format="csc") + sp.diags_array(np.full(k - 1, 0.3), offsets=1)
+    inverse = sp.eye_array(k, format="csc")
+    # I - N + N^2 - ..., cut where it is below rounding
+    power = -sp.diags_array(np.full(k - 1, 0.3), offsets=1).tocsc()
+    step = power
+    for _ in range(31):
+        inverse = inverse + power
+        power = power @ step
+    mixed = sp.csc_array(t @ a @ inverse)
+    order = rng.permutation(k)
+    return mixed[order][:, order].tocsc()
+
+
+def assert_is_both_ends(found, a, each_end=3, tolerance=1e-9):
+    values = dense_eigenvalues(a)
+    scale = np.abs(values).max()
+    assert found.converged_left
+    assert found.converged_right
+    order = np.sort(found.values.real)
+    assert np.abs(order[:each_end] - values.real[:each_end]).max() <= tolerance * scale
+    assert np.abs(order[-each_end:] - values.real[-each_end:]).max() <= tolerance * scale
+    assert max(np.abs(values - v).min() for v in found.values) <= tolerance * scale
+
+
+def assert_pairs_are_exact(found):
+    values = found.values
+    for i in np.flatnonzero(values.imag != 0):
+        j = np.flatnonzero(values == np.conj(values[i]))
+        assert len(j) == 1
+        assert np.array_equal(found.vectors.right[:, j[0]], np.conj(found.vectors.right[:, i]))
+    assert np.array_equal(values, values[np.lexsort((values.imag, values.real))])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e8])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_both_ends_with_their_vectors_agree_with_dense_ones(scale, seed):
+    a = scale * normal_spread(400, seed)
+    found = extremes(a, seed=seed)
+    assert_is_both_ends(found, a)
+    assert_pairs_are_exact(found)
+    x, y = found.vectors.right, found.vectors.left
+    assert found.vectors.converged.all()
+    assert np.abs(a @ x - x * found.values).max() <= 1e-9 * scale
+    assert np.abs(a.T @ y.conj() - y.conj() * found.values).max() <= 1e-9 * scale
+    assert np.allclose(np.linalg.norm(x, axis=0), 1)
+    assert np.allclose(1 / np.abs((y.conj() * x).sum(axis=0)), found.condition)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 7, 60])
+def test_small_orders_are_dense(k):
+    a = np.random.default_rng(k).standard_normal((k, k))
+    found = extremes(sp.csc_array(a))
+    assert found.vectors.right.shape == (k, len(found.values))
+    if k:
+        assert_is_both_ends(found, a, each_end=min(k, 3))
+        assert_pairs_are_exact(found)
+
+
+def test_a_pair_that_the_number_asked_for_cuts_is_whole():
+    a = planted(300, [[-1, 2], [-2, -1]])
+    found = extremes(a, each_end=1)
+    assert np.allclose(found.values[:2], [-1 - 2j, -1 + 2j])
+    assert_pairs_are_exact(found)
+
+
+def test_eigenvalues_of_a_laplacian_are_found_by_shift_invert():
+    k = 1000
+    a = sp.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(k, k))
+    found = extremes(a)
+    exact = 2 - 2 * np.cos(np.pi * np.arange(1, k + 1) / (k + 1))
+    assert found.converged_left
+    assert found.converged_right
+    assert np.abs(found.values.real[:3] - exact[:3]).max() < 1e-10
+    assert np.abs(found.values.real[-3:] - exact[-3:]).max() < 1e-10
+
+
+@pytest.mark.parametrize("superdiagonals", [1, 3])
+def test_where_a_spectrum_is_not_determined_nothing_is_said_to_converge(superdiagonals):
+    k = 400
+    a = sp.diags_array([-1.0, *[1.0] * (superdiagonals + 1)], offsets=range(-1, superdiagonals + 1), shape=(k, k))
+    jordan_like = a + sp.diags_array([8.0], offsets=[1], shape=(k, k))
+    found = extremes(jordan_like)
+    assert not (found.converged_left and found.converged_right)
+    assert "did not" in found.note
+
+
+@pytest.mark.parametrize("a", [sp.csc_array((300, 300)), sp.eye_array(300), sp.diags_array(np.repeat([1.0, 2, 3], 100))])
+def test_few_different_eigenvalues_are_found_once_at_least(a):
+    found = extremes(a)
+    assert found.converged_left
+    assert found.converged_right
+    assert found.values.real.min() == pytest.approx(a.diagonal().min(), abs=1e-12)
+    assert found.values.real.max() == pytest.approx(a.diagonal().max(), abs=1e-12)
+
+
+def test_matrix_free_finds_the_same():
+    a = normal_spread(300)
+    both = LinearOperator(a.shape, matvec=lambda x: a @ x, rmatvec=lambda x: a.T @ x, dtype=float)
+    assert_is_both_ends(extremes(both), a)
+    only = LinearOperator(a.shape, matvec=lambda x: a @ x, dtype=float)
+    found = extremes(only)
+    assert_is_both_ends(found, a)
+    assert np.isnan(found.vectors.left).all()
+    assert not found.vectors.converged.any()
+
+
+def test_a_start_that_misses_the_end_is_found_out(monkeypatch):
+    """The first run is made blind to the rightmost eigenvalue: the second one contradicts it."""
+    a = sp.csc_array(sp.diags_array(np.concatenate([[3.0], np.linspace(1, 2, 299)])))
+    arnoldi, calls = module._arnoldi, []
+
+    def blind(apply, k, which, *rest):
+        run = arnoldi(apply, k, which, *rest)
+        calls.append(which)
+        if calls.count("LR") == 1 and which == "LR":
+            keep = run.values.real < 2.5
+            return module._Run(run.values[keep], run.vectors[:, keep], True)
+        return run
+
+    monkeypatch.setattr(module, "_arnoldi", blind)
+    found = extremes(a)
+    assert not found.converged_right or found.values.real.max() == pytest.approx(3)
+
+
+def test_too_little_memory_for_a_factorisation_is_said():
+    k = 2000
+    a = sp.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(k, k))
+    a = a + 0.1 * sp.diags_array([1.0, -1.0], offsets=[-1, 1], shape=(k, k))
+    found = extremes(a, memory_bytes=1000)
+    assert found.converged_left or "GB" in found.note
+
+
+def test_the_spectral_radius_is_the_dense_one():
+    a = normal_spread(300)
+    assert spectral_radius(a) == pytest.approx(np.abs(dense_eigenvalues(a)).max(), rel=1e-9)
+    assert spectral_radius(sp.csc_array((0, 0))) == 0
+
+
+@pytest.mark.parametrize(
+    "a", [np.ones((2, 3)), np.ones((2, 2), complex), np.array([[np.nan]]), [[1.0]]], ids=["oblong", "complex", "nan", "list"]
+)
+def test_what_is_no_square_real_matrix_is_refused(a):
+    with pytest.raises(InputError, match="sparse eig needs"):
+        extremes(a)
+
+
+def test_the_planted_matrix_has_its_eigenvalues():
+    """The helper of other tests is held to what it claims."""
+    a = planted(120, [[-1, 2], [-2, -1]])
+    assert np.allclose(np.sort(dense_eigenvalues(a).real)[:2], -1)
+    assert scipy.linalg.norm(a.toarray() - a.toarray().T) > 0.1
