@@ -35,6 +35,7 @@ BLAS_BYTES = 16 << 20
 KERNEL_COPIES = 3
 LIBRARY_BYTES = 24 << 20
 TILE_ROWS = 256
+ROWS_IN_SHARD = 16_384  # see store.TiledMatrix
 ZARR_BYTES = 512 << 10
 METADATA_BYTES = 4 << 10
 PROBES = 3
@@ -54,6 +55,7 @@ class UnitPlan:
         refused: whether it has a spectrum but the budget holds no rung.
         chunk: columns built at once.
         shard: columns in one file.
+        coloured: whether columns that cannot meet share a product, the matrix held sparse while it is built.
         stages: projected bytes by stage, host memory on top of what is reserved.
         device_bytes: projected bytes on the device, on top of what is reserved there.
         disk_bytes: most bytes in the store while it runs.
@@ -69,6 +71,7 @@ class UnitPlan:
     refused: bool = False
     chunk: int = 1
     shard: int = 1
+    coloured: bool = False
     stages: dict[str, int] | None = None
     device_bytes: int = 0
     disk_bytes: int = 0
@@ -106,7 +109,7 @@ class Plan:
         allowed_bytes: the budget for all processes together; for each worker, where they are `separate`.
         reserved_bytes: held before any unit, by the parent and the first worker; by a worker, where `separate`.
         worker_bytes: held by each further worker.
-        device_allowed_bytes: the budget of each CUDA device; None where none is used.
+        device_allowed_bytes: the budget of each CUDA device; 0 where none is used.
         device_reserved_bytes: held on it before any unit.
         workers: how many units may run side by side.
         gpus: how many of them on a CUDA device each.
@@ -119,7 +122,7 @@ class Plan:
     allowed_bytes: int
     reserved_bytes: int
     worker_bytes: int
-    device_allowed_bytes: int | None
+    device_allowed_bytes: int
     device_reserved_bytes: int
     workers: int
     gpus: int
@@ -223,7 +226,7 @@ def make_plan(
         allowed_bytes=allowed,
         reserved_bytes=machine.reserved_bytes,
         worker_bytes=machine.worker_bytes,
-        device_allowed_bytes=None if device is None else device + machine.device_reserved_bytes,
+        device_allowed_bytes=0 if device is None else device + machine.device_reserved_bytes,
         device_reserved_bytes=machine.device_reserved_bytes,
         workers=count,
         gpus=machine.gpus if device is not None else 0,
@@ -324,6 +327,7 @@ def _cuda_dense(
         "fits the device",
         chunk=found.chunk,
         shard=found.shard,
+        coloured=found.coloured,
         stages=found.stages,
         device_bytes=needed,
         disk_bytes=matrix + vectors,
@@ -359,6 +363,7 @@ def _host_dense(
         "fits the host budget",
         chunk=found.chunk,
         shard=found.shard,
+        coloured=found.coloured,
         stages=found.stages,
         disk_bytes=2 * (matrix + vectors),
         kept_bytes=vectors + _kept(study, 2 * matrix + vectors),
@@ -384,6 +389,7 @@ def _matrix_only(
         "as asked",
         chunk=found.chunk,
         shard=found.shard,
+        coloured=found.coloured,
         stages=found.stages,
         disk_bytes=matrix,
         kept_bytes=matrix,
@@ -406,7 +412,7 @@ def _dense_flops(k: int) -> int:
 
 
 def _seconds(unit: Unit, flops: int, machine: Machine) -> float:
-    return unit.column_s * unit.k + flops / (machine.flops_per_s * DENSE_EFFICIENCY)
+    return unit.column_s * (unit.products or unit.k) + flops / (machine.flops_per_s * DENSE_EFFICIENCY)
 
 
 def _kept(study: Study, stored_bytes: int) -> int:
@@ -427,6 +433,7 @@ def _too_small(solver: str, unit: Unit, stages: Mapping[str, int], machine: Mach
 class _Sizes:
     chunk: int
     shard: int
+    coloured: bool
     stages: dict[str, int]
     fits: bool
 
@@ -438,14 +445,25 @@ def _fitting(unit: Unit, itemsize: int, data_bytes: int, solving: "Stages", stor
     """
     column_bytes = unit.column_items * itemsize
     found = None
-    for chunk, shard in [stored] if stored else _chunks_and_shards(unit.k, column_bytes, itemsize, data_bytes):
-        stages = _first_stages(unit, column_bytes, itemsize, chunk, shard)
-        stages |= solving(unit, column_bytes, itemsize, shard)
-        found = _Sizes(chunk, shard, stages, max(stages.values()) <= data_bytes)
-        if found.fits:
-            break
+    for coloured in (True, False) if unit.products else (False,):
+        for chunk, shard in [stored] if stored else _chunks_and_shards(unit.k, column_bytes, itemsize, data_bytes):
+            stages = _first_stages(unit, column_bytes, itemsize, chunk, shard)
+            stages |= solving(unit, column_bytes, itemsize, shard)
+            if coloured:
+                stages["build"] += _coloured_bytes(unit, itemsize, chunk)
+            found = _Sizes(chunk, shard, coloured, stages, max(stages.values()) <= data_bytes)
+            if found.fits:
+                return found
     assert found is not None
     return found
+
+
+def _coloured_bytes(unit: Unit, itemsize: int, chunk: int) -> int:
+    """What a coloured build takes beside a plain one: its results with their owners, and the sparse matrix twice.
+
+    9 * chunk * k * itemsize + 2 * nonzeros * (itemsize + 8).
+    """
+    return 9 * chunk * unit.k * itemsize + 2 * unit.nonzeros * (itemsize + 8)
 
 
 def _chunks_and_shards(k: int, column_bytes: int, itemsize: int, data_bytes: int) -> Iterator[tuple[int, int]]:
@@ -523,7 +541,8 @@ def _stored_bytes(k: int, shard: int, itemsize: int) -> int:
         return 0
     shards, tiles = -(-k // shard), -(-k // TILE_ROWS)
     numbers = _padded(k, TILE_ROWS) * shards * min(shard, k) * itemsize
-    return numbers + shards * (20 * tiles + 4 + tiles + 4) + METADATA_BYTES
+    bands = -(-k // ROWS_IN_SHARD)
+    return numbers + shards * (20 * tiles + 4 * bands + tiles + 4) + METADATA_BYTES
 
 
 def _padded(k: int, tile: int) -> int:

@@ -1,5 +1,6 @@
 """A run: started or continued, carried out under its budget, and read."""
 
+import errno
 import json
 import time
 from collections import Counter
@@ -385,8 +386,10 @@ def carry_out_plan(
         try:
             executor.scale(prepared.plan.workers)
             failed = _work(store, prepared, executor, on_event, module, token)
-        except BaseException:
+        except BaseException as error:
             executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes
+            if isinstance(error, OSError):
+                raise _unwritable(error) from error
             raise
         run = Run(RunStore(url))
         done = sum(r["stage"] == "done" for r in run.records().values())
@@ -538,12 +541,15 @@ def _failure(error: BaseException) -> str:
     if isinstance(error, (ConnectionLostError, BusyError)):
         raise error
     if isinstance(error, OSError):
-        raise StiffcoreError(
-            f"the store cannot be written: {error}; free some space, then run again to continue"
-        ) from error
+        raise _unwritable(error) from error
     if isinstance(error, (StiffcoreError, MemoryError)):
         return str(error) or type(error).__name__
     return f"{type(error).__name__}: {error}"
+
+
+def _unwritable(error: OSError) -> StiffcoreError:
+    room = "free some space, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return StiffcoreError(f"the store cannot be written: {error}; {room}run again to continue")
 
 
 def open_run(url: str) -> Run:

@@ -263,6 +263,8 @@ class Unit(BaseModel):
         reason: why, in one line.
         column_items: numbers alive at once while one column is computed.
         column_s: seconds a column took when tried.
+        products: forward-mode products for all columns, where some share one (colouring); 0 where each takes its own.
+        nonzeros: at most so many of the matrix's entries are not zero; 0 where unknown.
         kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
         network_bytes: parameters and buffers of the network, and the checkpoint that it is read from.
         fingerprint: sha256 of all that decides the result.
@@ -287,6 +289,8 @@ class Unit(BaseModel):
     column_items: int = 0
     kernel_items: int = 0
     column_s: float = 0.0
+    products: int = 0
+    nonzeros: int = 0
     network_bytes: int = 0
     fingerprint: str
 

@@ -218,6 +218,8 @@ def unit_facts(reduction: Reduction, common: dict[str, Any]) -> Unit:
         column_items=reduction.column_items,
         kernel_items=reduction.kernel_items,
         column_s=_column_seconds(reduction),
+        products=reduction.products(0, reduction.k) if reduction.coloured else 0,
+        nonzeros=reduction.nonzeros_bound(0, reduction.k) if reduction.coloured else 0,
     )
 
 

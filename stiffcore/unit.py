@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csc_array
 from threadpoolctl import threadpool_limits
 from torch import nn
 
 from stiffcore.eigen import certificate, dense, device
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
-from stiffcore.jacobian.reduction import Reduction
+from stiffcore.jacobian.colouring import ReachError
+from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
 from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.plan import TILE_ROWS
 from stiffcore.spectra import certified_choice
@@ -192,17 +194,37 @@ def _build(run: UnitRun) -> dict[str, Any]:
     with _undoing(run, "planned", "matrix"):
         matrix, chunk = run.matrix("matrix"), run.record["plan"]["chunk"]
         missing = matrix.missing()
+    sparse = _coloured(run, chunk) if missing and run.record["plan"]["coloured"] else None
     for shard in missing:
         start, stop = matrix.columns(shard)
-        block = np.empty((matrix.shape[0], stop - start), dtype=run.dtype, order="F")
-        for at in range(start, stop, chunk):
-            end = min(at + chunk, stop)
-            block[:, at - start : end - start] = run.reduction.columns(at, end).cpu().numpy()
-        if not np.isfinite(block).all():
+        block = _columns(run, start, stop, chunk) if sparse is None else sparse[:, start:stop]
+        if not np.isfinite(block if sparse is None else block.data).all():
             raise StiffcoreError(f"{run.key}: columns {start} to {stop - 1} of the Jacobian are not finite")
         matrix.write(shard, block)
         run.step("built", shard + 1, matrix.shards)
     return {}
+
+
+def _columns(run: UnitRun, start: int, stop: int, chunk: int) -> np.ndarray:
+    block = np.empty((run.reduction.k, stop - start), dtype=run.dtype, order="F")
+    for at in range(start, stop, chunk):
+        end = min(at + chunk, stop)
+        block[:, at - start : end - start] = run.reduction.columns(at, end).cpu().numpy()
+    return block
+
+
+def _coloured(run: UnitRun, chunk: int) -> csc_array | None:
+    """The whole matrix, sparse, from few products; None where it is not what the operator says."""
+    try:
+        sparse = run.reduction.sparse(chunk)
+        check = run.reduction.check_sparse(sparse)
+        if check <= PROBE_TOLERANCE[run.reduction.jacobian.x.dtype]:
+            return sparse
+        note = f"the coloured matrix is off by {check:.1e} on random vectors"
+    except ReachError as error:
+        note = str(error)
+    run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": f"{note}: column by column"})
+    return None
 
 
 @contextmanager

@@ -275,13 +275,14 @@ def test_what_other_versions_left_unfinished_begins_again(small):
 
 
 def test_two_workers_give_the_bytes_of_one_process(small):
-    execute(small / "one", OPTIONS)
+    one = prepare(str(small / "one"), OPTIONS, InProcess(print), workers=1)
+    carry_out_plan(str(small / "one"), one, InProcess(print), lambda event: None)
     events = []
     with local_workers(events.append) as executor:
-        prepared = prepare(str(small / "two"), OPTIONS | {"memory": "4GiB"}, executor)
+        prepared = prepare(str(small / "two"), OPTIONS | {"memory": "4GiB"}, executor, workers=2)
         _, outcome = carry_out_plan(str(small / "two"), prepared, executor, events.append)
     assert outcome.failed == {}
-    assert prepared.plan.workers == min(2, os.cpu_count() or 1)
+    assert (prepared.plan.workers, prepared.plan.threads) == (2, 1)
     assert spectra_bytes(small / "one")[0] == spectra_bytes(small / "two")[0]
     assert {e["stage"] for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
 

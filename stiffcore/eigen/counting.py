@@ -10,7 +10,7 @@ that it has none in the doubtful part; and as no eigenvalue of A' + s R Q^T meet
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,11 +42,15 @@ MOST_COUNTED = 30
 COVERED = 0.9
 # The polygon around the numerical range is moved out by this share of the norm, so that margins hold beside it.
 INFLATION = 1e-3
-# Where a disc is that small, relative to its piece, the eigenvalues nearest to its centre are deflated.
-BLOCKED = 0.7
+# Where a disc is that small, relative to its piece, the eigenvalues nearest to its centre are deflated,
+BLOCKED = 0.5
+# and only those within this share of the piece of the counted side.
+NEAR = 0.25
 # Residual of a deflated vector, relative to the norm.
 INVARIANT = 1e-10
 SMALLEST_PIECE = 1e-7
+# Of the boundary of a small dense matrix, before its count is given up.
+MOST_PIECES = 3000
 NORMALS = np.pi * np.array([1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0, 0.0])
 
 
@@ -235,29 +239,32 @@ def _dense_count(a: Array, region: _Region, threshold: float) -> Count:
     allowed = 20 * k * EPS * float(np.linalg.norm(a))
     distance = _boundary_distance(a, region, float(np.linalg.norm(a)), 2 * allowed)
     if distance <= 2 * allowed:
-        return Count(threshold, None, OPEN, 0.0, computed=True, note="an eigenvalue is within rounding of the boundary")
+        return Count(
+            threshold, None, OPEN, 0.0, computed=True, note="an eigenvalue may be within rounding of the boundary"
+        )
     count = int(region.has(np.linalg.eigvals(a)).sum())
     return Count(threshold, count, "proved: dense spectrum", distance - allowed, computed=True)
 
 
 def _boundary_distance(t: Array, region: _Region, reach: float, least: float) -> float:
-    """A lower bound of the smallest singular value of T - zI over the boundary, by bisection; 0 under `least`.
+    """A lower bound of the smallest singular value of T - zI over the boundary, by bisection.
 
-    The smallest singular value changes by at most |z - z'|. Beyond `reach`, a bound of |T|, it is at least the
-    distance from there.
+    Zero where it may be under `least`, or takes too many pieces. It changes by at most |z - z'|; beyond `reach`, a
+    bound of |T|, it is at least the distance from there.
     """
     if len(t) == 0:
         return math.inf
     eye, allowed = np.eye(len(t)), least / 2
     length, point = region.boundary(2 * reach + least)
-    distance, pieces = reach + least, [(0.0, length)]
+    distance, pieces, tried = reach + least, [(0.0, length)], 0
     while pieces:
         start, stop = pieces.pop()
+        tried += 1
         half = (stop - start) / 2
         value = float(scipy.linalg.svdvals(t - point(start + half) * eye)[-1]) - allowed
         if value >= 2 * half or value >= half + distance:
             distance = min(distance, value - half)
-        elif value <= least or half <= least / 4:
+        elif value <= least or half <= least / 4 or tried > MOST_PIECES:
             return 0.0
         else:
             pieces += [(start, start + half), (start + half, stop)]
@@ -350,6 +357,10 @@ class _Search:
         """The upper half of a polygon around the numerical range, a little larger."""
         r = 2 * self.norm
         polygon = np.array([complex(-r, 0), complex(r, 0), complex(r, r), complex(-r, r)])
+        # a real LU for a left end without Lanczos' 3 %: there every disc saved is a complex one
+        end = numerical_range_end(self.a, memory_bytes=self.memory_bytes)
+        if math.isfinite(end.bound):
+            polygon = _clipped(polygon, -1, -end.bound + INFLATION * self.norm)
         for normal, height in outer_polygon(self.a, NORMALS, self.rng):
             polygon = _clipped(polygon, normal, height + INFLATION * self.norm)
         return polygon
@@ -371,14 +382,20 @@ class _Search:
         except ZeroDivisionError:
             return
         radius = singular_bound(shifted, self.norm, self.rng, self.project)
-        while (
-            radius < BLOCKED * half
-            and self.q.shape[1] < MOST_DEFLATED
-            and self.deflate(*nearest(shifted, 6, self.rng, self.project))
-        ):
-            self._check_found()
+        while radius < BLOCKED * half and self._deflate_nearest(shifted, half):
             radius = singular_bound(shifted, self.norm, self.rng, self.project)
         self.discs.append((centre, radius))
+
+    def _deflate_nearest(self, shifted: Shifted, half: float) -> bool:
+        """Deflate what is nearest to a centre, and counted or near to what is; whether there was any."""
+        if self.q.shape[1] >= MOST_DEFLATED:
+            return False
+        values, vectors = nearest(shifted, 6, self.rng, self.project)
+        around = NEAR * half * np.array([-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j])
+        chosen = [len(self.region.clip(v + around)) > 0 for v in values]
+        added = self.deflate(values[chosen], vectors[:, chosen])
+        self._check_found()
+        return added > 0
 
     def _check_found(self) -> None:
         t = self.q.T @ (self.a @ self.q)

@@ -392,7 +392,9 @@ def _once(columns: list[_Column]) -> list[_Column]:
 
 
 def _unit(x: Array, real: bool) -> Array:
-    if real and np.isfinite(x).all():
+    if not np.isfinite(x).all():
+        return np.full_like(x, np.nan)
+    if real:
         # the vector of a real eigenvalue is real but for a factor
         x = (x * np.conj(x[np.argmax(np.abs(x))])).real.astype(complex)
     return x / np.linalg.norm(x)

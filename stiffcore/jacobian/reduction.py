@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stiffcore.errors import InputError
 from stiffcore.jacobian.colouring import Colouring, Integers, Reach, ReachError
-from stiffcore.jacobian.graph import FunctionGraph, Waist, live_items, reach_of
+from stiffcore.jacobian.graph import FunctionGraph, Waist, by_position, live_items, reach_of
 from stiffcore.jacobian.linearise import Function, Linearisation
 from stiffcore.study import BlockFunction
 
@@ -201,7 +201,7 @@ class Reduction:
 
         For the waist route u = D U w, and v^T = z^T V D + mu z^T V (with shift) or z^T V (without): insert them
         in J = D (s I + U V) with M w = mu w, z^T M = mu z^T. For the active route u = [w; 0] and v^T = z^T J, which
-        is mu z^T in the active columns. For the full one they are w and z themselves.
+        is mu z^T in the active columns. For the full one they are w and z themselves, at their places.
 
         Args:
             right: (q, k) complex, rows w with M w = mu w.
@@ -213,7 +213,7 @@ class Reduction:
             v: (q, n) complex with v^T J = (shift + mu) v^T; neither is normalised.
         """
         if self.route is Route.FULL:
-            return right, left
+            return _scatter(right, self.index, self.n), _scatter(left, self.index, self.n)
         if self.head is None or self.tail is None:
             u = _scatter(right, self.index, self.n)
             v = _complex(self.jacobian.vjp, _scatter(left, self.index, self.n))
@@ -430,7 +430,7 @@ def _from_waist(
 def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slope: Tensor | None = None) -> Reduction:
     if slope is None or bool((slope != 0).all()):
         return _full(jacobian, f"full matrix: {why}", graph)
-    index = torch.nonzero(slope.reshape(-1)).reshape(-1)
+    index = by_position(torch.nonzero(slope.reshape(-1)).reshape(-1), slope.shape)
     mask = (slope != 0).reshape(-1)
     products = jacobian.jvp(_probes(jacobian.x, jacobian.n))
     check = _difference(products * mask, products)
@@ -458,7 +458,7 @@ def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> 
         jacobian=jacobian,
         route=Route.FULL,
         shift=0,
-        index=torch.arange(jacobian.n, device=jacobian.x.device),
+        index=by_position(torch.arange(jacobian.n, device=jacobian.x.device), jacobian.value.shape),
         ones=0,
         zeros=0,
         reason=reason,

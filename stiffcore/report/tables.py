@@ -79,7 +79,7 @@ def plan_summary(plan: Plan) -> str:
 
 
 def _device(plan: Plan) -> str:
-    if plan.device_allowed_bytes is None:
+    if not plan.device_allowed_bytes:
         return ""
     largest = max((p.device_bytes for p in plan.units), default=0)
     return (
