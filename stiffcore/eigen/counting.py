@@ -51,7 +51,9 @@ INVARIANT = 1e-10
 SMALLEST_PIECE = 1e-7
 # Of the boundary of a small dense matrix, before its count is given up.
 MOST_PIECES = 3000
-NORMALS = np.pi * np.array([1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0, 0.0])
+# Normals of that polygon, in degrees: those that bound the left side, and the others.
+LEFT_NORMALS = (90, 120, 150)
+RIGHT_NORMALS = (0, 30, 60)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Count:
 class _Region(Protocol):
     """The counted side of the complex plane, closed; symmetric about the real axis."""
 
+    @property
+    def normals(self) -> tuple[int, ...]:
+        """Directions, in degrees, in which the counted part of a numerical range must be bounded."""
+
     def has(self, values: Array) -> Array:
         """Which values are on the counted side, strictly."""
 
@@ -92,6 +98,10 @@ class _Region(Protocol):
 @dataclass(frozen=True)
 class _LeftOf:
     threshold: float
+
+    @property
+    def normals(self) -> tuple[int, ...]:
+        return LEFT_NORMALS
 
     def has(self, values: Array) -> Array:
         return values.real < self.threshold
@@ -107,6 +117,10 @@ class _LeftOf:
 class _OutsideOf:
     centre: float
     radius: float
+
+    @property
+    def normals(self) -> tuple[int, ...]:
+        return LEFT_NORMALS + RIGHT_NORMALS
 
     def has(self, values: Array) -> Array:
         return np.abs(values - self.centre) > self.radius
@@ -357,11 +371,14 @@ class _Search:
         """The upper half of a polygon around the numerical range, a little larger."""
         r = 2 * self.norm
         polygon = np.array([complex(-r, 0), complex(r, 0), complex(r, r), complex(-r, r)])
+        normals = self.region.normals
         # a real LU for a left end without Lanczos' 3 %: there every disc saved is a complex one
         end = numerical_range_end(self.a, memory_bytes=self.memory_bytes)
         if math.isfinite(end.bound):
             polygon = _clipped(polygon, -1, -end.bound + INFLATION * self.norm)
-        for normal, height in outer_polygon(self.a, NORMALS, self.rng):
+        else:
+            normals = (*normals, 180)
+        for normal, height in outer_polygon(self.a, np.radians(normals), self.rng):
             polygon = _clipped(polygon, normal, height + INFLATION * self.norm)
         return polygon
 
