@@ -29,11 +29,11 @@ def machine():
 
 
 def stiffcore(*args):
-    """Run the command line in a fresh process; its output is shown."""
+    """Run the command line in a fresh process: what it printed, and its seconds."""
     program = [sys.executable, "-c", "from stiffcore.cli import main; main()", *map(str, args)]
     start = time.perf_counter()
-    subprocess.run(program, check=True)
-    return time.perf_counter() - start
+    found = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True)
+    return found.stdout, time.perf_counter() - start
 
 
 def write(script, figures):

@@ -4,13 +4,10 @@ Weights as torchvision draws them, and a smooth random image: the plan depends o
 """
 
 import json
-import subprocess
-import sys
 import tempfile
-import time
 
 import numpy as np
-from common import write
+from common import stiffcore, write
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
@@ -19,11 +16,10 @@ if __name__ == "__main__":
         np.savez(f"{folder}/image.npz", x=image, y=np.zeros(1, int))
         options = ["--network", "torchvision.models:resnet50", "--images", f"{folder}/image.npz"]
         options += ["--normalize", "imagenet", "--memory", "16GiB", "--device-memory", "80GB", "--json"]
-        program = [sys.executable, "-c", "from stiffcore.cli import main; main()", "plan", f"{folder}/run", *options]
-        start = time.perf_counter()
-        found = json.loads(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
+        printed, seconds = stiffcore("plan", f"{folder}/run", *options)
+        found = json.loads(printed)
         names = ("block", "n", "m", "k", "nonzeros", "products", "solver", "projected_bytes", "device_bytes")
         names += ("disk_bytes", "moved_bytes", "flops", "seconds", "why")
         units = sorted(found.pop("units"), key=lambda u: u["number"])
-        figures = {"wall_s": time.perf_counter() - start, **found}
+        figures = {"wall_s": seconds, **found}
         write(__file__, figures | {"units": [{name: unit[name] for name in names} for unit in units]})

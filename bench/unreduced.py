@@ -15,7 +15,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         with PeakMeter() as meter:
             before = meter.peak_bytes
-            seconds = stiffcore(
+            _, seconds = stiffcore(
                 "run", f"{folder}/run", *OPTIONS, "--solver", "matrix-only", "--memory", "1GiB", "--device", "cpu"
             )
         run = open_run(f"{folder}/run")

@@ -368,6 +368,8 @@ class _Progress:
         if self._total is None:
             return
         if stage == "begun":
+            if key in self._tasks:  # begun again
+                self.bars.remove_task(self._tasks.pop(key))
             self._tasks[key] = self.bars.add_task(str(self._names.get(key, key)), total=None, note="opening")
         elif stage in ("ended", "failed"):
             self.bars.advance(self._total)
@@ -386,6 +388,10 @@ class _Progress:
             _say(err, f"{key} failed: {event['note']}", style="bold red")
             return
         run = open_run(self._url)
+        record = run.store.record(key)
+        if state_of(record) == "stored":
+            _say(err, f"{key}: matrix of order {record['k']:,} stored")
+            return
         spectrum = run.stored(key)
         index = run.store.get_array("images", "index")
         image = f"image {index[spectrum.record['image']]}, " if len(index) > 1 else ""

@@ -217,18 +217,12 @@ def _with_events(topic: str, parent: int | None, function: Callable[..., Any], a
     from distributed import get_worker
 
     if parent is None:
-        _settle()
+        keep_freed_pages()  # as stiffcore.preload does for our own workers
     else:
         _die_with(parent)
     worker = get_worker()
     with _BUSY:
         return function(*args, emit=lambda event: worker.log_event(topic, event))
-
-
-@cache
-def _settle() -> None:
-    """What `stiffcore.preload` does for our own workers, once in a worker of another cluster."""
-    keep_freed_pages()
 
 
 def _readable(error: Exception) -> Exception:

@@ -17,6 +17,7 @@ from stiffcore.eigen import dense
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
+from stiffcore.store import ROWS_IN_SHARD
 from stiffcore.study import Device, Keep, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
@@ -35,7 +36,6 @@ BLAS_BYTES = 16 << 20
 KERNEL_COPIES = 3
 LIBRARY_BYTES = 24 << 20
 TILE_ROWS = 256
-ROWS_IN_SHARD = 16_384  # see store.TiledMatrix
 ZARR_BYTES = 512 << 10
 METADATA_BYTES = 4 << 10
 PROBES = 3
@@ -317,24 +317,15 @@ def _cuda_dense(
     device: dense.device_bytes + the build's chunk and kernels.
     moved: the matrix written, and read twice; and copied to the device twice.
     """
-    itemsize = np.dtype(study.dtype).itemsize
-    found = _fitting(unit, itemsize, data_bytes, _device_stages, stored)
-    needed = dense.device_bytes(unit.k, itemsize) + found.stages["build"]
-    matrix, vectors = _stored_bytes(unit.k, found.shard, itemsize), 2 * itemsize * unit.k
-    plan = UnitPlan(
-        unit,
-        Solver.CUDA_DENSE,
-        "fits the device",
-        chunk=found.chunk,
-        shard=found.shard,
-        coloured=found.coloured,
-        stages=found.stages,
+    base, matrix, vectors, why_not = _rung(Solver.CUDA_DENSE, unit, study, machine, data_bytes, _device_stages, stored)
+    needed = dense.device_bytes(unit.k, np.dtype(study.dtype).itemsize) + (base.stages or {})["build"]
+    plan = replace(
+        base,
+        why="fits the device",
         device_bytes=needed,
         disk_bytes=matrix + vectors,
         kept_bytes=vectors + _kept(study, matrix),
         moved_bytes=5 * matrix + 2 * vectors,
-        flops=_dense_flops(unit.k),
-        seconds=_seconds(unit, _dense_flops(unit.k), machine),
     )
     if machine.device_bytes is None:
         return plan, "cuda-dense: no CUDA device is used"
@@ -344,7 +335,7 @@ def _cuda_dense(
         return plan, (
             f"cuda-dense: needs {format_bytes(needed)} of the device, {format_bytes(machine.device_bytes)} may be used"
         )
-    return plan, "" if found.fits else _too_small(Solver.CUDA_DENSE, unit, found.stages, machine, data_bytes)
+    return plan, why_not
 
 
 def _host_dense(
@@ -354,49 +345,58 @@ def _host_dense(
 
     moved: the matrix written and read once, the Hessenberg form written once and read twice.
     """
-    itemsize = np.dtype(study.dtype).itemsize
-    found = _fitting(unit, itemsize, data_bytes, _host_stages, stored)
-    matrix, vectors = _stored_bytes(unit.k, found.shard, itemsize), 2 * itemsize * unit.k
-    plan = UnitPlan(
-        unit,
-        Solver.HOST_DENSE,
-        "fits the host budget",
-        chunk=found.chunk,
-        shard=found.shard,
-        coloured=found.coloured,
-        stages=found.stages,
+    base, matrix, vectors, why_not = _rung(Solver.HOST_DENSE, unit, study, machine, data_bytes, _host_stages, stored)
+    plan = replace(
+        base,
+        why="fits the host budget",
         disk_bytes=2 * (matrix + vectors),
         kept_bytes=vectors + _kept(study, 2 * matrix + vectors),
         moved_bytes=5 * matrix + 6 * vectors,
-        flops=_dense_flops(unit.k),
-        seconds=_seconds(unit, _dense_flops(unit.k), machine),
     )
     if unit.k > dense.LAPACK_MAX_ORDER:
         return plan, f"host-dense: k = {unit.k:,} is over 32-bit LAPACK's {dense.LAPACK_MAX_ORDER:,}"
-    return plan, "" if found.fits else _too_small(Solver.HOST_DENSE, unit, found.stages, machine, data_bytes)
+    return plan, why_not
 
 
 def _matrix_only(
     unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
 ) -> tuple[UnitPlan, str]:
     """Build the matrix and keep it, whatever `keep` says. moved: the matrix, once."""
+    base, matrix, _, why_not = _rung(Solver.MATRIX_ONLY, unit, study, machine, data_bytes, _no_stages, stored)
+    return replace(base, why="as asked", disk_bytes=matrix, kept_bytes=matrix, moved_bytes=matrix), why_not
+
+
+def _rung(
+    solver: Solver,
+    unit: Unit,
+    study: Study,
+    machine: Machine,
+    data_bytes: int,
+    solving: "Stages",
+    stored: tuple[int, int] | None,
+) -> tuple[UnitPlan, int, int, str]:
+    """What all rungs share: sizes that fit, and the costs of building and solving.
+
+    Returns:
+        The plan, yet without its disk; bytes of the matrix and of two vectors in the store; and what the host's budget
+        lacks, empty where it is enough.
+    """
     itemsize = np.dtype(study.dtype).itemsize
-    found = _fitting(unit, itemsize, data_bytes, _no_stages, stored)
-    matrix = _stored_bytes(unit.k, found.shard, itemsize)
+    found = _fitting(unit, itemsize, data_bytes, solving, stored)
+    flops = 0 if solver is Solver.MATRIX_ONLY else _dense_flops(unit.k)
     plan = UnitPlan(
         unit,
-        Solver.MATRIX_ONLY,
-        "as asked",
+        solver,
+        "",
         chunk=found.chunk,
         shard=found.shard,
         coloured=found.coloured,
         stages=found.stages,
-        disk_bytes=matrix,
-        kept_bytes=matrix,
-        moved_bytes=matrix,
-        seconds=_seconds(unit, 0, machine),
+        flops=flops,
+        seconds=_seconds(unit, flops, machine),
     )
-    return plan, "" if found.fits else _too_small(Solver.MATRIX_ONLY, unit, found.stages, machine, data_bytes)
+    why_not = "" if found.fits else _too_small(solver, unit, found.stages, machine, data_bytes)
+    return plan, _stored_bytes(unit.k, found.shard, itemsize), 2 * itemsize * unit.k, why_not
 
 
 Rung = Callable[[Unit, Study, Machine, int, tuple[int, int] | None], tuple[UnitPlan, str]]

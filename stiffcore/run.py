@@ -4,7 +4,7 @@ import errno
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
 
-from stiffcore.cluster import ConnectionLostError, Event, Executor, WorkerDiedError
+from stiffcore.cluster import ConnectionLostError, Event, Executor, Worker, WorkerDiedError
 from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
 from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.metrics import NAMES as METRIC_NAMES
@@ -32,6 +32,9 @@ CERTIFICATE_COLUMNS = (
     *("S_error", "S_active_error", "value_error", "near_axis"),
     *("max_residual", "max_condition", "trace_error", "square_error"),
 )
+
+# States of a unit that has a spectrum, see `state_of`.
+DONE = ("done", "not certified")
 
 OnEvent = Callable[[Event], None]
 
@@ -93,7 +96,7 @@ class Run:
                 and record["function"] == function
                 and record["kind"] == kind
             ):
-                if record["stage"] != "done" or state_of(record) == "stored":
+                if state_of(record) not in DONE:
                     raise InputError(
                         f"{key} has no spectrum: {state_of(record)}; {record.get('failure') or record['reason']}"
                     )
@@ -126,7 +129,7 @@ class Run:
             "state": state_of(record),
             "solver": record["plan"]["solver"],
         }
-        if record["stage"] != "done" or state_of(record) == "stored":
+        if state_of(record) not in DONE:
             nothing = dict.fromkeys((*METRIC_NAMES, *CERTIFICATE_COLUMNS), float("nan"))
             return (
                 row | nothing | {"certified": False, "note": record.get("failure") or record["reason"], "seconds": 0.0}
@@ -259,9 +262,10 @@ def prepare(
         if "made_with" in units.get(u.key, {}) or (u.key in units and not given.keys() & {"device", "solver"})
     }
     pending = [u for u in facts if u.key not in ended]
-    machine = _machine(executor, study, workers, suppose=suppose)
+    processes = executor.workers()
+    machine = _machine(executor, processes, study, workers, suppose=suppose)
     # this process carries out one unit at a time
-    most = workers if executor.separate or executor.workers() else 1
+    most = workers if processes else 1
     return Prepared(study, make_plan(pending, study, machine, workers=most, recorded=recorded), machine, found)
 
 
@@ -307,8 +311,9 @@ def _survey(study: Study, module: Any, images: Any, emit: OnEvent) -> Survey:
     return found
 
 
-def _machine(executor: Executor, study: Study, workers: int | None, *, suppose: bool) -> Machine:
-    found = executor.workers()
+def _machine(
+    executor: Executor, found: Sequence[Worker], study: Study, workers: int | None, *, suppose: bool
+) -> Machine:
     gpus = sum(w.gpu for w in found)
     device = None
     if not executor.separate or gpus:
@@ -392,7 +397,7 @@ def carry_out_plan(
                 raise _unwritable(error) from error
             raise
         run = Run(RunStore(url))
-        done = sum(r["stage"] == "done" for r in run.records().values())
+        done = sum(state_of(r) in DONE for r in run.records().values())
         return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
 
 
@@ -447,7 +452,7 @@ def _work(
         _record_plan(store, records[plan.unit.key], plan)
     begun = {plan.unit.key for plan in pending}
     for key, record in records.items():
-        if record["stage"] == "done" and key not in begun and not _settled(store, key, prepared.study, on_event):
+        if state_of(record) in DONE and key not in begun and not _settled(store, key, prepared.study, on_event):
             pending.append(UnitPlan.from_json(Unit(**record), record["plan"]))
     where = str(store.local or store.url)  # a worker elsewhere has another current folder
     running: dict[Future, UnitPlan] = {}
@@ -513,8 +518,6 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
 
 def _settled(store: RunStore, key: str, study: Study, on_event: OnEvent) -> bool:
     """Whether a unit that is done has a readable spectrum; if not, it is to be made again."""
-    if state_of(store.record(key)) == "stored":
-        return True
     try:
         stored_spectrum(store, key)
     except DamagedError:

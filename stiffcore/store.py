@@ -695,6 +695,7 @@ def _open_store(url: str) -> _RemoteStore:
     if url.startswith(("file://", "local://")):
         options = {"auto_mkdir": True}
     try:
+        # from_url makes one of its own class, which its annotation does not say
         return _RemoteStore.from_url(url, storage_options=options)  # type: ignore[return-value]
     except ImportError as error:
         extra = ": pip install 'stiffcore[s3]'" if s3 else ""

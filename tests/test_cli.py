@@ -54,6 +54,20 @@ def test_plan_run_status_show_and_export_agree(small):
     assert "exists" in again.stderr
 
 
+def test_matrices_alone_are_named_as_stored_wherever_a_spectrum_would_be(small):
+    options = ["--network", "smallnet:make", "--images", "six.npz", "--blocks", "4", "--solver", "matrix-only"]
+    ran = command("run", "run", *options, "--memory", "4GiB", cwd=small)
+    assert ran.returncode == 0, ran.stderr
+    assert "matrix of order" in ran.stderr
+    assert "0 spectra in run" in ran.stdout
+    status = json.loads(command("status", "run", "--json", cwd=small).stdout)
+    assert [(u["state"], u["stage"]) for u in status["units"]] == [("stored", "done")]
+    for name in ("status", "show"):
+        found = CliRunner().invoke(app, [name, str(small / "run")])
+        assert found.exit_code == 0
+        assert "stored" in found.output
+
+
 def test_tables_show_blocks_without_spectrum_as_dashes(small):
     execute(small / "run", OPTIONS | {"blocks": "down,layer2.2", "functions": "block"})
     found = CliRunner().invoke(app, ["show", str(small / "run")])

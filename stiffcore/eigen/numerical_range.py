@@ -71,7 +71,7 @@ def numerical_range_end(
     k = a.shape[0]
     if k == 0:
         return RangeEnd(math.inf, math.inf, "")
-    h = sp.csc_array((a + a.T) / 2)
+    h = _symmetric_part(a)
     value = _extreme(h, "SA", seed)
     if value <= right_of:
         return RangeEnd(value, -math.inf, f"the numerical range reaches {value:.6g}")
@@ -98,7 +98,7 @@ def logarithmic_norm(a: Any, *, seed: int = 0) -> float:
         The right end of W(A); -inf for k = 0.
     """
     a = as_sparse(a)
-    return _extreme(sp.csc_array((a + a.T) / 2), "LA", seed) if a.shape[0] else -math.inf
+    return _extreme(_symmetric_part(a), "LA", seed) if a.shape[0] else -math.inf
 
 
 def numerical_range(a: Any, angles: int = 72, *, seed: int = 0) -> tuple[Array, Array]:
@@ -162,6 +162,10 @@ def _support_point(a: sp.csc_array, t: float, seed: int) -> complex:
         start = np.random.default_rng(seed).standard_normal(k).astype(complex)
         x = eigsh(operator, k=1, which="LA", tol=1e-6, v0=start)[1][:, 0]
     return complex(np.vdot(x, product(a, x)))
+
+
+def _symmetric_part(a: sp.csc_array) -> sp.csc_array:
+    return sp.csc_array((a + a.T) / 2)
 
 
 def _hermitian_part(a: sp.csc_array, t: float) -> Product:

@@ -9,10 +9,8 @@ from rich.table import Table
 
 from stiffcore.metrics import spell
 from stiffcore.plan import Plan, UnitPlan
-from stiffcore.run import Run, state_of
+from stiffcore.run import DONE, Run, state_of
 from stiffcore.study import format_bytes
-
-DONE = ("done", "not certified")
 
 
 def plan_table(plan: Plan) -> Table:
@@ -108,7 +106,7 @@ def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(name)
     table.add_column("note", overflow="fold")
     for key, record in records.items():
-        if state_of(record) not in ("done", "planned", "no spectrum"):
+        if state_of(record) not in ("done", "stored", "planned", "no spectrum"):
             table.add_row(key, state_of(record), record["stage"], _note(record))
     return table
 
@@ -129,7 +127,7 @@ def status_rows(run: Run) -> dict[str, Any]:
 def _note(record: Mapping[str, Any]) -> str:
     if record.get("failure"):
         return str(record["failure"])
-    if record["stage"] == "done":
+    if state_of(record) in DONE:
         return "; ".join(record["certificate"]["failures"])
     return str(record["reason"])
 
