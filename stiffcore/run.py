@@ -47,7 +47,7 @@ class Outcome:
         done: units with a spectrum, those of earlier sessions too.
         failed: reasons by unit.
         wall_s: seconds of this session.
-        peak_bytes: most memory seen in the process tree (proportional set size).
+        peak_bytes: most memory seen in the process tree, see `tree_bytes`.
     """
 
     done: int

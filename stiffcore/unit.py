@@ -31,8 +31,10 @@ from stiffcore.survey import image_input, open_network, reduction_of
 
 Emit = Callable[[dict[str, Any]], None]
 Opener = Callable[[RunStore, dict[str, Any], str], Reduction]
-# From this order on, the memory of a unit matters more than the 0.2 s that finding all of it takes.
+# From this order on, or with a network of this size, a unit's memory matters more than the 0.2 s that finding all of
+# it takes.
 LARGE_ORDER = 1000
+LARGE_NETWORK_BYTES = 16 << 20
 CUDA = "cuda"
 STAGES = ("planned", "built", "reduced", "solved", "done")
 
@@ -90,8 +92,13 @@ class UnitRun:
         found = {name: getattr(reduction, name) for name in planned}
         if found != planned:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
-        release_free_memory(cycles=self.record["k"] >= LARGE_ORDER)  # of the network, only the block is still needed
+        self.release()  # of the network, only the block is still needed
         return reduction
+
+    def release(self) -> None:
+        """Give back what is not used any more."""
+        large = self.record["k"] >= LARGE_ORDER or self.record["network_bytes"] >= LARGE_NETWORK_BYTES
+        release_free_memory(cycles=large)
 
     def matrix(self, name: str) -> TiledMatrix:
         """The tiled matrix of that name, made where it is not there."""
@@ -155,7 +162,8 @@ def carry_out(
             run.store.drop(key, *SCRATCH)
         else:
             run.store.update(key, kept=True)
-    release_free_memory()
+    run.__dict__.pop("reduction", None)
+    run.release()  # the next unit's plan counts on it
     return key
 
 
@@ -245,7 +253,7 @@ def _read_matrix(run: UnitRun) -> np.ndarray:
 
 def _reduce(run: UnitRun) -> dict[str, Any]:
     run.__dict__.pop("reduction", None)  # its tensors are not needed until the certificate
-    release_free_memory(cycles=run.record["k"] >= LARGE_ORDER)
+    run.release()
     a = _read_matrix(run)
     moments = certificate.matrix_moments(a)
     h = dense.to_hessenberg(a)

@@ -78,6 +78,7 @@ TREE = """
 import sys
 from stiffcore.cluster import local_workers
 from stiffcore.memory import PeakMeter
+from stiffcore.plan import RESERVED_VARIES_BYTES
 from stiffcore.run import prepare, carry_out_plan
 from stiffcore.errors import InputError
 
@@ -89,7 +90,7 @@ if __name__ == "__main__":
         # the smallest budget that holds the largest unit beside what is reserved, then more
         single = max(p.projected_bytes for p in loose.plan.units)
         together = single + (workers - 1) * (single + loose.plan.worker_bytes)
-        allowed = loose.plan.reserved_bytes + int(factor * together) + (48 << 20)
+        allowed = loose.plan.reserved_bytes + int(factor * together) + RESERVED_VARIES_BYTES
         prepared = prepare(url, options | dict(memory=allowed), executor, workers=workers)
         _, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
         assert not outcome.failed, outcome.failed
