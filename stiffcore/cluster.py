@@ -23,6 +23,8 @@ from stiffcore.memory import default_allowed_bytes, keep_freed_pages, own_bytes
 Event = dict[str, Any]
 CONNECT_S = 10
 WORKERS_S = 30
+# A worker maps more of its libraries as it goes; these pages are shared and reserved already.
+MAPPED_BYTES = 256 << 20
 # For the process that workers are forked from: libraries that each allocate a pool of threads, unless told not to
 # before they are imported; and Python's resource tracker, which warns of what a killed worker could not give back.
 ENVIRONMENT = {
@@ -55,8 +57,8 @@ class Executor(Protocol):
     def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
         """Start `function`, with `emit` added to its arguments; with `gpu` on a worker that has one."""
 
-    def scale(self, workers: int) -> None:
-        """Have so many workers, and wait for them."""
+    def scale(self, workers: int, unit_bytes: int | None = None) -> None:
+        """Have so many workers, and wait for them; one that holds `unit_bytes` more than it does now is ended."""
 
     def workers(self) -> list["Worker"]:
         """The processes that do the work, this one not among them."""
@@ -109,7 +111,7 @@ class InProcess:
             future.set_exception(error)
         return future
 
-    def scale(self, workers: int) -> None:
+    def scale(self, workers: int, unit_bytes: int | None = None) -> None:
         """Nothing to do: there is this process."""
 
     def workers(self) -> list[Worker]:
@@ -138,7 +140,12 @@ class DaskWorkers:
         """
         self._client = client
         self.separate = separate
-        self.dashboard = client.dashboard_link if find_spec("bokeh") else ""
+        self.dashboard = ""
+        with suppress(KeyError):  # a scheduler may serve none
+            self.dashboard = client.dashboard_link or ""
+        if not (separate or find_spec("bokeh")):
+            # all but this table of workers and tasks is drawn by bokeh
+            self.dashboard = self.dashboard.replace("/status", "/info/main/workers.html")
         # of this session only: a cluster may serve several
         self._topic = f"stiffcore-{uuid.uuid4().hex}"
         self._tasks: set[Any] = set()
@@ -165,11 +172,19 @@ class DaskWorkers:
         task.add_done_callback(finish)
         return done
 
-    def scale(self, workers: int) -> None:
-        """Have so many workers, and wait for them; a cluster that is not ours has what it has."""
-        if not self.separate:
-            self._client.cluster.scale(workers)
-            self._client.wait_for_workers(workers, timeout=120)
+    def scale(self, workers: int, unit_bytes: int | None = None) -> None:
+        """Have so many workers, and wait for them; a cluster that is not ours has what it has, and its own limits."""
+        if self.separate:
+            return
+        cluster = self._client.cluster
+        if unit_bytes is not None:
+            resident = max(psutil.Process(n.pid).memory_info().rss for n in cluster.workers.values() if n.pid)
+            limit = resident + unit_bytes + MAPPED_BYTES
+            cluster.new_spec["options"]["memory_limit"] = limit
+            for nanny in cluster.workers.values():
+                cluster.loop.add_callback(_limit, nanny, limit)
+        cluster.scale(workers)
+        self._client.wait_for_workers(workers, timeout=120)
 
     def workers(self) -> list[Worker]:
         """The workers there are now, as each sees itself."""
@@ -193,6 +208,14 @@ class DaskWorkers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(workers, timeout=10)
+
+
+def _limit(nanny: Any, limit: int) -> None:
+    """Have a worker ended that is resident with more, as its nanny does where it knows the limit from the start."""
+    from distributed.worker_memory import NannyMemoryManager
+
+    nanny.memory_manager = NannyMemoryManager(nanny, memory_limit=limit)
+    nanny.periodic_callbacks["memory_monitor"].start()
 
 
 def _describe(dask_worker: Any) -> dict[str, Any]:
@@ -230,7 +253,9 @@ def _readable(error: Exception) -> Exception:
     from distributed.scheduler import KilledWorker
 
     if isinstance(error, KilledWorker):
-        return WorkerDiedError("the worker died (out of memory, or killed): what it had recorded stays, run again")
+        return WorkerDiedError(
+            "the worker died (beyond its budget, out of memory, or killed): what it had recorded stays, run again"
+        )
     if isinstance(error, (CancelledError, CommClosedError)):
         return ConnectionLostError(
             "the connection to Dask's scheduler is lost: what is done is kept; run again to continue"
@@ -290,6 +315,15 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
         "distributed.scheduler.allowed-failures": 0,
         "distributed.scheduler.worker-ttl": None,
         "distributed.admin.low-level-log-length": 1000,
+        # what Dask does by the clock would take a tenth of a core from two workers with a core each
+        "distributed.admin.tick.interval": "1s",
+        "distributed.admin.system-monitor.interval": "5s",
+        "distributed.scheduler.work-stealing-interval": "1s",
+        "distributed.scheduler.active-memory-manager.start": False,
+        "distributed.worker.profile.enabled": False,
+        # workers keep no results of which Dask could know; beyond its limit one is ended
+        **{f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause")},
+        "distributed.worker.memory.terminate": 1.0,
         "logging": {"distributed": "error"},
     }
     before = {name: os.environ.get(name) for name in ENVIRONMENT}

@@ -13,6 +13,7 @@ import psutil
 DEFAULT_SHARE = 0.8
 SAMPLE_S = 0.25
 RESAMPLE_S = 5.0
+GROWN_BYTES = 4 << 20
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
 
@@ -198,7 +199,7 @@ class PeakMeter:
             now = _together(_resident(p) for p in tree)
             # a sample looks at every page, which takes 20 ms a GB of a core that may be at work; pages that processes
             # share become their own without any growth, hence a sample from time to time
-            if now > resident or time.monotonic() > sampled + RESAMPLE_S:
+            if now > resident + GROWN_BYTES or time.monotonic() > sampled + RESAMPLE_S:
                 resident, sampled = max(resident, now), time.monotonic()
                 self.peak_bytes = max(self.peak_bytes, _together(_held(p) for p in tree))
 

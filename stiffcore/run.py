@@ -389,7 +389,7 @@ def carry_out_plan(
         check_disk(prepared.plan, store.free_bytes())
         _write_beginning(store, prepared)
         try:
-            executor.scale(prepared.plan.workers)
+            executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
             failed = _work(store, prepared, executor, on_event, module, token)
         except BaseException as error:
             executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes

@@ -21,6 +21,7 @@ def pytest_configure(config):
 
 SMALL = """
 import time
+from pathlib import Path
 import torch
 from torch import nn
 
@@ -59,6 +60,17 @@ def make_slow():
     torch.manual_seed(5)
     net = Net()
     net.layer1[0].__class__ = SlowBlock
+    return net
+
+class HoardingBlock(SlowBlock):
+    def forward(self, x):
+        if Path("hoard").exists():
+            self.held = torch.ones(1 << 27, dtype=torch.float64)
+        return super().forward(x)
+
+def make_hoarding():
+    net = make_slow()
+    net.layer1[0].__class__ = HoardingBlock
     return net
 """
 

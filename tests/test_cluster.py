@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import replace
 
 import pytest
 
 import stiffcore
-from stiffcore.cluster import ConnectionLostError, InProcess, workers_at
+from stiffcore.cluster import ConnectionLostError, InProcess, local_workers, workers_at
 from stiffcore.run import carry_out_plan, prepare, state_of
 from stiffcore.store import RunStore
 from tests.test_run import OPTIONS, execute, spectra_bytes
@@ -82,6 +83,25 @@ def test_units_go_to_the_workers_and_give_the_bytes_of_one_process(small, cluste
     prepared = replace(prepared, plan=replace(prepared.plan, threads=2))
     carry_out_plan("one", prepared, one, lambda event: None)
     assert spectra_bytes(small / "run")[0] == spectra_bytes(small / "one")[0]
+
+
+def test_the_dashboard_answers_at_the_address_that_is_told():
+    with local_workers(lambda event: None) as executor, urllib.request.urlopen(executor.dashboard, timeout=30) as page:
+        assert page.status == 200
+        assert "needs bokeh" not in page.read().decode()
+
+
+def test_a_worker_beyond_its_budget_is_ended(small):
+    url = str(small / "run")
+    options = OPTIONS | {"network": "smallnet:make_hoarding", "blocks": "1", "functions": "block", "index": (0,)}
+    with local_workers(lambda event: None) as executor:
+        prepared = prepare(url, options | {"memory": "2GiB"}, executor, workers=1)
+        budget = prepared.plan.reserved_bytes + (128 << 20)
+        prepared = prepare(url, options | {"memory": budget}, executor, workers=1)
+        (small / "hoard").touch()  # 1 GiB that no plan knows of
+        _, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
+    assert list(outcome.failed) == ["000000-layer1.0-block-matrix"]
+    assert "beyond its budget" in outcome.failed["000000-layer1.0-block-matrix"]
 
 
 def test_a_worker_that_dies_hands_its_unit_to_another(small, cluster):
