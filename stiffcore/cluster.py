@@ -178,8 +178,9 @@ class DaskWorkers:
             return
         cluster = self._client.cluster
         if unit_bytes is not None:
-            resident = max(psutil.Process(n.pid).memory_info().rss for n in cluster.workers.values() if n.pid)
-            limit = resident + unit_bytes + MAPPED_BYTES
+            self._client.wait_for_workers(1, timeout=120)
+            resident = self._client.run(lambda: psutil.Process().memory_info().rss)
+            limit = max(resident.values()) + unit_bytes + MAPPED_BYTES
             cluster.new_spec["options"]["memory_limit"] = limit
             for nanny in cluster.workers.values():
                 cluster.loop.add_callback(_limit, nanny, limit)
