@@ -35,7 +35,7 @@ BLAS_BYTES = 16 << 20
 # linearised: 37 MiB at ResNet18's layer4.1 (kernel 18 MiB), and 18 MiB the first time.
 KERNEL_COPIES = 3
 LIBRARY_BYTES = 24 << 20
-# What is reserved differs from one start to the next, by 5 MiB in a dozen starts: a budget that is named must be enough.
+# What is reserved differs by 5 MiB in a dozen starts, but a budget that is named must be enough.
 RESERVED_VARIES_BYTES = 16 << 20
 TILE_ROWS = 256
 ZARR_BYTES = 512 << 10
