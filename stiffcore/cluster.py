@@ -183,7 +183,7 @@ class DaskWorkers:
             limit = max(resident.values()) + unit_bytes + MAPPED_BYTES
             cluster.new_spec["options"]["memory_limit"] = limit
             for nanny in cluster.workers.values():
-                cluster.loop.add_callback(_limit, nanny, limit)
+                nanny.memory_manager.memory_limit = limit
         cluster.scale(workers)
         self._client.wait_for_workers(workers, timeout=120)
 
@@ -209,14 +209,6 @@ class DaskWorkers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(workers, timeout=10)
-
-
-def _limit(nanny: Any, limit: int) -> None:
-    """Have a worker ended that is resident with more, as its nanny does where it knows the limit from the start."""
-    from distributed.worker_memory import NannyMemoryManager
-
-    nanny.memory_manager = NannyMemoryManager(nanny, memory_limit=limit)
-    nanny.periodic_callbacks["memory_monitor"].start()
 
 
 def _describe(dask_worker: Any) -> dict[str, Any]:
@@ -336,7 +328,7 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
                 n_workers=1,
                 threads_per_worker=1,
                 processes=True,
-                memory_limit=0,
+                memory_limit=1.0,  # all of the machine's, until `scale` is told what the plan allows
                 dashboard_address=":0",
                 host="127.0.0.1",
                 silence_logs=50,

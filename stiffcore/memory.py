@@ -127,7 +127,7 @@ def _held(process: psutil.Process) -> tuple[int, int]:
     try:
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
         rollup = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines[1:]}
-        return rollup["Pss_Anon"] + rollup["Pss_Shmem"], _status_bytes("RssFile", process.pid)
+        return rollup["Pss_Anon"] + rollup["Pss_Shmem"], _status(process.pid)["RssFile"]
     except (OSError, LookupError):
         pass
     try:  # other systems, older kernels, another user's process
@@ -158,18 +158,14 @@ def reset_peak() -> int | None:
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return _status_bytes("VmRSS")
+        return _status()["VmRSS"]
     except (OSError, LookupError):
         return None
 
 
 def own_peak_bytes() -> int:
     """The largest resident set of this process since `reset_peak`: exact, no sample."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str, pid: int | None = None) -> int:
-    return _status(pid)[name]
+    return _status()["VmHWM"]
 
 
 def _status(pid: int | None = None) -> dict[str, int]:
@@ -195,13 +191,12 @@ class PeakMeter:
     def _watch(self) -> None:
         resident, sampled = 0, 0.0
         while not self._stop.wait(SAMPLE_S):
-            tree = _tree()
-            now = _together(_resident(p) for p in tree)
+            now = _together(_resident(p) for p in _tree())
             # a sample looks at every page, which takes 20 ms a GB of a core that may be at work; pages that processes
             # share become their own without any growth, hence a sample from time to time
             if now > resident + GROWN_BYTES or time.monotonic() > sampled + RESAMPLE_S:
                 resident, sampled = max(resident, now), time.monotonic()
-                self.peak_bytes = max(self.peak_bytes, _together(_held(p) for p in tree))
+                self.peak_bytes = max(self.peak_bytes, tree_bytes())
 
     def __exit__(self, *exc: object) -> None:
         self._stop.set()

@@ -100,6 +100,11 @@ class UnitRun:
         large = self.record["k"] >= LARGE_ORDER or self.record["network_bytes"] >= LARGE_NETWORK_BYTES
         release_free_memory(cycles=large)
 
+    def drop_reduction(self) -> None:
+        """Give back the operator; it is made again where it is needed once more."""
+        self.__dict__.pop("reduction", None)
+        self.release()
+
     def matrix(self, name: str) -> TiledMatrix:
         """The tiled matrix of that name, made where it is not there."""
         k, plan = self.record["k"], self.record["plan"]
@@ -162,8 +167,7 @@ def carry_out(
             run.store.drop(key, *SCRATCH)
         else:
             run.store.update(key, kept=True)
-    run.__dict__.pop("reduction", None)
-    run.release()  # the next unit's plan counts on it
+    run.drop_reduction()  # the next unit's plan counts on it
     return key
 
 
@@ -252,8 +256,7 @@ def _read_matrix(run: UnitRun) -> np.ndarray:
 
 
 def _reduce(run: UnitRun) -> dict[str, Any]:
-    run.__dict__.pop("reduction", None)  # its tensors are not needed until the certificate
-    run.release()
+    run.drop_reduction()  # its tensors are not needed until the certificate
     a = _read_matrix(run)
     moments = certificate.matrix_moments(a)
     h = dense.to_hessenberg(a)
