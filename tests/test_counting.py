@@ -103,7 +103,7 @@ def exact_count(a, counted):
         return sum(map(counted, (left * (digits(a) @ right)).sum(axis=0) / (left * right).sum(axis=0)))
 
 
-@pytest.mark.parametrize("k", [12, 105])
+@pytest.mark.parametrize("k", [12, 40])
 def test_many_digits_tell_what_dense_solvers_do_not(k):
     rng = np.random.default_rng(k)
     a = rng.standard_normal((k, k))
