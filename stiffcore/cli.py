@@ -72,8 +72,8 @@ SolverOption = Annotated[
     str | None,
     typer.Option(
         "--solver",
-        help="auto: the first that fits | cuda-dense | host-dense | matrix-only (build and keep, solve nothing) "
-        "[default: auto]",
+        help="auto: the first that fits | cuda-dense | host-dense | extremes (S, and a proof of how many eigenvalues "
+        "are negative, without the others: seconds) | matrix-only (build and keep, solve nothing) [default: auto]",
     ),
 ]
 DeviceMemory = Annotated[
@@ -333,7 +333,13 @@ def _interruptible(url: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-STAGE_NAMES = {"built": "Jacobian", "reduced": "Hessenberg", "solved": "eigenvalues", "done": "certificate"}
+STAGE_NAMES = {
+    "built": "Jacobian",
+    "reduced": "Hessenberg",
+    "solved": "eigenvalues",
+    "counted": "counts",
+    "done": "certificate",
+}
 
 
 class _Progress:
@@ -400,7 +406,7 @@ class _Progress:
             err,
             f"{image}{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, "
             f"S active {m['S_active']:.7g} +- {spectrum.certificate.s_active_error:.1e}, "
-            f"Re<0 {100 * m['negative']:.3f} %, {spectrum.verdict}",
+            f"Re<0 {tables.percent(m['negative'])} %, {spectrum.verdict}",
         )
 
 

@@ -60,6 +60,45 @@ def spectrum_metrics(computed: np.ndarray, ones: int, zeros: int, *, branch: boo
     }
 
 
+def extreme_metrics(
+    found: np.ndarray,
+    k: int,
+    ones: int,
+    zeros: int,
+    *,
+    negative: int | None,
+    outside: int | None,
+    radius: float,
+    branch: bool,
+) -> dict[str, float]:
+    """The metrics that the ends of a spectrum and proved counts give; nan for those that need the rest.
+
+    Args:
+        found: (m,) complex, the computed eigenvalues, those with the largest and the smallest real part among them.
+        k: how many there are of which these are the ends; at least 1.
+        ones: how many more are exactly 1.
+        zeros: how many more are exactly 0.
+        negative: how many of the k have a negative real part, where proved; none of them is then at 0.
+        outside: how many of the k have |1 + l| > 1, where proved.
+        radius: the largest modulus of the k; nan where unknown.
+        branch: as for `spectrum_metrics`.
+
+    Returns:
+        As `spectrum_metrics`.
+    """
+    n = k + ones + zeros
+    ends = spectrum_metrics(found, ones, zeros, branch=branch)
+    known = {name: ends[name] for name in ("S", "S_active", "abscissa", "min_re", "min_re_active")}
+    known["radius"] = float(np.maximum(radius, 1.0 if ones else 0.0))
+    if negative is not None:
+        known["negative"] = _share(negative, n)
+        known["positive"] = _share(k - negative + ones, n)
+        known["zero"] = _share(zeros, n)
+    if branch and outside is not None:
+        known["euler_stable"] = _share(n - outside - ones, n)
+    return {name: known.get(name, float("nan")) for name in NAMES}
+
+
 def stiffness_index(real_parts: np.ndarray) -> float:
     """`max Re / min Re` (Eq. 10), by IEEE rules: a zero minimum gives inf (nan where the maximum is zero too)."""
     if not len(real_parts):

@@ -5,15 +5,19 @@ held before any unit: interpreters and libraries, or the CUDA context; measured)
 its fullest stage, on top of that; computed here) and *measured* (the peak that was seen).
 
 The ladder, from the top: `cuda-dense`, `host-dense`. Each rung says what it would take, and why it is passed over.
+`extremes` answers less, and is taken only where it is asked for.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from stiffcore.eigen import dense
+from stiffcore.eigen.extremes import DENSE_SHARE
+from stiffcore.eigen.sparse import factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
@@ -44,6 +48,11 @@ PROBES = 3
 # Share of one thread's product rate that gehrd and hseqr reach together: 27 of 38 GF/s at k = 7,386, two units side by
 # side on two cores; less for small k.
 DENSE_EFFICIENCY = 0.6
+# Of `eigen.extremes`: matrix products of all runs together, as seen on blocks of ResNets (600 to 2,500); vectors of
+# length k that are held at most; and eigenvalues that are kept at most, all with their vectors.
+ARNOLDI_PRODUCTS = 2000
+KRYLOV_VECTORS = 320
+FOUND_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class UnitPlan:
         chunk: columns built at once.
         shard: columns in one file.
         coloured: whether columns that cannot meet share a product, the matrix held sparse while it is built.
+        matrix_free: whether no matrix is built, only products with it are taken.
+        factor_bytes: what a sparse factorisation may take, of what is projected.
         stages: projected bytes by stage, host memory on top of what is reserved.
         device_bytes: projected bytes on the device, on top of what is reserved there.
         disk_bytes: most bytes in the store while it runs.
@@ -74,6 +85,8 @@ class UnitPlan:
     chunk: int = 1
     shard: int = 1
     coloured: bool = False
+    matrix_free: bool = False
+    factor_bytes: int = 0
     stages: dict[str, int] | None = None
     device_bytes: int = 0
     disk_bytes: int = 0
@@ -360,6 +373,59 @@ def _host_dense(
     return plan, why_not
 
 
+# What a sparse factorisation is for, and the bytes of an entry of its factors, from what proves most to what proves
+# nothing.
+def _factor_levels(nonzeros: int, fill: int) -> tuple[tuple[int, str], ...]:
+    return (
+        (inertia_bytes(fill, nonzeros), "ends by Arnoldi, counts by inertia or discs"),
+        (factor_bytes(fill, nonzeros, 16), "ends by Arnoldi, counts by discs; no room to prove by inertia"),
+        (factor_bytes(fill, nonzeros, 8), "ends by Arnoldi, counts by discs in single precision, refined; no inertia"),
+        (0, "ends by Arnoldi alone: no room for a sparse LU, so counts stay open"),
+    )
+
+
+def _extremes(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
+) -> tuple[UnitPlan, str]:
+    """Ends and counts on the sparse matrix (`eigen.extremes`, `eigen.counting`), with as much room for factors as fits.
+
+    Where not even the matrix fits, products alone. moved: the matrix written and read once, and the vectors.
+    """
+    itemsize = np.dtype(study.dtype).itemsize
+    nonzeros, fill = unit.nonzeros or unit.k**2, unit.fill or unit.k**2
+    vectors = 2 * FOUND_MOST * 16 * unit.k
+    for needed, why in _factor_levels(nonzeros, fill):
+        base, whole, _, why_not = _rung(
+            Solver.EXTREMES, unit, study, machine, data_bytes, partial(_extremes_stages, needed), stored
+        )
+        if not why_not:
+            matrix = min(whole, (fill + unit.k * (base.shard + 2 * TILE_ROWS)) * itemsize + METADATA_BYTES)
+            plan = replace(
+                base,
+                why=why,
+                factor_bytes=needed,
+                disk_bytes=matrix + vectors,
+                kept_bytes=vectors + _kept(study, matrix),
+                moved_bytes=2 * matrix + 2 * vectors,
+            )
+            return plan, ""
+    stages = _first_stages(unit, unit.column_items * itemsize, itemsize, 1, 1)
+    del stages["build"]
+    stages["solve"] = _krylov_bytes(unit.k) + _operator_bytes(unit, unit.column_items * itemsize, itemsize)
+    plan = replace(
+        base,
+        why="ends by Arnoldi on products alone: no room for the matrix, so counts stay open",
+        matrix_free=True,
+        coloured=False,
+        stages=stages,
+        seconds=unit.column_s * ARNOLDI_PRODUCTS,
+        disk_bytes=vectors,
+        kept_bytes=vectors,
+        moved_bytes=2 * vectors,
+    )
+    return plan, "" if max(stages.values()) <= data_bytes else why_not
+
+
 def _matrix_only(
     unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
 ) -> tuple[UnitPlan, str]:
@@ -385,7 +451,7 @@ def _rung(
     """
     itemsize = np.dtype(study.dtype).itemsize
     found = _fitting(unit, itemsize, data_bytes, solving, stored)
-    flops = 0 if solver is Solver.MATRIX_ONLY else _dense_flops(unit.k)
+    flops = FLOPS[solver](unit)
     plan = UnitPlan(
         unit,
         solver,
@@ -405,12 +471,27 @@ Rung = Callable[[Unit, Study, Machine, int, tuple[int, int] | None], tuple[UnitP
 RUNGS: dict[Solver, Rung] = {
     Solver.CUDA_DENSE: _cuda_dense,
     Solver.HOST_DENSE: _host_dense,
+    Solver.EXTREMES: _extremes,
     Solver.MATRIX_ONLY: _matrix_only,
 }
 
 
-def _dense_flops(k: int) -> int:
-    return dense.to_hessenberg_flops(k) + dense.hessenberg_eigenvalues_flops(k)
+def _dense_flops(unit: Unit) -> int:
+    return dense.to_hessenberg_flops(unit.k) + dense.hessenberg_eigenvalues_flops(unit.k)
+
+
+def _extremes_flops(unit: Unit) -> int:
+    """Products, at a tenth of the rate of dense ones, and one sparse LU: sum of squared columns of the factors."""
+    nonzeros, fill = unit.nonzeros or unit.k**2, unit.fill or unit.k**2
+    return 10 * 2 * ARNOLDI_PRODUCTS * nonzeros + fill * fill // max(unit.k, 1)
+
+
+FLOPS: dict[Solver, Callable[[Unit], int]] = {
+    Solver.CUDA_DENSE: _dense_flops,
+    Solver.HOST_DENSE: _dense_flops,
+    Solver.EXTREMES: _extremes_flops,
+    Solver.MATRIX_ONLY: lambda unit: 0,
+}
 
 
 def _seconds(unit: Unit, flops: int, machine: Machine) -> float:
@@ -523,13 +604,42 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
     certify: 2 * 20 lifted vectors' products, after the matrices of the inverse iteration are gone.
     """
     k, reading = unit.k, unit.k * unit.k * itemsize + _shard_bytes(unit.k, shard, itemsize)
-    operator = KERNEL_COPIES * unit.kernel_items * itemsize + 2 * column_bytes
+    operator = _operator_bytes(unit, column_bytes, itemsize)
     return {
         "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, reading),
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, reading),
         "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED_MOST, itemsize) + BLAS_BYTES + operator,
         "certify": 2 * CERTIFIED_MOST * (column_bytes + 2 * (unit.n + k) * itemsize) + operator,
     }
+
+
+def _extremes_stages(factors: int, unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
+    """Stages of the sparse solver, each with the matrix in columns of 12 bytes an entry, and the operator.
+
+    read: the matrix twice and a shard: 2 * 12 * nonzeros + shard.
+    ends: the matrix, what `extremes` keeps of products and vectors, and factors where shift-invert is needed.
+    count: the matrix, its symmetric part and what makes it (4 matrices more), and the factors.
+    certify: as for the dense rungs.
+    """
+    nonzeros, k = unit.nonzeros or unit.k**2, unit.k
+    matrix = 12 * nonzeros + _operator_bytes(unit, column_bytes, itemsize)
+    dense_copy = 8 * k * k if nonzeros >= DENSE_SHARE * k * k else 0
+    return {
+        "read": matrix + 12 * nonzeros + _shard_bytes(k, shard, itemsize),
+        "ends": matrix + _krylov_bytes(k) + dense_copy + max(12 * nonzeros, factors),
+        "count": matrix + 4 * 12 * nonzeros + _krylov_bytes(k) + factors,
+        "certify": 2 * FOUND_MOST * (column_bytes + 2 * (unit.n + k) * itemsize)
+        + _operator_bytes(unit, column_bytes, itemsize),
+    }
+
+
+def _krylov_bytes(k: int) -> int:
+    return 8 * KRYLOV_VECTORS * k + BLAS_BYTES
+
+
+def _operator_bytes(unit: Unit, column_bytes: int, itemsize: int) -> int:
+    """The operator that stays open: kernels with their copies, and the values it was linearised at."""
+    return KERNEL_COPIES * unit.kernel_items * itemsize + 2 * column_bytes
 
 
 def _shard_bytes(k: int, shard: int, itemsize: int) -> int:

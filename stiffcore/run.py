@@ -19,7 +19,7 @@ from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputErro
 from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
-from stiffcore.spectra import Certificate, Spectrum
+from stiffcore.spectra import Certificate, Ends, Spectrum
 from stiffcore.store import SCRATCH, RunStore
 from stiffcore.study import Device, Keep, Solver, Study, Survey, Unit, fingerprint, versions
 
@@ -132,7 +132,9 @@ class Run:
         if state_of(record) not in DONE:
             nothing = dict.fromkeys((*METRIC_NAMES, *CERTIFICATE_COLUMNS), float("nan"))
             return (
-                row | nothing | {"certified": False, "note": record.get("failure") or record["reason"], "seconds": 0.0}
+                row
+                | nothing
+                | {"basis": "", "certified": False, "note": record.get("failure") or record["reason"], "seconds": 0.0}
             )
         spectrum = self.stored(key)
         certificate = spectrum.certificate
@@ -141,6 +143,7 @@ class Run:
             | spectrum.metrics
             | dict(zip(CERTIFICATE_COLUMNS, _certificate_row(certificate), strict=True))
             | {
+                "basis": spectrum.basis,
                 "certified": certificate.passed,
                 "note": "; ".join(certificate.failures or spectrum.doubts),
                 "seconds": sum(record["seconds"].values()),
@@ -171,12 +174,14 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
     if "certificate" not in record:
         raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
     values = store.get_array(f"units/{key}", "eigenvalues")
-    if len(values) != record["k"]:
-        raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {record['k']}")
+    expected = record.get("found", record["k"])  # fewer than k where only the ends were solved
+    if len(values) != expected:
+        raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {expected}")
     return Spectrum(
         computed=values,
         ones=record["ones"],
         zeros=record["zeros"],
+        k=record["k"],
         kind=record["kind"],
         function=record["function"],
         name=record["block"],
@@ -184,6 +189,7 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         reason=record["reason"],
         certificate=Certificate.from_json(record["certificate"]),
         record=record,
+        ends=Ends.from_json(record["ends"]) if record.get("ends") else None,
     )
 
 
@@ -499,10 +505,12 @@ def _work(
 
 
 def _ended(record: Mapping[str, Any], solver: Solver | None) -> bool:
-    """Whether there is nothing more to do; a matrix that was only stored may yet be solved."""
+    """Whether there is nothing more to do; a matrix that was only stored, or solved at its ends, may yet be solved."""
     if record["stage"] != "done":
         return False
-    return state_of(record) != "stored" or solver is Solver.MATRIX_ONLY
+    less = {Solver.MATRIX_ONLY: (Solver.MATRIX_ONLY,), Solver.EXTREMES: (Solver.MATRIX_ONLY, Solver.EXTREMES)}
+    found = Solver(record["plan"]["solver"])
+    return found not in less or solver in less[found]
 
 
 def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> None:
@@ -511,8 +519,9 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
     if "made_with" in record:
         if record["plan"]["solver"] == plan.solver:
             return
-        if record["stage"] in ("reduced", "solved", "done"):
-            fields["stage"] = "built"
+        if record["stage"] in ("reduced", "solved", "counted", "done"):
+            gone = record["plan"]["matrix_free"] or (record["stage"] == "done" and not record.get("kept"))
+            fields["stage"] = "planned" if gone else "built"
     store.update(plan.unit.key, **fields)
 
 

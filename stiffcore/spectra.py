@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from stiffcore.metrics import spectrum_metrics
+from stiffcore.errors import InputError
+from stiffcore.metrics import extreme_metrics, spectrum_metrics
 
 # An S whose error is more than this share of it is not determined.
 DOUBTFUL = 0.1
@@ -33,6 +34,68 @@ def certified_choice(values: np.ndarray, shift: int) -> np.ndarray:
     nearest = np.argsort(np.abs(real), kind="stable")
     sides = [nearest[real[nearest] < 0][:EACH_END], nearest[real[nearest] > 0][:EACH_END]]
     return np.unique(upper[np.concatenate([order[:EACH_END], order[-EACH_END:], nearest[:NEAREST], *sides])])
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many eigenvalues are on the counted side of a line or circle.
+
+    Attributes:
+        threshold: the line Re = threshold, or the circle's radius.
+        count: how many are strictly on that side; None where it is open.
+        basis: what the answer rests on, in a few words; `open` where there is none.
+        margin: every eigenvalue is at least that far from the boundary; 0 where it is open.
+        computed: whether it rests on Lanczos steps from a random start as well (each bound fails with a probability of
+            1e-12), or, at small orders, on dense factorisations taken as backward stable; False for inertia alone.
+        note: details, and why it is open.
+    """
+
+    threshold: float
+    count: int | None
+    basis: str
+    margin: float
+    computed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What stands in for the rest of a spectrum of which only the ends were computed.
+
+    Attributes:
+        left_of_zero: how many of the k eigenvalues have a negative real part.
+        outside_disc: how many of them have |1 + l| > 1 (forward Euler's step 1 is not stable); of a branch only.
+        radius: the largest modulus of the k, from two starts; nan where they did not converge.
+        range_left: left end of the numerical range of the matrix solved, shifted as J is; of J itself it is a bound
+            only for the eigenvalues.
+        range_right: right end: the logarithmic norm of the matrix solved, shifted.
+        note: how the ends were found.
+    """
+
+    left_of_zero: Count
+    outside_disc: Count | None
+    radius: float
+    range_left: float
+    range_right: float
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, infinities as strings."""
+        return _spelled(asdict(self))
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Ends":
+        """The inverse of `to_json`."""
+        plain = _unspelled(fields)
+        outside = plain["outside_disc"]
+        counts = {"left_of_zero": Count(**plain["left_of_zero"]), "outside_disc": outside and Count(**outside)}
+        return cls(**(plain | counts))
+
+    @property
+    def basis(self) -> str:
+        """What the share of negative real parts rests on."""
+        left = self.left_of_zero
+        return left.basis if left.count is None else f"{left.basis}, margin {left.margin:.2g}"
 
 
 @dataclass(frozen=True)
@@ -105,12 +168,14 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All n eigenvalues of a Jacobian J (n x n): k computed, `ones` exactly 1, `zeros` exactly 0.
+    """The n eigenvalues of a Jacobian J (n x n): k of a smaller matrix, `ones` exactly 1, `zeros` exactly 0.
 
     Attributes:
-        computed: (k,) complex, ascending by real part, then imaginary part; conjugate pairs are exact.
+        computed: (k,) complex, ascending by real part, then imaginary part; conjugate pairs are exact. Where `ends` is
+            set: those with the largest and the smallest real parts only, a few at either end.
         ones: exact eigenvalues 1 (outputs that only the identity skip reaches).
         zeros: exact structural zeros (outputs that the outer activation holds at zero, or the rank of the waist).
+        k: the order of the matrix that was solved.
         kind: `matrix`.
         function: `block` or `branch`.
         name: of the block.
@@ -118,11 +183,13 @@ class Spectrum:
         reason: which matrix was solved, and why.
         certificate: what was checked.
         record: image, label and what else made it, where it comes from a run.
+        ends: what is known of the others, where only the ends were computed.
     """
 
     computed: np.ndarray
     ones: int
     zeros: int
+    k: int
     kind: str
     function: str
     name: str
@@ -130,34 +197,56 @@ class Spectrum:
     reason: str
     certificate: Certificate
     record: dict[str, Any] = field(default_factory=dict, repr=False)
+    ends: Ends | None = None
 
     @property
     def n(self) -> int:
         """The order of J."""
         return self.k + self.ones + self.zeros
 
-    @property
-    def k(self) -> int:
-        """The order of the matrix that was solved."""
-        return len(self.computed)
-
     @cached_property
     def values(self) -> np.ndarray:
-        """(n,) complex: all eigenvalues, ascending by real part, then imaginary part."""
+        """(n,) complex: all eigenvalues, ascending by real part, then imaginary part.
+
+        Raises:
+            InputError: where only the ends were computed.
+        """
+        if self.ends is not None:
+            raise InputError(f"{self.name}: only the ends of the spectrum were computed (see `computed` and `ends`)")
         exact = np.repeat(np.array([0, 1], dtype=self.computed.dtype), [self.zeros, self.ones])
         joined = np.concatenate([self.computed, exact])
         return joined[np.lexsort((joined.imag, joined.real))]
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """See `stiffcore.metrics.spectrum_metrics`."""
-        return spectrum_metrics(self.computed, self.ones, self.zeros, branch=self.function == "branch")
+        """See `stiffcore.metrics.spectrum_metrics`; what the ends alone do not give is nan."""
+        branch = self.function == "branch"
+        if self.ends is None:
+            return spectrum_metrics(self.computed, self.ones, self.zeros, branch=branch)
+        outside = self.ends.outside_disc
+        return extreme_metrics(
+            self.computed,
+            self.k,
+            self.ones,
+            self.zeros,
+            negative=self.ends.left_of_zero.count,
+            outside=None if outside is None else outside.count,
+            radius=self.ends.radius,
+            branch=branch,
+        )
+
+    @property
+    def basis(self) -> str:
+        """What the metrics rest on: all eigenvalues, or the ends and a proof of how many are negative."""
+        return "all eigenvalues" if self.ends is None else f"ends; {self.ends.basis}"
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """What a certified spectrum still leaves open: signs and an S that are within their errors."""
         certificate, lines = self.certificate, []
-        if certificate.near_axis:
+        if self.ends is not None and self.ends.left_of_zero.count is None:
+            lines.append("how many have negative real part is open: needs the spectrum")
+        elif certificate.near_axis:
             lines.append(f"the sign of {certificate.near_axis} eigenvalues is within their error")
         s = abs(self.metrics["S_active"])
         if not (certificate.s_active_error <= DOUBTFUL * s or np.isnan(s)):
@@ -174,7 +263,8 @@ class Spectrum:
     def __repr__(self) -> str:
         m, c = self.metrics, self.certificate
         return (
-            f"Spectrum({self.name}, {self.kind} of {self.function}, n={self.n}: {self.k} computed, {self.ones} ones, "
+            f"Spectrum({self.name}, {self.kind} of {self.function}, n={self.n}: {len(self.computed)} computed"
+            f"{'' if self.ends is None else f' of {self.k}'}, {self.ones} ones, "
             f"{self.zeros} zeros; S={m['S']:.6g}, S_active={m['S_active']:.6g} +- {c.s_active_error:.1e}, "
             f"Re<0: {100 * m['negative']:.4g} %; {self.verdict})"
         )

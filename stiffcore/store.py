@@ -43,7 +43,7 @@ from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError, St
 
 FORMAT = 1
 # Arrays of a unit that are not needed once its spectrum is certified.
-SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues")
+SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors")
 # Of one file; a panel of a taller matrix is several, of which those that are all zero are not written.
 ROWS_IN_SHARD = 16_384
 HEARTBEAT_S = 15.0

@@ -63,10 +63,15 @@ class Reduce(StrEnum):
 
 
 class Solver(StrEnum):
-    """The rungs of the ladder, from the top; `matrix-only` builds and keeps the matrix and solves nothing."""
+    """The rungs of the ladder, from the top; then those that are taken only where they are asked for.
+
+    `extremes` finds the ends of the spectrum and proves how many eigenvalues are left of 0, without the rest;
+    `matrix-only` builds and keeps the matrix and solves nothing.
+    """
 
     CUDA_DENSE = "cuda-dense"
     HOST_DENSE = "host-dense"
+    EXTREMES = "extremes"
     MATRIX_ONLY = "matrix-only"
     NONE = "none"
 
@@ -265,6 +270,7 @@ class Unit(BaseModel):
         column_s: seconds a column took when tried.
         products: forward-mode products for all columns, where some share one (colouring); 0 where each takes its own.
         nonzeros: at most so many of the matrix's entries are not zero; 0 where unknown.
+        fill: entries of the triangular factors of the matrix at most; 0 where unknown.
         kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
         network_bytes: parameters and buffers of the network, and the checkpoint that it is read from.
         fingerprint: sha256 of all that decides the result.
@@ -291,6 +297,7 @@ class Unit(BaseModel):
     column_s: float = 0.0
     products: int = 0
     nonzeros: int = 0
+    fill: int = 0
     network_bytes: int = 0
     fingerprint: str
 

@@ -220,6 +220,7 @@ def unit_facts(reduction: Reduction, common: dict[str, Any]) -> Unit:
         column_s=_column_seconds(reduction),
         products=reduction.products(0, reduction.k) if reduction.coloured else 0,
         nonzeros=reduction.nonzeros_bound(0, reduction.k) if reduction.coloured else 0,
+        fill=reduction.fill_bound() if reduction.coloured else 0,
     )
 
 

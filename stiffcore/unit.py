@@ -1,8 +1,9 @@
 """One unit, from its plan to its certified spectrum, in stages that each leave the store whole.
 
 Stages, as the unit's record names the last one done: `planned`, `built` (matrix in the store), `reduced` (Hessenberg
-form in the store), `solved` (its eigenvalues in the store), `done` (those of J, and the certificate). A stage begins
-from what the store holds and writes its arrays first, its record last; killed anywhere, it is begun again.
+form in the store), `solved` (its eigenvalues in the store), `counted` (where only the ends were solved: what is proved
+of the rest), `done` (those of J, and the certificate). A stage begins from what the store holds and writes
+its arrays first, its record last; killed anywhere, it is begun again.
 """
 
 import time
@@ -15,16 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import csc_array
+from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 from torch import nn
 
 from stiffcore.eigen import certificate, dense, device
+from stiffcore.eigen.counting import ends_of
+from stiffcore.eigen.extremes import extremes
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
 from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.plan import TILE_ROWS
-from stiffcore.spectra import certified_choice
+from stiffcore.spectra import Ends, certified_choice
 from stiffcore.store import SCRATCH, RunStore, TiledMatrix
 from stiffcore.study import BlockFunction, Keep, Solver, Study, versions
 from stiffcore.survey import image_input, open_network, reduction_of
@@ -36,7 +40,7 @@ Opener = Callable[[RunStore, dict[str, Any], str], Reduction]
 LARGE_ORDER = 1000
 LARGE_NETWORK_BYTES = 16 << 20
 CUDA = "cuda"
-STAGES = ("planned", "built", "reduced", "solved", "done")
+STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
 
 def open_reduction(store: RunStore, record: dict[str, Any], device: str, module: nn.Module | None = None) -> Reduction:
@@ -94,6 +98,22 @@ class UnitRun:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
         self.release()  # of the network, only the block is still needed
         return reduction
+
+    @cached_property
+    def sparse(self) -> csc_array | LinearOperator:
+        """The matrix without its zeros; where the plan has no room for it, its products."""
+        if self.record["plan"]["matrix_free"]:
+            operator, k = self.reduction, self.record["k"]
+            return LinearOperator(
+                (k, k), operator.product, rmatvec=operator.transposed_product, dtype=np.dtype(np.float64)
+            )
+        with _undoing(self, "planned", "matrix"):
+            return self.matrix("matrix").read_sparse()
+
+    def drop_sparse(self) -> None:
+        """Give back the sparse matrix; it is read again where it is needed once more."""
+        self.__dict__.pop("sparse", None)
+        self.release()
 
     def release(self) -> None:
         """Give back what is not used any more."""
@@ -179,11 +199,17 @@ def _measured(run: UnitRun, before: int | None) -> dict[str, int]:
     return {name: max(value, run.record.get(name, 0)) for name, value in found.items()}
 
 
-def _route(run: UnitRun) -> list[tuple[str, Callable[[UnitRun], dict[str, Any]]]]:
+_Stages = list[tuple[str, Callable[[UnitRun], dict[str, Any]]]]
+
+
+def _route(run: UnitRun) -> _Stages:
     if run.solver is Solver.MATRIX_ONLY:
         return [("built", _build), ("done", _keep)] if run.record["k"] else [("done", _keep)]
     if run.record["k"] == 0:
         return [("solved", _solve_nothing), ("done", _certify)]
+    if run.solver is Solver.EXTREMES:
+        ends: _Stages = [("solved", _find_ends), ("counted", _count), ("done", _certify)]
+        return ends if run.record["plan"]["matrix_free"] else [("built", _build), *ends]
     if run.solver is Solver.CUDA_DENSE:
         return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
     return [("built", _build), ("reduced", _reduce), ("solved", _solve), ("done", _certify)]
@@ -318,20 +344,56 @@ def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
     return {}
 
 
+def _find_ends(run: UnitRun) -> dict[str, Any]:
+    found = extremes(run.sparse, memory_bytes=run.record["plan"]["factor_bytes"])
+    where, moments = f"units/{run.key}", certificate.sparse_moments(run.sparse)
+    for name, vectors in (("right", found.vectors.right), ("left", found.vectors.left)):
+        run.store.put_array(where, f"{name}_vectors", vectors, ("row", "eigenvalue"))
+    good = {
+        "right_end": found.converged_right,
+        "left_end": found.converged_left,
+        "vectors": [bool(v) for v in found.vectors.converged],
+    }
+    return _store_eigenvalues(run, found.values) | {"moments": asdict(moments), "how": found.note, "converged": good}
+
+
+def _ends(run: UnitRun) -> tuple[np.ndarray, dense.Eigenvectors]:
+    where, names = f"units/{run.key}", ("reduced_eigenvalues", "right_vectors", "left_vectors")
+    before = "planned" if run.record["plan"]["matrix_free"] else "built"
+    with _undoing(run, before, *names):
+        values, right, left = (run.store.get_array(where, name) for name in names)
+    return values, dense.Eigenvectors(right, left, np.array(run.record["converged"]["vectors"], bool))
+
+
+def _count(run: UnitRun) -> dict[str, Any]:
+    values, vectors = _ends(run)
+    ends = ends_of(
+        run.sparse,
+        run.reduction.shift,
+        (values, vectors.right),
+        disc=run.record["function"] == BlockFunction.BRANCH,
+        memory_bytes=run.record["plan"]["factor_bytes"],
+        note=run.record["how"],
+    )
+    run.drop_sparse()
+    return {"ends": ends.to_json()}
+
+
 def _certify(run: UnitRun) -> dict[str, Any]:
-    where = f"units/{run.key}"
-    on_device = run.solver is Solver.CUDA_DENSE
-    with _undoing(run, "built" if on_device else "reduced", "reduced_eigenvalues"):
-        values = run.store.get_array(where, "reduced_eigenvalues")
-    chosen = certified_choice(values, run.reduction.shift)
-    vectors = None
-    if len(values):
-        if on_device:
-            vectors = device.device_eigenvectors(_read_matrix(run), values[chosen], run.device)
-        else:
-            vectors = dense.hessenberg_eigenvectors(_hessenberg(run), values[chosen])
+    where, reduction = f"units/{run.key}", run.reduction
     moments = certificate.Moments(**run.record["moments"])
-    found = certificate.certify(run.reduction, values, chosen, vectors, moments)
+    fields: dict[str, Any] = {"ends": None}
+    if run.solver is Solver.EXTREMES and run.record["k"]:
+        values, vectors = _ends(run)
+        converged = run.record["converged"]
+        fields = {"ends": run.record["ends"]}
+        ends = Ends.from_json(fields["ends"])
+        found = certificate.certify_ends(
+            reduction, values, vectors, moments, ends, right_end=converged["right_end"], left_end=converged["left_end"]
+        )
+    else:
+        values, chosen, some = _solved(run)
+        found = certificate.certify(reduction, values, chosen, some, moments)
     run.store.put_array(
         where,
         "eigenvalues",
@@ -342,4 +404,17 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         exact_ones=run.record["ones"],
         exact_zeros=run.record["zeros"],
     )
-    return {"certificate": found.to_json(), "shift": run.reduction.shift}
+    return fields | {"certificate": found.to_json(), "shift": reduction.shift, "found": len(values)}
+
+
+def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | None]:
+    """All eigenvalues as stored, which of them to certify, and the eigenvectors of those."""
+    on_device = run.solver is Solver.CUDA_DENSE
+    with _undoing(run, "built" if on_device else "reduced", "reduced_eigenvalues"):
+        values = run.store.get_array(f"units/{run.key}", "reduced_eigenvalues")
+    chosen = certified_choice(values, run.reduction.shift)
+    if not len(values):
+        return values, chosen, None
+    if on_device:
+        return values, chosen, device.device_eigenvectors(_read_matrix(run), values[chosen], run.device)
+    return values, chosen, dense.hessenberg_eigenvectors(_hessenberg(run), values[chosen])

@@ -194,7 +194,7 @@ def test_discs_decide_where_the_numerical_range_does_not():
 def test_what_is_known_of_the_ends_helps_and_changes_nothing():
     a = planted(300, [[-0.7, 0.4], [-0.4, -0.7]])
     found = extremes(a)
-    count = count_left(a, 0.0, extremes=found)
+    count = count_left(a, 0.0, known=(found.values, found.vectors.right))
     assert count.count == 2
 
 

@@ -63,7 +63,7 @@ def test_metrics_equal_those_of_all_n_values(computed, ones, zeros):
 
 @given(VALUES, COUNTS, COUNTS)
 def test_a_spectrum_expands_to_n_values_with_the_same_metrics(computed, ones, zeros):
-    spectrum = Spectrum(computed, ones, zeros, "matrix", "branch", "f", "host-dense", "", certificate())
+    spectrum = Spectrum(computed, ones, zeros, len(computed), "matrix", "branch", "f", "host-dense", "", certificate())
     values = spectrum.values
     assert len(values) == spectrum.n == len(computed) + ones + zeros
     assert np.array_equal(values, values[np.lexsort((values.imag, values.real))])

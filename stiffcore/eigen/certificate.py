@@ -6,15 +6,17 @@ eigenvector on the unreduced function, plus the rounding of the arithmetic, `eps
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.sparse import csc_array
+from scipy.sparse.linalg import LinearOperator
 
 from stiffcore.eigen.dense import Eigenvectors
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.metrics import stiffness_error
-from stiffcore.spectra import EACH_END, Certificate, Certified
+from stiffcore.spectra import EACH_END, Certificate, Certified, Ends
 
 PANEL = 32
 # Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
@@ -25,6 +27,10 @@ RESIDUAL_TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
 TRACE_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
 # Correct float32 solvers differ by this much of the norm at large n (published MAGMA tests).
 FLOAT32_SPREAD = 2e-5
+# What an end of the numerical range may be short of, relative to `_scale`: Lanczos approaches it from inside.
+RANGE_SLACK = 1e-6
+# Random vectors for the norm of an operator.
+NORM_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,68 @@ def matrix_moments(a: np.ndarray) -> Moments:
     return Moments(float(np.diagonal(a).astype(np.float64).sum()), trace_square, float(np.sqrt(squares)))
 
 
+def sparse_moments(a: csc_array | LinearOperator) -> Moments:
+    """The moments of a sparse matrix; of an operator, only an estimate of its Frobenius norm, from random vectors."""
+    if isinstance(a, LinearOperator):
+        draws = np.random.default_rng(0).standard_normal((NORM_DRAWS, a.shape[0]))
+        squares = [float(np.linalg.norm(a.matvec(x))) ** 2 for x in draws]  # each has the mean |A|_F^2
+        return Moments(float("nan"), float("nan"), float(np.sqrt(np.mean(squares))))
+    exactly = a.astype(np.float64)
+    return Moments(
+        float(exactly.trace()), float(exactly.multiply(exactly.T).sum()), float(np.linalg.norm(exactly.data))
+    )
+
+
+def certify_ends(
+    reduction: Reduction,
+    values: np.ndarray,
+    vectors: Eigenvectors,
+    moments: Moments,
+    ends: Ends,
+    *,
+    right_end: bool,
+    left_end: bool,
+) -> Certificate:
+    """Check the ends of a spectrum, and what is said of the rest.
+
+    Args:
+        reduction: what M is, and the function it came from.
+        values: (m,) complex, eigenvalues of M.
+        vectors: of M, for all of them.
+        moments: of M.
+        ends: of J.
+        right_end: whether two starts agree on the largest real parts.
+        left_end: the same of the smallest.
+
+    Returns:
+        As `certify`; there are no traces to compare with, so these are nan.
+    """
+    upper = np.flatnonzero(values.imag >= 0)
+    some = Eigenvectors(vectors.right[:, upper], vectors.left[:, upper], vectors.converged[upper])
+    found = certify(reduction, values, upper, some, moments, complete=False)
+    failures = list(found.failures)
+    for name, agreed in (("largest", right_end), ("smallest", left_end)):
+        if not agreed:
+            failures.append(f"two starts do not agree on the {name} real parts ({ends.note})")
+    real, slack = reduction.shift + values.real, RANGE_SLACK * _scale(reduction, values, moments) + found.error
+    if ((real < ends.range_left - slack) | (real > ends.range_right + slack)).any():
+        failures.append(
+            f"an eigenvalue lies outside of the numerical range {ends.range_left:.6g}, {ends.range_right:.6g}"
+        )
+    count, negative = ends.left_of_zero.count, int((real < -slack).sum())
+    if count is not None and (negative > count or (count and not (real < slack).any())):
+        failures.append(f"{count} eigenvalues are proved to be negative, but the smallest found is {real.min():.6g}")
+    return replace(found, failures=tuple(failures))
+
+
 def certify(
     reduction: Reduction,
     values: np.ndarray,
     chosen: np.ndarray,
     vectors: Eigenvectors | None,
     moments: Moments,
+    *,
+    complete: bool = True,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -72,6 +134,7 @@ def certify(
         chosen: (q,) indices from `certified_choice`.
         vectors: of M, for the chosen ones; None where k = 0.
         moments: of M.
+        complete: whether `values` are all, so that they are held against traces.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
@@ -81,8 +144,10 @@ def certify(
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
     norm = max(moments.frobenius, float(np.finfo(np.float64).tiny))
-    trace_error = float(abs(complex(exactly.sum()) - moments.trace)) / norm
-    square_error = float(abs(complex(((exactly / norm) ** 2).sum()) - moments.trace_square / norm / norm))
+    trace_error = square_error = float("nan")
+    if complete:
+        trace_error = float(abs(complex(exactly.sum()) - moments.trace)) / norm
+        square_error = float(abs(complex(((exactly / norm) ** 2).sum()) - moments.trace_square / norm / norm))
     error = max((c.error for c in certified), default=0.0)
     # where no error reaches the axis, a defective eigenvalue far from it says nothing of those beside it
     unsure = [c for c in certified if c.error >= abs(c.value.real)]
@@ -103,7 +168,14 @@ def certify(
         axis_error=axis_error,
         failures=tuple(
             _failures(
-                reduction, values, certified, trace_error, square_error, _scale(reduction, values, moments), dtype
+                reduction,
+                values,
+                certified,
+                trace_error,
+                square_error,
+                _scale(reduction, values, moments),
+                dtype,
+                complete=complete,
             )
         ),
     )
@@ -187,7 +259,7 @@ def _scale(reduction: Reduction, values: np.ndarray, moments: Moments) -> float:
     if not len(values):
         return float(reduction.shift)
     largest = float(np.abs(reduction.shift + values.astype(np.complex128)).max())
-    return max(float(reduction.shift), largest, moments.frobenius / len(values) ** 0.5)
+    return max(float(reduction.shift), largest, moments.frobenius / reduction.k**0.5)
 
 
 def _failures(
@@ -198,17 +270,19 @@ def _failures(
     square_error: float,
     scale: float,
     dtype: np.dtype,
+    *,
+    complete: bool,
 ) -> list[str]:
     lines = []
-    if len(values) != reduction.k:
+    if complete and len(values) != reduction.k:
         lines.append(f"there are {len(values)} eigenvalues of a matrix of order {reduction.k}")
     for c in certified:
         if not c.converged:
             lines.append(f"no eigenvector found for {c.value:.6g}")
         elif not c.residual <= RESIDUAL_TOLERANCE[dtype] * scale:
             lines.append(f"residual of {c.value:.6g} is {c.residual:.1e}")
-    if not trace_error <= TRACE_TOLERANCE[dtype]:
+    if complete and not trace_error <= TRACE_TOLERANCE[dtype]:
         lines.append(f"the eigenvalues' sum misses the trace by {trace_error:.1e}")
-    if not square_error <= TRACE_TOLERANCE[dtype]:
+    if complete and not square_error <= TRACE_TOLERANCE[dtype]:
         lines.append(f"the squares' sum misses the trace of the square by {square_error:.1e}")
     return lines

@@ -11,14 +11,16 @@ that it has none in the doubtful part; and as no eigenvalue of A' + s R Q^T meet
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
+from scipy.sparse.linalg import LinearOperator
 
-from stiffcore.eigen.extremes import Extremes, nearest
-from stiffcore.eigen.numerical_range import numerical_range_end, outer_polygon
+from stiffcore.eigen.extremes import nearest, spectral_radius
+from stiffcore.eigen.numerical_range import logarithmic_norm, numerical_range_end, outer_polygon
 from stiffcore.eigen.sparse import (
     DENSE_ORDER,
     EPS,
@@ -27,9 +29,11 @@ from stiffcore.eigen.sparse import (
     Shifted,
     as_sparse,
     norm_bound,
+    product,
     singular_bound,
 )
 from stiffcore.errors import InputError
+from stiffcore.spectra import Count, Ends
 
 OPEN = "open"
 # Factorisations before a count is given up, and those after which it is asked whether so many will do.
@@ -54,28 +58,6 @@ MOST_PIECES = 3000
 # Normals of that polygon, in degrees: those that bound the left side, and the others.
 LEFT_NORMALS = (90, 120, 150)
 RIGHT_NORMALS = (0, 30, 60)
-
-
-@dataclass(frozen=True)
-class Count:
-    """How many eigenvalues are on the counted side of a line or circle.
-
-    Attributes:
-        threshold: the line Re = threshold, or the circle's radius.
-        count: how many are strictly on that side; None where it is open.
-        basis: what the answer rests on, in a few words; `open` where there is none.
-        margin: every eigenvalue is at least that far from the boundary; 0 where it is open.
-        computed: whether it rests on Lanczos steps from a random start as well (each bound fails with a probability of
-            1e-12), or, at small orders, on dense factorisations taken as backward stable; False for inertia alone.
-        note: details, and why it is open.
-    """
-
-    threshold: float
-    count: int | None
-    basis: str
-    margin: float
-    computed: bool
-    note: str = ""
 
 
 class _Region(Protocol):
@@ -149,7 +131,7 @@ def count_left(
     threshold: float = 0.0,
     *,
     memory_bytes: int | None = None,
-    extremes: Extremes | None = None,
+    known: tuple[Array, Array] | None = None,
     seed: int = 0,
 ) -> Count:
     """Count the eigenvalues with a real part under a threshold, with a proof, or leave the count open.
@@ -162,7 +144,7 @@ def count_left(
         a: (k, k) real, sparse or dense.
         threshold: the line.
         memory_bytes: what a sparse LU may take; open where it does not fit.
-        extremes: of the same matrix, where known: their vectors are deflated from the start.
+        known: (m,) eigenvalues and (k, m) right eigenvectors, where some are known: they are deflated from the start.
         seed: of the start vectors.
 
     Returns:
@@ -183,7 +165,7 @@ def count_left(
         # most eigenvalues are left of the line: count the others; none is on it where this is proved
         right = _by_discs(-a, _LeftOf(-threshold), threshold, memory_bytes, None, seed)
         return right if right.count is None else replace(right, count=k - right.count)
-    return _by_discs(a, _LeftOf(threshold), threshold, memory_bytes, extremes, seed)
+    return _by_discs(a, _LeftOf(threshold), threshold, memory_bytes, known, seed)
 
 
 def count_outside_disc(
@@ -192,7 +174,7 @@ def count_outside_disc(
     radius: float = 1.0,
     *,
     memory_bytes: int | None = None,
-    extremes: Extremes | None = None,
+    known: tuple[Array, Array] | None = None,
     seed: int = 0,
 ) -> Count:
     """Count the eigenvalues with |lambda - centre| > radius, with a proof, or leave the count open.
@@ -205,7 +187,7 @@ def count_outside_disc(
         centre: of the disc, on the real axis.
         radius: positive.
         memory_bytes: what a sparse LU may take; open where it does not fit.
-        extremes: of the same matrix, where known.
+        known: as for `count_left`.
         seed: of the start vectors.
 
     Returns:
@@ -228,18 +210,61 @@ def count_outside_disc(
         margin = radius + end.bound - 2 * EPS * abs(centre)
         if margin > 0:
             return Count(radius, 0, "proved: norm", margin, computed=False)
-    return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, extremes, seed)
+    return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, known, seed)
+
+
+def ends_of(
+    a: Any,
+    shift: int,
+    known: tuple[Array, Array],
+    *,
+    disc: bool,
+    memory_bytes: int | None,
+    note: str,
+) -> Ends:
+    """What can be said of shift + A where only the ends of its spectrum are known.
+
+    Args:
+        a: (k, k) real, sparse or dense; or a `LinearOperator`, whose counts stay open.
+        shift: what is added.
+        known: eigenvalues and right eigenvectors of A; see `count_left`.
+        disc: whether to count outside of |1 + l| = 1, too.
+        memory_bytes: what a sparse LU may take.
+        note: how the ends were found.
+    """
+    apply = a.dot if isinstance(a, LinearOperator) else partial(product, as_sparse(a))
+    shifted = LinearOperator(a.shape, lambda x: apply(x.ravel()) + shift * x.ravel(), dtype=np.dtype(np.float64))
+    radius = spectral_radius(shifted)
+    if isinstance(a, LinearOperator):
+        unknown = Count(0.0, None, OPEN, 0.0, computed=True, note="no matrix was built")
+        return Ends(unknown, replace(unknown, threshold=1.0) if disc else None, radius, math.nan, math.nan, note)
+    a = as_sparse(a)
+    left = count_left(a, -shift, memory_bytes=memory_bytes, known=known)
+    outside = count_outside_disc(a, -1.0 - shift, memory_bytes=memory_bytes, known=known) if disc else None
+    return Ends(
+        left_of_zero=replace(left, threshold=0.0),
+        outside_disc=outside,
+        radius=radius,
+        range_left=shift - logarithmic_norm(-a),
+        range_right=shift + logarithmic_norm(a),
+        note=note,
+    )
 
 
 def _by_discs(
-    a: sp.csc_array, region: _Region, threshold: float, memory_bytes: int | None, extremes: Extremes | None, seed: int
+    a: sp.csc_array,
+    region: _Region,
+    threshold: float,
+    memory_bytes: int | None,
+    known: tuple[Array, Array] | None,
+    seed: int,
 ) -> Count:
     rng = np.random.default_rng(seed)
     if a.shape[0] <= DENSE_ORDER:
         return _dense_count(a.toarray(), region, threshold)
     search = _Search(a, region, memory_bytes, rng)
-    if extremes is not None:
-        search.deflate(extremes.values, extremes.vectors.right)
+    if known is not None:
+        search.deflate(*known)
     try:
         search.cover()
     except (_OpenError, FillError) as error:

@@ -139,6 +139,31 @@ class Colouring:
         top, bottom, left, right = top[found], bottom[found] + 1, left[found], right[found] + 1
         return int((before[bottom, right] - before[top, right] - before[bottom, left] + before[top, left]).sum())
 
+    def envelope(self, units: Integers) -> int:
+        """A bound of the entries that elimination without pivoting leaves in the factors of the square matrix.
+
+        Of these rows and columns, in this order: those between the first and the last entry in reach of each row and
+        column, made symmetric (the envelope, which no fill leaves; George & Liu 1981, section 4.2).
+
+        Args:
+            units: (k,) int64, units of the source and of the destination, which have one shape; ordered by position.
+
+        Raises:
+            ValueError: where they are not so ordered.
+        """
+        _, _, width = self.reach.source
+        _, y, x = _split(units, self.reach.source)
+        position = y * width + x
+        if self.reach.source != self.reach.destination or (np.diff(position) < 0).any():
+            raise ValueError("an envelope needs one map, and units ordered by position")
+        (top, bottom), (left, right) = self.reach.y[:, y], self.reach.x[:, x]
+        here = np.arange(len(units))
+        found = (top <= bottom) & (left <= right)
+        first = np.where(found, np.searchsorted(position, top * width + left), here)
+        last = np.where(found, np.searchsorted(position, bottom * width + right, side="right") - 1, here)
+        across = np.searchsorted(np.maximum.accumulate(last), here)  # first column that reaches this row
+        return int(len(units) + 2 * (here - np.minimum(np.minimum(first, across), here)).sum())
+
     def matrix(
         self, operator: Callable[[Tensor], Tensor], columns: Integers, rows: Integers, chunk: int, like: Tensor
     ) -> csc_array:

@@ -11,11 +11,12 @@ tangents before it is used, and the next one is taken where it disagrees. Units 
 that reach nothing, are left out: their rows or columns of M are zero, and so are their eigenvalues.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import numpy as np
 import torch
 from scipy.sparse import csc_array
 from torch import Tensor
@@ -150,6 +151,30 @@ class Reduction:
     def nonzeros_bound(self, start: int, stop: int) -> int:
         """How many entries of these columns of M are in reach, so that no more can be nonzero; cheap at any k."""
         return self._colouring.entries(self._host_index(start, stop), self._host_index(0, self.k))
+
+    def fill_bound(self) -> int:
+        """How many entries the triangular factors of M have at most, from the reach alone; k^2 where not coloured."""
+        return self.k**2 if self.coloured is None else self.coloured.envelope(self._host_index(0, self.k))
+
+    def product(self, vector: np.ndarray) -> np.ndarray:
+        """M w, by one forward-mode product.
+
+        Args:
+            vector: (k,) real.
+
+        Returns:
+            (k,), of J's dtype.
+        """
+        return self._applied(self._rows, vector)
+
+    def transposed_product(self, vector: np.ndarray) -> np.ndarray:
+        """M^T w, by one reverse-mode product; see `product`."""
+        return self._applied(self._pulled, vector)
+
+    def _applied(self, product: Callable[[Tensor], Tensor], vector: np.ndarray) -> np.ndarray:
+        x = self.jacobian.x
+        row = torch.as_tensor(np.ascontiguousarray(vector.ravel()), dtype=x.dtype, device=x.device)[None]
+        return product(_scatter(row, self.index, self._units))[0, self.index].cpu().numpy()
 
     def check_sparse(self, matrix: csc_array, start: int = 0) -> float:
         """Compare columns of M with the operator they were made from, on random vectors in both directions.

@@ -10,7 +10,7 @@ from rich.table import Table
 from stiffcore.metrics import spell
 from stiffcore.plan import Plan, UnitPlan
 from stiffcore.run import DONE, Run, state_of
-from stiffcore.study import format_bytes
+from stiffcore.study import Solver, format_bytes
 
 
 def plan_table(plan: Plan) -> Table:
@@ -139,8 +139,8 @@ COLUMNS: tuple[tuple[str, int, Callable[[pd.Series], str]], ...] = (
     ("S", 120, lambda row: spell(row["S"])),
     ("S active", 0, lambda row: spell(row["S_active"], 7)),
     ("+-", 0, lambda row: spell(row["S_active_error"], 2)),
-    ("Re<0 %", 0, lambda row: f"{100 * row['negative']:.3f}"),
-    ("Re=0 %", 140, lambda row: f"{100 * row['zero']:.3f}"),
+    ("Re<0 %", 0, lambda row: percent(row["negative"])),
+    ("Re=0 %", 140, lambda row: percent(row["zero"])),
     ("near axis", 100, lambda row: f"{int(row['near_axis'])}"),
     ("max Re", 140, lambda row: spell(row["abscissa"])),
     ("min Re active", 160, lambda row: spell(row["min_re_active"])),
@@ -170,11 +170,17 @@ def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") ->
         if row["state"] in DONE:
             cells = [show(row) for _, show in columns]
             verdict = "yes" if row["certified"] else "NO"
+            verdict += f", {row['basis']}" if row["solver"] == Solver.EXTREMES else ""
             table.add_row(*lead, *cells, verdict + (f": {row['note']}" if row["note"] else ""))
         else:
             n = f"{row['n']:,}" if row["n"] == row["m"] else f"{row['m']:,} x {row['n']:,}"
             table.add_row(*lead, n, *["-"] * (len(columns) - 1), row["state"])
     return table
+
+
+def percent(share: float) -> str:
+    """A share for people, in per cent; `open` where it is not known."""
+    return "open" if math.isnan(share) else f"{100 * share:.3f}"
 
 
 def means_table(rows: pd.DataFrame) -> Table:
