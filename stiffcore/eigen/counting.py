@@ -19,7 +19,7 @@ import scipy.linalg
 import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator
 
-from stiffcore.eigen.extremes import nearest, spectral_radius
+from stiffcore.eigen.extremes import nearest, rough_values, spectral_radius
 from stiffcore.eigen.numerical_range import logarithmic_norm, numerical_range_end, outer_polygon
 from stiffcore.eigen.sparse import (
     DENSE_ORDER,
@@ -76,6 +76,10 @@ class _Region(Protocol):
     def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
         """Half the boundary, up to |z| = reach at least: its length, and its points by arc length."""
 
+    @property
+    def outermost(self) -> tuple[float, str]:
+        """What to subtract from A, and what ARPACK then calls the eigenvalues furthest on the counted side."""
+
 
 @dataclass(frozen=True)
 class _LeftOf:
@@ -93,6 +97,10 @@ class _LeftOf:
 
     def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
         return reach, lambda s: complex(self.threshold, s)
+
+    @property
+    def outermost(self) -> tuple[float, str]:
+        return 0.0, "SR"
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,10 @@ class _OutsideOf:
 
     def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
         return np.pi * self.radius, lambda s: self.centre + self.radius * np.exp(1j * s / self.radius)
+
+    @property
+    def outermost(self) -> tuple[float, str]:
+        return self.centre, "LM"
 
 
 def count_left(
@@ -266,6 +278,7 @@ def _by_discs(
     if known is not None:
         search.deflate(*known)
     try:
+        search.check_crowd()
         search.cover()
     except (_OpenError, FillError) as error:
         return Count(threshold, None, OPEN, 0.0, computed=True, note=str(error))
@@ -346,6 +359,14 @@ class _Search:
             if basis.shape[1] and np.linalg.norm(outside) <= INVARIANT * self.norm:
                 self.q = trial
         return self.q.shape[1] - before
+
+    def check_crowd(self) -> None:
+        """Give up before any factorisation where a few restarts of Arnoldi find more than can be counted."""
+        origin, which = self.region.outermost
+        rough = rough_values(
+            lambda x: product(self.a, x) - origin * x, self.a.shape[0], which, MOST_COUNTED + 4, self.rng
+        )
+        self._refuse_crowd(int(self.region.has(rough + origin).sum()))
 
     def cover(self) -> None:
         """Cover the counted part of the numerical range's upper half.
@@ -441,7 +462,9 @@ class _Search:
 
     def _check_found(self) -> None:
         t = self.q.T @ (self.a @ self.q)
-        counted = int(self.region.has(np.linalg.eigvals(t)).sum())
+        self._refuse_crowd(int(self.region.has(np.linalg.eigvals(t)).sum()))
+
+    def _refuse_crowd(self, counted: int) -> None:
         if counted > MOST_COUNTED:
             raise _OpenError(f"more than {MOST_COUNTED} eigenvalues are there: needs the spectrum")
 
