@@ -109,7 +109,7 @@ class Study(BaseModel):
     Attributes:
         network: `resnet18`, `resnet34`, `resnet50`, `package.module:factory`, or `in memory`.
         weights: checkpoint file; None takes the bundled one, or the factory's own; `random` initialises.
-        images: `samples`, `cifar10`, a .npz, a folder of class folders, or `in memory`.
+        images: `samples`, `imagenet-samples`, `cifar10`, a .npz, a folder of class folders, or `in memory`.
         data_root: where `cifar10` lies.
         download: whether torchvision may download it.
         count: the first so many images (1 where neither count, index nor per_label is given).
@@ -202,7 +202,7 @@ class Study(BaseModel):
     @field_validator("images", mode="before")
     @classmethod
     def _absolute_images(cls, value: Any) -> Any:
-        known = not isinstance(value, (str, PathLike)) or value in ("samples", "cifar10", IN_MEMORY)
+        known = not isinstance(value, (str, PathLike)) or value in ("samples", "imagenet-samples", "cifar10", IN_MEMORY)
         return value if known else str(Path(value).expanduser().absolute())
 
     @model_validator(mode="after")

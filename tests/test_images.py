@@ -64,6 +64,13 @@ def test_one_image_is_the_default_and_foolbox_is_never_imported():
     assert ("foolbox" in sys.modules) == before
 
 
+def test_the_photographs_are_of_imagenet_s_size_and_labelled():
+    images = load_images("imagenet-samples", index=[0, 10])  # the second is 1024 x 683
+    assert images.x.shape == (2, 224, 224, 3)
+    assert images.x.dtype == np.uint8
+    assert images.y.tolist() == [243, 541]
+
+
 def test_absent_samples_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)
     assert "pip install 'stiffcore[demo]'" in refused("samples")

@@ -162,7 +162,7 @@ def spectral_radius(a: Any, *, seed: int = 0) -> float:
 
 
 def rough_values(apply: Product, k: int, which: str, count: int, rng: np.random.Generator) -> Array:
-    """Outermost eigenvalues to one or two digits, in a few restarts: those that converge, so there may be fewer than asked.
+    """Outermost eigenvalues to one or two digits, in a few restarts: those that converge, which may be fewer.
 
     Args:
         apply: the product with a real matrix.

@@ -25,7 +25,7 @@ NORMALIZE: dict[str, tuple[_Triple, _Triple]] = {
 }
 """Mean and standard deviation of each colour, by name, for values in [0, 1]."""
 
-SOURCES = "samples, cifar10, a .npz file with x and y, or a folder of class folders"
+SOURCES = "samples, imagenet-samples, cifar10, a .npz file with x and y, or a folder of class folders"
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _LISTED = 5
@@ -117,7 +117,8 @@ def load_images(
     """The asked-for images of a source, and no others: only those are decoded.
 
     Args:
-        source: "samples" (the first twenty CIFAR-10 test images, from foolbox); "cifar10" (the CIFAR-10 test
+        source: "samples" (the first twenty CIFAR-10 test images, from foolbox); "imagenet-samples" (its photographs
+            with ImageNet labels, 224 x 224: shorter side to 256, then the centre); "cifar10" (the CIFAR-10 test
             set); a `.npz` file with `x` (N, H, W, 3) uint8 and `y` (N,) integers; or a folder of class
             folders, labelled 0, 1, ... in sorted order, whose chosen images have one size.
         data_root: the folder of `cifar-10-batches-py`, for "cifar10" only.
@@ -150,7 +151,9 @@ class _Source:
 
 def _open(source: str, data_root: Path | None, download: bool) -> _Source:
     if source == "samples":
-        return _open_samples()
+        return _open_samples(source, "cifar10_[0-9][0-9]_[0-9].png")
+    if source == "imagenet-samples":
+        return _open_samples(source, "imagenet_[0-9][0-9]_*.jpg", _to_imagenet)
     if source == "cifar10":
         return _open_cifar10(data_root, download)
     path = Path(source)
@@ -161,15 +164,22 @@ def _open(source: str, data_root: Path | None, download: bool) -> _Source:
     raise InputError(f"no images at {source!r}: use {SOURCES}")
 
 
-def _open_samples() -> _Source:
+def _open_samples(name: str, pattern: str, prepare: Callable[[Image.Image], Image.Image] | None = None) -> _Source:
     # Found without importing foolbox, which pulls in other frameworks.
     spec = importlib.util.find_spec("foolbox")
     roots = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(path for root in roots for path in Path(root, "data").glob("cifar10_[0-9][0-9]_[0-9].png"))
+    files = sorted(path for root in roots for path in Path(root, "data").glob(pattern))
     if not files:
         raise InputError("the samples come with foolbox, which is not installed: pip install 'stiffcore[demo]'")
     labels = [int(path.stem.rsplit("_", 1)[1]) for path in files]
-    return _files_source(f"samples (foolbox {_version('foolbox')})", files, labels)
+    return _files_source(f"{name} (foolbox {_version('foolbox')})", files, labels, prepare)
+
+
+def _to_imagenet(image: Image.Image) -> Image.Image:
+    """The usual evaluation crop: shorter side to 256 (bilinear), then 224 x 224 from the centre."""
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    return Compose([Resize(256), CenterCrop(224)])(image)
 
 
 def _version(package: str) -> str:
@@ -244,15 +254,20 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
 
 
-def _files_source(name: str, files: list[Path], labels: list[int]) -> _Source:
+def _files_source(
+    name: str,
+    files: list[Path],
+    labels: list[int],
+    prepare: Callable[[Image.Image], Image.Image] | None = None,
+) -> _Source:
     def read(chosen: NDArray[np.int64]) -> np.ndarray:
-        return _decode([files[i] for i in chosen])
+        return _decode([files[i] for i in chosen], prepare)
 
     return _Source(name, np.asarray(labels, dtype=np.int64), read)
 
 
-def _decode(paths: list[Path]) -> np.ndarray:
-    images = [_decode_one(path) for path in paths]
+def _decode(paths: list[Path], prepare: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
+    images = [_decode_one(path, prepare) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             raise InputError(
@@ -261,10 +276,11 @@ def _decode(paths: list[Path]) -> np.ndarray:
     return np.stack(images)
 
 
-def _decode_one(path: Path) -> np.ndarray:
+def _decode_one(path: Path, prepare: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"), dtype=np.uint8)
+            rgb = image.convert("RGB")
+            return np.asarray(rgb if prepare is None else prepare(rgb), dtype=np.uint8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
 
