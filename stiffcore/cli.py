@@ -47,7 +47,8 @@ ImagesOption = Annotated[
     str | None,
     typer.Option(
         help="samples (20 CIFAR-10 test images, with the demo extra) | imagenet-samples (20 photographs, 224 x 224, "
-        "too) | cifar10 (with --data-root) | FILE.npz (x uint8 N,H,W,3 and y) | a folder of class folders [default: samples]"
+        "too) | cifar10 (with --data-root) | FILE.npz (x uint8 N,H,W,3 and y) | a folder of class folders "
+        "[default: samples]"
     ),
 ]
 DataRoot = Annotated[str | None, typer.Option(help="Where torchvision's CIFAR-10 lies, or goes.")]

@@ -179,8 +179,10 @@ for url, at in {sessions!r}:
 KILL_OPTIONS = {"network": "smallnet:make", "images": "six.npz", "blocks": "4"}
 
 
-def sessions(small, *asked):
-    code = KILLED.format(folder=str(small), options=KILL_OPTIONS, sessions=[(str(url), at) for url, at in asked])
+def sessions(small, *asked, **options):
+    code = KILLED.format(
+        folder=str(small), options=KILL_OPTIONS | options, sessions=[(str(url), at) for url, at in asked]
+    )
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=small, capture_output=True, text=True, check=False
     )

@@ -192,7 +192,8 @@ def count_outside_disc(
     """Count the eigenvalues with |lambda - centre| > radius, with a proof, or leave the count open.
 
     With the default disc: those for which a step of the explicit Euler method of length 1 is not stable. The norm of
-    A - centre decides where inertia proves it under the radius; otherwise as in `count_left`.
+    A - centre decides where inertia proves it under the radius, the numerical range where it is beside the disc;
+    otherwise as in `count_left`.
 
     Args:
         a: (k, k) real, sparse or dense.
@@ -222,6 +223,10 @@ def count_outside_disc(
         margin = radius + end.bound - 2 * EPS * abs(centre)
         if margin > 0:
             return Count(radius, 0, "proved: norm", margin, computed=False)
+    for matrix, edge in ((a, centre + radius), (-a, radius - centre)):
+        end = numerical_range_end(matrix, right_of=edge, memory_bytes=memory_bytes, seed=seed)
+        if end.bound > edge:
+            return Count(radius, k, "proved: numerical range", end.bound - edge, computed=False)
     return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, known, seed)
 
 

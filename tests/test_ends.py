@@ -1,0 +1,237 @@
+"""The solver `extremes`: S and P as the whole spectrum gives them, resumable, honest where something stays open."""
+
+import dataclasses
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from scipy.sparse.linalg import LinearOperator
+
+import stiffcore
+from stiffcore import plan as planning
+from stiffcore.eigen.certificate import certify_ends, sparse_moments
+from stiffcore.eigen.counting import ends_of
+from stiffcore.eigen.extremes import extremes
+from stiffcore.errors import InputError
+from stiffcore.jacobian.reduction import reduce_jacobian
+from stiffcore.report.tables import metrics_table
+from stiffcore.spectra import Ends
+from stiffcore.study import Solver
+from tests.test_plan import MIB, machine, planned, unit
+from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
+
+FROM_ENDS = ("S", "S_active", "abscissa", "min_re", "min_re_active", "radius")
+FROM_COUNTS = ("negative", "positive", "zero", "euler_stable")
+
+
+def assert_same_metrics(ends, full):
+    assert ends.n == full.n
+    assert (ends.k, ends.ones, ends.zeros) == (full.k, full.ones, full.zeros)
+    for name in FROM_ENDS:
+        assert ends.metrics[name] == pytest.approx(full.metrics[name], rel=1e-8, nan_ok=True), name
+    for name in FROM_COUNTS:
+        known = not math.isnan(ends.metrics[name])
+        assert not known or ends.metrics[name] == full.metrics[name], name
+    assert math.isnan(ends.metrics["max_im"])
+    distance = np.abs(ends.computed[:, None] - full.computed[None, :]).min(axis=1)
+    assert distance.max(initial=0.0) < 1e-8
+
+
+def test_the_ends_give_the_metrics_of_the_whole_spectrum(small):
+    full, _ = execute(small / "full", OPTIONS | {"count": 3})
+    run, outcome = execute(small / "run", OPTIONS | {"count": 3, "solver": "extremes"})
+    assert outcome.failed == {}
+    proved = 0
+    for key, record in run.records().items():
+        found = run.stored(key)
+        assert record["plan"]["solver"] == "extremes"
+        assert found.certificate.passed, found.verdict
+        assert_same_metrics(found, full.stored(key))
+        proved += not math.isnan(found.metrics["negative"])
+        with pytest.raises(InputError, match="only the ends"):
+            _ = found.values
+        repr(found)
+    assert proved >= 20  # of 24
+    rows = run.metrics()
+    assert rows["basis"].str.startswith("ends; ").all()
+    assert set(full.metrics()["basis"]) == {"all eigenvalues"}
+    assert not list((small / "run").rglob("*_vectors"))
+
+
+def test_a_unit_solved_at_its_ends_can_be_solved_whole_later_and_not_the_other_way(small):
+    options = OPTIONS | {"blocks": "1,4"}
+    execute(small / "straight", options)
+    execute(small / "run", options | {"solver": "extremes"})
+    events = []
+    run, _ = execute(small / "run", {}, events.append)
+    assert events == []
+    run, outcome = execute(small / "run", {"solver": "host-dense"}, events.append)
+    assert outcome.failed == {}
+    assert events
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "straight")
+    assert all(run.stored(key).ends is None for key in run.records())
+    events.clear()
+    execute(small / "run", {"solver": "extremes"}, events.append)
+    assert events == []
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "straight")
+
+
+def test_killed_at_any_event_the_ends_are_the_same_bytes(small):
+    options = {"solver": "extremes", "blocks": "1"}
+    _, lines = sessions(small, (small / "whole", 0), **options)
+    events = int(lines[0][2])
+    assert events > 8
+    asked = [(small / f"run{at}", kill) for at in range(1, events + 1) for kill in (at, 0)]
+    statuses, _ = sessions(small, *asked, **options)
+    assert {status for (_, at), status in statuses.items() if at} == {signal.SIGKILL}
+    expected = spectra_bytes(small / "whole")
+    for at in range(1, events + 1):
+        assert spectra_bytes(small / f"run{at}") == expected, at
+
+
+def test_where_the_matrix_does_not_fit_products_give_the_ends_and_counts_stay_open(small, monkeypatch):
+    full, _ = execute(small / "full", OPTIONS | {"blocks": "1"})
+    monkeypatch.setattr(planning, "_factor_levels", lambda nonzeros, fill: ((1 << 50, ""),))
+    run, outcome = execute(small / "run", OPTIONS | {"blocks": "1", "solver": "extremes"})
+    assert outcome.failed == {}
+    assert not list((small / "run").rglob("matrix"))
+    for key, record in run.records().items():
+        assert record["plan"]["matrix_free"]
+        found = run.stored(key)
+        assert found.certificate.passed, found.verdict
+        assert math.isnan(found.metrics["negative"])
+        assert any("open" in doubt for doubt in found.doubts)
+        assert_same_metrics(found, full.stored(key))
+    # later, with room, the whole spectrum
+    execute(small / "run", {"solver": "host-dense"})
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "full")
+
+
+def test_damaged_vectors_are_noticed_and_the_next_session_finds_the_ends_again(small):
+    options = OPTIONS | {"blocks": "1", "functions": "block", "solver": "extremes"}
+    execute(small / "good", options)
+    hit = []
+
+    def damage(event):
+        if event["stage"] == "solved" and event["done"] == event["total"] and not hit:
+            path = next(p for p in (small / "run").rglob("right_vectors/c/**/*") if p.is_file())
+            data = bytearray(path.read_bytes())
+            data[10] ^= 1
+            path.write_bytes(data)
+            hit.append(path)
+
+    _, outcome = execute(small / "run", options, damage)
+    assert hit
+    assert len(outcome.failed) == 1
+    _, outcome = execute(small / "run", {})
+    assert outcome.failed == {}
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "good")
+
+
+def test_a_smaller_budget_leaves_less_room_for_factors_and_says_what_remains():
+    one = unit(7000, items=1_000_000).model_copy(update={"products": 500, "nonzeros": 1_700_000, "fill": 6_000_000})
+    found = {}
+    for memory in range(3000, 440, -10):
+        plan = planned([one], memory * MIB, solver="extremes").units[0]
+        if plan.works:
+            found.setdefault((plan.factor_bytes, plan.matrix_free), plan)
+            assert plan.projected_bytes <= memory * MIB - machine().reserved_bytes
+            assert plan.solver is Solver.EXTREMES
+    assert len(found) == 5
+    rooms = [factors for factors, _ in found]
+    assert rooms == sorted(rooms, reverse=True)
+    whys = [plan.why for plan in found.values()]
+    assert "inertia" in whys[0]
+    assert "discs" in whys[1]
+    assert "open" in whys[3]
+    assert "products alone" in whys[4]
+    # never taken without being asked for
+    assert planned([one], 600 * MIB).units[0].refused
+
+
+def test_the_store_needs_no_more_than_the_band():
+    one = unit(100_000, items=1_000_000).model_copy(
+        update={"products": 3000, "nonzeros": 28_000_000, "fill": 400_000_000}
+    )
+    plan = planned([one], 64 << 30, solver="extremes").units[0]
+    assert plan.disk_bytes < 8e9 / 2
+
+
+def reduction_and_ends(a):
+    weight = torch.as_tensor(a)
+    reduction = reduce_jacobian(lambda x: x @ weight.T, torch.zeros(len(a), dtype=torch.float64), reduce=False)
+    sparse = stiffcore.eigen.sparse.as_sparse(a)
+    found = extremes(sparse)
+    known = (found.values, found.vectors.right)
+    ends = ends_of(sparse, 0, known, disc=True, memory_bytes=None, note=found.note)
+    return reduction, found, sparse_moments(sparse), ends
+
+
+def certified(reduction, found, moments, ends, right=True, left=True):
+    return certify_ends(reduction, found.values, found.vectors, moments, ends, right_end=right, left_end=left)
+
+
+def test_what_did_not_converge_or_contradicts_itself_is_not_certified():
+    a = np.diag(np.linspace(0.5, 2.5, 120)) + np.diag(np.full(119, 0.1), 1)
+    reduction, found, moments, ends = reduction_and_ends(a)
+    assert ends.left_of_zero.count == 0
+    assert ends.outside_disc.count == 120
+    assert certified(reduction, found, moments, ends).passed
+    lines = certified(reduction, found, moments, ends, left=False).failures
+    assert "do not agree on the smallest" in lines[0]
+    lines = certified(reduction, found, moments, ends, right=False).failures
+    assert "do not agree on the largest" in lines[0]
+    wrong = dataclasses.replace(ends, left_of_zero=dataclasses.replace(ends.left_of_zero, count=2))
+    assert "proved to be negative" in certified(reduction, found, moments, wrong).failures[0]
+    wrong = dataclasses.replace(ends, range_right=2.0)
+    assert "outside of the numerical range" in certified(reduction, found, moments, wrong).failures[0]
+    spoilt = dataclasses.replace(found, values=found.values + 1e-6)
+    assert any("residual" in line for line in certified(reduction, spoilt, moments, ends).failures)
+
+
+def test_a_missed_negative_eigenvalue_contradicts_the_proof():
+    a = np.diag(np.concatenate([[-1.0], np.linspace(0.5, 2.5, 119)]))
+    reduction, found, moments, ends = reduction_and_ends(a)
+    assert ends.left_of_zero.count == 1
+    kept = np.flatnonzero(found.values.real > 0)
+    vectors = stiffcore.eigen.dense.Eigenvectors(
+        found.vectors.right[:, kept], found.vectors.left[:, kept], found.vectors.converged[kept]
+    )
+    missed = dataclasses.replace(found, values=found.values[kept], vectors=vectors)
+    assert "proved to be negative" in certified(reduction, missed, moments, ends).failures[0]
+
+
+def test_ends_survive_json():
+    a = np.diag(np.linspace(0.5, 2.5, 120))
+    ends = reduction_and_ends(a)[3]
+    ends = dataclasses.replace(ends, radius=math.inf)
+    assert Ends.from_json(json.loads(json.dumps(ends.to_json(), allow_nan=False))) == ends
+
+
+def test_an_operator_has_the_norm_of_its_matrix_nearly():
+    a = np.random.default_rng(1).standard_normal((300, 300))
+    sparse = stiffcore.eigen.sparse.as_sparse(a)
+    exact, estimate = sparse_moments(sparse), sparse_moments(torch_operator(a))
+    assert estimate.frobenius == pytest.approx(exact.frobenius, rel=0.2)
+    assert exact.trace == pytest.approx(np.trace(a))
+    assert exact.trace_square == pytest.approx(np.trace(a @ a))
+
+
+def torch_operator(a):
+    reduction = reduce_jacobian(
+        lambda x: x @ torch.as_tensor(a).T, torch.zeros(len(a), dtype=torch.float64), reduce=False
+    )
+    assert np.allclose(reduction.transposed_product(np.ones(len(a))), a.T @ np.ones(len(a)))
+    return LinearOperator(a.shape, reduction.product, rmatvec=reduction.transposed_product, dtype=np.dtype(float))
+
+
+def test_the_table_says_what_a_count_rests_on(small):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "solver": "extremes"})
+    console = Console(record=True, width=200)
+    console.print(metrics_table(run.metrics()))
+    printed = console.export_text()
+    assert "yes, ends; proved" in printed
