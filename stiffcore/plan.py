@@ -21,7 +21,7 @@ from stiffcore.eigen.sparse import factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
-from stiffcore.store import ROWS_IN_SHARD
+from stiffcore.store import file_rows
 from stiffcore.study import Device, Keep, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
@@ -377,10 +377,10 @@ def _host_dense(
 # nothing.
 def _factor_levels(nonzeros: int, fill: int) -> tuple[tuple[int, str], ...]:
     return (
-        (inertia_bytes(fill, nonzeros), "ends by Arnoldi, counts by inertia or discs"),
-        (factor_bytes(fill, nonzeros, 16), "ends by Arnoldi, counts by discs; no room to prove by inertia"),
-        (factor_bytes(fill, nonzeros, 8), "ends by Arnoldi, counts by discs in single precision, refined; no inertia"),
-        (0, "ends by Arnoldi alone: no room for a sparse LU, so counts stay open"),
+        (inertia_bytes(fill, nonzeros), "ends by Arnoldi, counts by powers, inertia or discs"),
+        (factor_bytes(fill, nonzeros, 16), "ends by Arnoldi, counts by powers or discs; no room for inertia"),
+        (factor_bytes(fill, nonzeros, 8), "ends by Arnoldi, counts by powers or refined discs; no room for inertia"),
+        (0, "ends by Arnoldi, counts by powers alone: no room for a sparse LU"),
     )
 
 
@@ -409,12 +409,12 @@ def _extremes(
                 moved_bytes=2 * matrix + 2 * vectors,
             )
             return plan, ""
-    stages = _first_stages(unit, unit.column_items * itemsize, itemsize, 1, 1)
+    stages = _first_stages(unit, 0, unit.column_items * itemsize, itemsize, 1, 1)
     del stages["build"]
     stages["solve"] = _krylov_bytes(unit.k) + _operator_bytes(unit, unit.column_items * itemsize, itemsize)
     plan = replace(
         base,
-        why="ends by Arnoldi on products alone: no room for the matrix, so counts stay open",
+        why="ends and counts from products alone: no room for the matrix",
         matrix_free=True,
         coloured=False,
         stages=stages,
@@ -529,8 +529,10 @@ def _fitting(unit: Unit, itemsize: int, data_bytes: int, solving: "Stages", stor
     column_bytes = unit.column_items * itemsize
     found = None
     for coloured in (True, False) if unit.products else (False,):
-        for chunk, shard in [stored] if stored else _chunks_and_shards(unit.k, column_bytes, itemsize, data_bytes):
-            stages = _first_stages(unit, column_bytes, itemsize, chunk, shard)
+        rows = file_rows(unit.k, TILE_ROWS) if coloured else unit.k  # a sparse shard is made dense file by file
+        sizes = _chunks_and_shards(unit.k, rows, column_bytes, itemsize, data_bytes)
+        for chunk, shard in [stored] if stored else sizes:
+            stages = _first_stages(unit, rows, column_bytes, itemsize, chunk, shard)
             stages |= solving(unit, column_bytes, itemsize, shard)
             if coloured:
                 stages["build"] += _coloured_bytes(unit, itemsize, chunk)
@@ -549,14 +551,18 @@ def _coloured_bytes(unit: Unit, itemsize: int, chunk: int) -> int:
     return 9 * chunk * unit.k * itemsize + 2 * unit.nonzeros * (itemsize + 8)
 
 
-def _chunks_and_shards(k: int, column_bytes: int, itemsize: int, data_bytes: int) -> Iterator[tuple[int, int]]:
-    """Columns built at once, and columns in one file, best first, ever smaller.
+def _chunks_and_shards(
+    k: int, rows: int, column_bytes: int, itemsize: int, data_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """Columns built at once, and columns in one file of so many rows, best first, ever smaller.
 
-    A shard is a whole number of chunks, about 64 columns, within 32 MiB; fewer than 8 would make too many files.
+    A shard is a whole number of chunks, about 64 columns, within 32 MiB; fewer than 8 would make too many files. Where
+    a column takes several files, it is about 128.
     """
     target = max(column_bytes, min(BUILD_TARGET_BYTES, max(data_bytes, 0) // 4))
     chunk = max(1, min(target // max(1, column_bytes), CHUNK_COLUMNS, k))
-    columns = max(chunk, SHARD_COLUMNS_LEAST, min(SHARD_COLUMNS, SHARD_TARGET_BYTES // max(1, k * itemsize)))
+    most = SHARD_COLUMNS if rows >= k else 2 * SHARD_COLUMNS
+    columns = max(chunk, SHARD_COLUMNS_LEAST, min(most, SHARD_TARGET_BYTES // max(1, rows * itemsize)))
     while True:
         yield chunk, columns // chunk * chunk
         if chunk == 1 and columns <= SHARD_COLUMNS_LEAST:
@@ -566,7 +572,7 @@ def _chunks_and_shards(k: int, column_bytes: int, itemsize: int, data_bytes: int
         columns = max(chunk, SHARD_COLUMNS_LEAST, columns // 2)
 
 
-def _first_stages(unit: Unit, column_bytes: int, itemsize: int, chunk: int, shard: int) -> dict[str, int]:
+def _first_stages(unit: Unit, rows: int, column_bytes: int, itemsize: int, chunk: int, shard: int) -> dict[str, int]:
     """Stages before the solve.
 
     open: the network and its checkpoint, the probes of the reduction (three tangents through it, in and out), three
@@ -578,7 +584,7 @@ def _first_stages(unit: Unit, column_bytes: int, itemsize: int, chunk: int, shar
     kernels = KERNEL_COPIES * unit.kernel_items * itemsize
     return {
         "open": unit.network_bytes + 2 * PROBES * column_bytes + kernels + LIBRARY_BYTES,
-        "build": chunk * column_bytes + kernels + _shard_bytes(unit.k, shard, itemsize),
+        "build": chunk * column_bytes + kernels + _shard_bytes(rows, shard, itemsize),
     }
 
 
@@ -625,7 +631,7 @@ def _extremes_stages(factors: int, unit: Unit, column_bytes: int, itemsize: int,
     matrix = 12 * nonzeros + _operator_bytes(unit, column_bytes, itemsize)
     dense_copy = 8 * k * k if nonzeros >= DENSE_SHARE * k * k else 0
     return {
-        "read": matrix + 12 * nonzeros + _shard_bytes(k, shard, itemsize),
+        "read": matrix + 12 * nonzeros + _shard_bytes(file_rows(k, TILE_ROWS), shard, itemsize),
         "ends": matrix + _krylov_bytes(k) + dense_copy + max(12 * nonzeros, factors),
         "count": matrix + 4 * 12 * nonzeros + _krylov_bytes(k) + factors,
         "certify": 2 * FOUND_MOST * (column_bytes + 2 * (unit.n + k) * itemsize)
@@ -642,9 +648,9 @@ def _operator_bytes(unit: Unit, column_bytes: int, itemsize: int) -> int:
     return KERNEL_COPIES * unit.kernel_items * itemsize + 2 * column_bytes
 
 
-def _shard_bytes(k: int, shard: int, itemsize: int) -> int:
+def _shard_bytes(rows: int, shard: int, itemsize: int) -> int:
     """A shard while it is written or read: itself and three copies (measured), of whole tiles, and what Zarr adds."""
-    return 4 * _padded(k, TILE_ROWS) * min(shard, k) * itemsize + ZARR_BYTES
+    return 4 * _padded(rows, TILE_ROWS) * min(shard, rows) * itemsize + ZARR_BYTES
 
 
 def _stored_bytes(k: int, shard: int, itemsize: int) -> int:
@@ -653,7 +659,7 @@ def _stored_bytes(k: int, shard: int, itemsize: int) -> int:
         return 0
     shards, tiles = -(-k // shard), -(-k // TILE_ROWS)
     numbers = _padded(k, TILE_ROWS) * shards * min(shard, k) * itemsize
-    bands = -(-k // ROWS_IN_SHARD)
+    bands = -(-k // file_rows(k, min(TILE_ROWS, k)))
     return numbers + shards * (20 * tiles + 4 * bands + tiles + 4) + METADATA_BYTES
 
 

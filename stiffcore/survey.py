@@ -60,6 +60,7 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
     checkpoint = Path(network.weights)
     network_bytes = _bytes_of(network.module) + (checkpoint.stat().st_size if checkpoint.is_file() else 0)
     units: list[Unit] = []
+    seconds: dict[tuple[str, BlockFunction], float] = {}
     predictions, losses = [], []
     for i, x in enumerate(inputs):
         calls, output = capture(network.module, x, blocks)
@@ -79,7 +80,7 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
                 "network_bytes": network_bytes,
                 "fingerprint": fingerprint(made_of | asked | {"versions": versions()}),
             }
-            units.append(_look(calls[block], function, study.reduce, common))
+            units.append(_look(calls[block], function, study.reduce, common, seconds))
     identity = made_of | {
         "images": digests,
         "blocks": blocks,
@@ -191,20 +192,31 @@ def reduction_of(
     return reduce_jacobian(call.function, call.x.to(device), function, reduce=reduce is Reduce.AUTO, name=block)
 
 
-def _look(call: BlockCall, function: BlockFunction, reduce: Reduce, common: dict[str, Any]) -> Unit:
+def _look(
+    call: BlockCall,
+    function: BlockFunction,
+    reduce: Reduce,
+    common: dict[str, Any],
+    seconds: dict[tuple[str, BlockFunction], float],
+) -> Unit:
+    """The facts of one unit; `seconds` a column took at the first image are those of the others."""
     try:
         found = reduce_jacobian(call.function, call.x, function, reduce=reduce is Reduce.AUTO, name=call.name)
     except NoSpectrumError as error:
         return Unit(**common, n=error.n, m=error.m, route="none", reason=str(error))
-    return unit_facts(found, common)
+    facts = unit_facts(found, common, seconds.get((call.name, function)))
+    if facts.column_s:
+        seconds[call.name, function] = facts.column_s
+    return facts
 
 
-def unit_facts(reduction: Reduction, common: dict[str, Any]) -> Unit:
+def unit_facts(reduction: Reduction, common: dict[str, Any], column_s: float | None = None) -> Unit:
     """The facts of a unit that has a spectrum.
 
     Args:
-        reduction: its operator; some of its columns are timed.
+        reduction: its operator.
         common: the fields of `Unit` that do not follow from it.
+        column_s: seconds that a column takes; None: some are timed.
     """
     return Unit(
         **common,
@@ -217,7 +229,7 @@ def unit_facts(reduction: Reduction, common: dict[str, Any]) -> Unit:
         reason=reduction.reason,
         column_items=reduction.column_items,
         kernel_items=reduction.kernel_items,
-        column_s=_column_seconds(reduction),
+        column_s=_column_seconds(reduction) if column_s is None else column_s,
         products=reduction.products(0, reduction.k) if reduction.coloured else 0,
         nonzeros=reduction.nonzeros_bound(0, reduction.k) if reduction.coloured else 0,
         fill=reduction.fill_bound() if reduction.coloured else 0,

@@ -240,6 +240,8 @@ def _build(run: UnitRun) -> dict[str, Any]:
             raise StiffcoreError(f"{run.key}: columns {start} to {stop - 1} of the Jacobian are not finite")
         matrix.write(shard, block)
         run.step("built", shard + 1, matrix.shards)
+    if sparse is not None and run.solver is Solver.EXTREMES:
+        run.sparse = sparse  # as it would be read
     return {}
 
 

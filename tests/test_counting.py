@@ -7,9 +7,10 @@ import scipy.linalg
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 
-from stiffcore.eigen import counting, numerical_range, sparse
+from stiffcore.eigen import counting, numerical_range, powers, sparse
 from stiffcore.eigen.counting import count_left, count_outside_disc
 from stiffcore.eigen.extremes import extremes
 from stiffcore.errors import InputError
@@ -26,6 +27,12 @@ def one_thread():
 def few_are_dense(monkeypatch):
     """Matrices of order 100 take the way of large ones."""
     make_few_dense(monkeypatch)
+
+
+@pytest.fixture
+def no_powers(monkeypatch):
+    """Counts that powers would prove are left to the numerical range and to discs."""
+    monkeypatch.setattr(powers, "MOST_POWER", 0)
 
 
 def make_few_dense(patch):
@@ -143,6 +150,8 @@ def test_a_count_by_discs_is_never_wrong(data):
     with pytest.MonkeyPatch.context() as patch:
         make_few_dense(patch)
         patch.setattr(counting, "MOST_DISCS", 60)
+        if data.draw(st.booleans()):
+            patch.setattr(powers, "MOST_POWER", 0)
         a = data.draw(small_matrices(st.integers(101, 110)))
         threshold = drawn_threshold(data, a)
         left = count_left(a, threshold)
@@ -154,7 +163,7 @@ def test_a_count_by_discs_is_never_wrong(data):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8, 1e8])
-def test_the_numerical_range_decides_a_diffusion(scale):
+def test_the_numerical_range_decides_a_diffusion(scale, no_powers):
     a = scale * advection_diffusion(500, 0.3)
     left = count_left(a, 0.0)
     assert (left.count, left.basis, left.computed) == (0, "proved: numerical range", False)
@@ -183,12 +192,66 @@ def test_a_multiple_eigenvalue_and_a_jordan_block_are_counted_in_full():
     assert count_left(b, 0.0).count in (2, None)
 
 
-def test_discs_decide_where_the_numerical_range_does_not():
+def test_discs_decide_where_the_numerical_range_does_not(no_powers):
     a = planted(300, [[0.5, 3.0], [0.0, 0.6]])
     assert numerical_range.numerical_range_end(a).value < 0
     count = count_left(a, 0.0)
     assert count.count == 0
     assert count.basis in ("proved: discs", "proved: found and deflated")
+
+
+def spread_right_of(k, distance, coupling, seed):
+    """Triangular in a random order: real parts from `distance` on, as far from normal as the coupling makes it."""
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([[distance], rng.uniform(max(distance, 0.2), 2, k - 1)])
+    a = np.diag(values) + np.triu(rng.standard_normal((k, k)), 1) * coupling / np.sqrt(k)
+    order = rng.permutation(k)
+    return sp.csc_array(a[order][:, order])
+
+
+@given(
+    st.integers(101, 160),
+    st.sampled_from([-0.3, -1e-3, 1e-9, 1e-3, 0.05, 0.3]),
+    st.floats(0, 3),
+    st.integers(0, 10**6),
+    st.sampled_from([1.0, 1e-8, 1e8]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_power_never_proves_more_than_is_true(k, distance, coupling, seed, scale):
+    rng = np.random.default_rng(seed)
+    a = powers.Operator.of(scale * spread_right_of(k, distance, coupling, seed), rng)
+    found = powers.margin_right_of(a, 0.0, rng)
+    if found is not None:
+        assert 0 < found[0] <= distance * scale * (1 + 1e-9)
+    left = powers.margin_right_of(a.negative(), -2.5 * scale, rng)
+    if left is not None:
+        assert 0 < left[0] <= (2.5 - max(2.0 * (1 - 0.5), distance)) * scale
+    inside = powers.margin_inside(a, scale, 1.05 * scale, rng)
+    if inside is not None:
+        assert 0 < inside[0] <= (1.05 - abs(distance - 1)) * scale * (1 + 1e-9)
+
+
+def test_powers_decide_where_the_numerical_range_does_not():
+    a = spread_right_of(400, 0.2, 1.5, 0)
+    assert numerical_range.numerical_range_end(a).value < -0.1
+    count = count_left(a, 0.0)
+    assert (count.count, count.basis, count.computed) == (0, "proved: powers", True)
+    assert 0 < count.margin <= 0.2
+    count = count_left(a, 2.3)
+    assert (count.count, count.basis) == (400, "proved: powers")
+    outside = count_outside_disc(a)
+    assert (outside.count, outside.basis) == (400, "proved: powers")
+    inside = count_outside_disc(a, 1.0, 1.3)
+    assert (inside.count, inside.basis) == (0, "proved: powers")
+
+
+def test_powers_of_an_operator_decide_without_a_matrix():
+    a = spread_right_of(300, 0.3, 0.5, 1)
+    operator = LinearOperator(a.shape, matvec=lambda x: a @ x, rmatvec=lambda x: a.T @ x, dtype=float)
+    count = count_left(operator, 0.0)
+    assert (count.count, count.basis) == (0, "proved: powers")
+    assert count_left(operator, 1.0).count is None
+    assert count_outside_disc(operator, 1.0, 0.1).count is None
 
 
 def test_what_is_known_of_the_ends_helps_and_changes_nothing():
@@ -246,7 +309,7 @@ def test_too_little_memory_leaves_it_open_and_says_so():
     assert "GB" in count.note
 
 
-def test_outside_a_disc():
+def test_outside_a_disc(no_powers):
     k = 300
     inside = 0.4 * (normal_spread(k) - sp.eye_array(k)) - sp.eye_array(k)
     count = count_outside_disc(inside)
@@ -268,7 +331,7 @@ def test_outside_a_disc():
         pytest.param(18, 0.75, "proved: discs", marks=pytest.mark.slow),
     ],
 )
-def test_a_banded_matrix_like_a_convolution_has_nothing_left_of_the_line(side, gain, basis):
+def test_a_banded_matrix_like_a_convolution_has_nothing_left_of_the_line(side, gain, basis, no_powers):
     """Orders 800, 2,048 and 2,592."""
     a = convolution_like(side, 8, gain)
     count = count_left(a, 0.05)

@@ -1,6 +1,8 @@
 """How many eigenvalues of a sparse real matrix lie left of a line, or outside of a disc: proved, or left open.
 
-Every eigenvalue lies in the numerical range. Where that does not decide, the doubtful part of it is covered by discs:
+Powers of the matrix prove, by products alone, that all eigenvalues lie on one side (`stiffcore.eigen.powers`), where
+they do. Every eigenvalue lies in the numerical range, too. Where neither decides, the doubtful part of the range is
+covered by discs:
 for each z, no eigenvalue is nearer to z than the smallest singular value of A - zI. Eigenvalues that are there are
 found and deflated first: with A Q = Q T + R, Q an orthonormal basis of a few eigenvectors, the eigenvalues of A' =
 A - R Q^T are those of T and those of A compressed to the complement of Q. The discs are of that compression. They prove
@@ -21,6 +23,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from stiffcore.eigen.extremes import nearest, rough_values, spectral_radius
 from stiffcore.eigen.numerical_range import logarithmic_norm, numerical_range_end, outer_polygon
+from stiffcore.eigen.powers import Operator, margin_inside, margin_right_of
 from stiffcore.eigen.sparse import (
     DENSE_ORDER,
     EPS,
@@ -148,12 +151,13 @@ def count_left(
 ) -> Count:
     """Count the eigenvalues with a real part under a threshold, with a proof, or leave the count open.
 
-    The numerical range decides alone where it lies on one side of the line. Otherwise one sparse LU a disc, 200 at
-    most, and it is open where there are more than 30 eigenvalues to be found or where the matrix is so far from
-    normal, or an eigenvalue so near to the line, that discs vanish. Orders up to 100 are solved densely.
+    Powers decide where all eigenvalues lie on one side of the line, the numerical range where it does. Otherwise one
+    sparse LU a disc, 200 at most, and it is open where there are more than 30 eigenvalues to be found or where the
+    matrix is so far from normal, or an eigenvalue so near to the line, that discs vanish. Orders up to 100 are solved
+    densely.
 
     Args:
-        a: (k, k) real, sparse or dense.
+        a: (k, k) real, sparse or dense; of a `LinearOperator` with a transpose, powers alone decide.
         threshold: the line.
         memory_bytes: what a sparse LU may take; open where it does not fit.
         known: (m,) eigenvalues and (k, m) right eigenvectors, where some are known: they are deflated from the start.
@@ -165,10 +169,18 @@ def count_left(
     Raises:
         InputError: where `a` is no such matrix, or the threshold is not finite.
     """
-    a = as_sparse(a)
+    a = _matrix_or_operator(a)
     if not math.isfinite(threshold):
         raise InputError(f"count_left needs a finite threshold, got {threshold}")
-    k = a.shape[0]
+    k, rng = a.shape[0], np.random.default_rng(seed)
+    if k > DENSE_ORDER:
+        operator = Operator.of(a, rng)
+        for sign, count in ((1, 0), (-1, k)):
+            found = margin_right_of(operator if sign == 1 else operator.negative(), sign * threshold, rng)
+            if found is not None:
+                return _by_power(threshold, count, found)
+    if isinstance(a, LinearOperator):
+        return Count(threshold, None, OPEN, 0.0, computed=True, note="no matrix was built, and no power decides")
     for matrix, line, count in ((a, threshold, 0), (-a, -threshold, k)):
         end = numerical_range_end(matrix, right_of=line, memory_bytes=memory_bytes, seed=seed)
         if end.bound > line:
@@ -193,10 +205,10 @@ def count_outside_disc(
 
     With the default disc: those for which a step of the explicit Euler method of length 1 is not stable. The norm of
     A - centre decides where inertia proves it under the radius, the numerical range where it is beside the disc;
-    otherwise as in `count_left`.
+    otherwise as in `count_left`. Before these, powers, where all are inside or all on one side of the disc.
 
     Args:
-        a: (k, k) real, sparse or dense.
+        a: as for `count_left`.
         centre: of the disc, on the real axis.
         radius: positive.
         memory_bytes: what a sparse LU may take; open where it does not fit.
@@ -209,12 +221,24 @@ def count_outside_disc(
     Raises:
         InputError: where `a` is no such matrix, or the disc is none.
     """
-    a = as_sparse(a)
+    a = _matrix_or_operator(a)
     if not (math.isfinite(centre) and 0 < radius < math.inf):
         raise InputError(f"count_outside_disc needs a finite centre and a positive radius, got {centre} and {radius}")
     k = a.shape[0]
     if k == 0:
         return Count(radius, 0, "proved: norm", math.inf, computed=False)
+    if k > DENSE_ORDER:
+        rng = np.random.default_rng(seed)
+        operator = Operator.of(a, rng)
+        found = margin_inside(operator, centre, radius, rng)
+        if found is not None:
+            return _by_power(radius, 0, found)
+        for sign in (1, -1):
+            found = margin_right_of(operator if sign == 1 else operator.negative(), sign * centre + radius, rng)
+            if found is not None:
+                return _by_power(radius, k, found)
+    if isinstance(a, LinearOperator):
+        return Count(radius, None, OPEN, 0.0, computed=True, note="no matrix was built, and no power decides")
     shifted = sp.csc_array(a - centre * sp.eye_array(k, format="csc"))
     # its eigenvalues are the singular values and their negatives
     both = sp.csc_array(sp.block_array([[None, shifted], [shifted.T, None]]))
@@ -230,6 +254,19 @@ def count_outside_disc(
     return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, known, seed)
 
 
+def _matrix_or_operator(a: Any) -> sp.csc_array | LinearOperator:
+    if not isinstance(a, LinearOperator):
+        return as_sparse(a)
+    return as_sparse(a @ np.eye(a.shape[0])) if a.shape[0] <= DENSE_ORDER else a
+
+
+def _by_power(threshold: float, count: int, found: tuple[float, int]) -> Count:
+    margin, power = found
+    return Count(
+        threshold, count, "proved: powers", margin, computed=True, note=f"the norm of power {power} is under 1"
+    )
+
+
 def ends_of(
     a: Any,
     shift: int,
@@ -242,26 +279,22 @@ def ends_of(
     """What can be said of shift + A where only the ends of its spectrum are known.
 
     Args:
-        a: (k, k) real, sparse or dense; or a `LinearOperator`, whose counts stay open.
+        a: (k, k) real, sparse or dense, or a `LinearOperator` with a transpose.
         shift: what is added.
         known: eigenvalues and right eigenvectors of A; see `count_left`.
         disc: whether to count outside of |1 + l| = 1, too.
         memory_bytes: what a sparse LU may take.
         note: how the ends were found.
     """
-    apply = a.dot if isinstance(a, LinearOperator) else partial(product, as_sparse(a))
+    a = _matrix_or_operator(a)
+    apply = a.dot if isinstance(a, LinearOperator) else partial(product, a)
     shifted = LinearOperator(a.shape, lambda x: apply(x.ravel()) + shift * x.ravel(), dtype=np.dtype(np.float64))
-    radius = spectral_radius(shifted)
-    if isinstance(a, LinearOperator):
-        unknown = Count(0.0, None, OPEN, 0.0, computed=True, note="no matrix was built")
-        return Ends(unknown, replace(unknown, threshold=1.0) if disc else None, radius, math.nan, math.nan, note)
-    a = as_sparse(a)
     left = count_left(a, -shift, memory_bytes=memory_bytes, known=known)
     outside = count_outside_disc(a, -1.0 - shift, memory_bytes=memory_bytes, known=known) if disc else None
     return Ends(
         left_of_zero=replace(left, threshold=0.0),
         outside_disc=outside,
-        radius=radius,
+        radius=spectral_radius(shifted),
         range_left=shift - logarithmic_norm(-a),
         range_right=shift + logarithmic_norm(a),
         note=note,

@@ -91,12 +91,14 @@ def logarithmic_norm(a: Any, *, seed: int = 0) -> float:
     """The largest eigenvalue of (A + A^T) / 2: the initial growth rate of x' = A x. Converged, not proved.
 
     Args:
-        a: (k, k) real, sparse or dense.
+        a: (k, k) real, sparse or dense, or a `LinearOperator` with a transpose.
         seed: of the start vector.
 
     Returns:
         The right end of W(A); -inf for k = 0.
     """
+    if isinstance(a, LinearOperator):
+        return _extreme((a + a.T) * 0.5, "LA", seed)
     a = as_sparse(a)
     return _extreme(_symmetric_part(a), "LA", seed) if a.shape[0] else -math.inf
 
@@ -178,11 +180,12 @@ def _hermitian_part(a: sp.csc_array, t: float) -> Product:
     return apply
 
 
-def _extreme(h: sp.csc_array, which: str, seed: int) -> float:
+def _extreme(h: sp.csc_array | LinearOperator, which: str, seed: int) -> float:
     k = h.shape[0]
-    if not h.data.any():
+    if not isinstance(h, LinearOperator) and not h.data.any():
         return 0.0  # ARPACK finds no start in the range of a zero matrix
     if k <= DENSE_ORDER:
-        return float(scipy.linalg.eigvalsh(h.toarray())[0 if which == "SA" else -1])
+        full = h @ np.eye(k) if isinstance(h, LinearOperator) else h.toarray()
+        return float(scipy.linalg.eigvalsh(full)[0 if which == "SA" else -1])
     start = np.random.default_rng(seed).standard_normal(k)
     return float(eigsh(h, k=1, which=which, v0=start, tol=1e-9, return_eigenvectors=False)[0])

@@ -229,7 +229,7 @@ def singular_bound(shifted: Shifted, norm: float, rng: np.random.Generator, proj
     allowance = 1 - 10 * LANCZOS_STEPS * SOLVE_TOLERANCE
     bound = math.sqrt((1 - lanczos_error(k, LANCZOS_STEPS)) / ritz[-1]) * allowance
     # below, the rounding of the residuals themselves is no longer small against their tolerance
-    return bound if bound * SOLVE_TOLERANCE > 10 * _longest_sum(shifted.a) * EPS * norm else 0.0
+    return bound if bound * SOLVE_TOLERANCE > 10 * longest_sum(shifted.a) * EPS * norm else 0.0
 
 
 def lanczos_error(k: int, steps: int) -> float:
@@ -390,7 +390,8 @@ def pseudospectrum(a: Any, grid: Array, *, memory_bytes: int | None = None) -> A
     return values[where].reshape(upper.shape)
 
 
-def _longest_sum(a: sp.csc_array) -> int:
+def longest_sum(a: sp.csc_array) -> int:
+    """Terms of the longest sum in a product with A."""
     return int(np.bincount(a.indices).max(initial=0)) + 2
 
 
