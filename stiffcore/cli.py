@@ -218,6 +218,46 @@ def show(run: RunArgument, as_json: Json = False) -> None:
 
 
 @app.command()
+def picture(
+    run: RunArgument,
+    block: Annotated[str, typer.Option(help="Its number, or module path.")] = "1",
+    image: Annotated[int, typer.Option(help="Position among the run's images.")] = 0,
+    function: Annotated[str, typer.Option(help="block | branch")] = "block",
+    grid: Annotated[int, typer.Option(help="Pseudospectrum: points along the longer side, one sparse LU each.")] = 0,
+    memory: Annotated[str | None, typer.Option(help="What a sparse LU may take, as 4GiB [default: no limit]")] = None,
+) -> None:
+    """Compute the numerical range of one unit and, with --grid, its pseudospectrum; both stay in the run.
+
+    They are of the matrix that was solved, which has the eigenvalues of the block's Jacobian in another basis.
+    """
+    found = open_run(run)
+    with Progress(console=err, transient=True) as bars:
+        bar = bars.add_task("picture", total=None)
+        taken = found.picture(
+            image,
+            block,
+            function,
+            grid=grid,
+            memory=memory,
+            tell=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    curve = taken.numerical_range
+    _say(
+        out,
+        f"numerical range: real parts {curve.real.min():.6g} to {curve.real.max():.6g}, imaginary parts up to "
+        f"{curve.imag.max():.6g}",
+    )
+    if taken.smallest.size:
+        j, i = divmod(int(taken.smallest.argmin()), len(taken.re))
+        at = complex(taken.re[i], taken.im[j])
+        _say(
+            out,
+            f"pseudospectrum on {len(taken.re)} x {len(taken.im)} points of the upper half plane: the smallest "
+            f"singular value is {taken.smallest.min():.3g}, at {at:.4g}",
+        )
+
+
+@app.command()
 def export(
     run: RunArgument, to: Annotated[Path, typer.Option(help="The file to write, .csv; it must not exist.")]
 ) -> None:

@@ -21,10 +21,12 @@ from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.spectra import Certificate, Ends, Spectrum
 from stiffcore.store import SCRATCH, RunStore
-from stiffcore.study import Device, Keep, Solver, Study, Survey, Unit, fingerprint, versions
+from stiffcore.study import Device, Keep, Kind, Solver, Study, Survey, Unit, fingerprint, parse_bytes, versions
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from stiffcore.picture import Picture
 
 
 # Columns of `Run.metrics` that come from the certificate, see `_certificate_row`.
@@ -88,24 +90,54 @@ class Run:
         Raises:
             InputError: where there is no such unit, or it has no spectrum (yet), saying why.
         """
+        key = self._key(image, block, function, kind)
+        record = self.store.record(key)
+        if state_of(record) not in DONE:
+            raise InputError(f"{key} has no spectrum: {state_of(record)}; {record.get('failure') or record['reason']}")
+        return self.stored(key)
+
+    def _key(self, image: int, block: str | int, function: str, kind: str) -> str:
         for key, record in self.records().items():
             names = (record["block"], str(record["number"])) if record["number"] else (record["block"],)
-            if (
-                record["image"] == image
-                and str(block) in names
-                and record["function"] == function
-                and record["kind"] == kind
-            ):
-                if state_of(record) not in DONE:
-                    raise InputError(
-                        f"{key} has no spectrum: {state_of(record)}; {record.get('failure') or record['reason']}"
-                    )
-                return self.stored(key)
+            asked = (record["image"], record["function"], record["kind"]) == (image, function, kind)
+            if asked and str(block) in names:
+                return key
         raise InputError(f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}")
 
     def stored(self, key: str) -> Spectrum:
         """The spectrum of a unit that is done, by its key."""
         return stored_spectrum(self.store, key)
+
+    def picture(
+        self,
+        image: int = 0,
+        block: str | int = 1,
+        function: str = "block",
+        *,
+        grid: int = 0,
+        memory: str | int | None = None,
+        module: Any = None,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+    ) -> "Picture":
+        """The numerical range of one unit and, with a `grid`, its pseudospectrum; kept in the run.
+
+        Args:
+            image: as for `spectrum`.
+            block: as for `spectrum`.
+            function: as for `spectrum`.
+            grid: points along the longer side; one sparse LU each.
+            memory: what an LU may take; None: no limit.
+            module: the network, where the run was made with one in memory.
+            tell: told of points done and points in all.
+
+        Raises:
+            InputError: where there is no such unit, or it has no matrix.
+        """
+        from stiffcore.picture import take_picture
+
+        key = self._key(image, block, function, Kind.MATRIX)
+        allowed = parse_bytes(memory) if isinstance(memory, str) else memory
+        return take_picture(self.store, key, grid, memory_bytes=allowed, module=module, tell=tell)
 
     def metrics(self) -> "pd.DataFrame":
         """One row a unit: what it is, its state, its metrics (nan where there is no spectrum), its certificate."""

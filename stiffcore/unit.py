@@ -8,14 +8,14 @@ its arrays first, its record last; killed anywhere, it is begun again.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csc_array
+from scipy.sparse import csc_array, hstack
 from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -256,15 +256,35 @@ def _columns(run: UnitRun, start: int, stop: int, chunk: int) -> np.ndarray:
 def _coloured(run: UnitRun, chunk: int) -> csc_array | None:
     """The whole matrix, sparse, from few products; None where it is not what the operator says."""
     try:
-        sparse = run.reduction.sparse(chunk)
-        check = run.reduction.check_sparse(sparse)
-        if check <= PROBE_TOLERANCE[run.reduction.jacobian.x.dtype]:
-            return sparse
-        note = f"the coloured matrix is off by {check:.1e} on random vectors"
+        return checked_sparse(run.reduction, chunk)
     except ReachError as error:
-        note = str(error)
-    run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": f"{note}: column by column"})
+        note = f"{error}: column by column"
+    run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": note})
     return None
+
+
+def checked_sparse(reduction: Reduction, chunk: int) -> csc_array:
+    """The coloured matrix, compared with its operator on random vectors.
+
+    Raises:
+        ReachError: where they differ, or the function is not local.
+    """
+    sparse = reduction.sparse(chunk)
+    check = reduction.check_sparse(sparse)
+    if not check <= PROBE_TOLERANCE[reduction.jacobian.x.dtype]:
+        raise ReachError(f"the coloured matrix is off by {check:.1e} on random vectors")
+    return sparse
+
+
+def sparse_matrix(reduction: Reduction, chunk: int) -> csc_array:
+    """The whole matrix M without its zeros, in memory: from few products where it can be, else column by column."""
+    if reduction.coloured is not None:
+        with suppress(ReachError):
+            return checked_sparse(reduction, chunk)
+    starts = range(0, reduction.k, chunk)
+    return hstack(
+        [csc_array(reduction.columns(at, min(at + chunk, reduction.k)).cpu().numpy()) for at in starts], "csc"
+    )
 
 
 @contextmanager

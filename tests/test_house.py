@@ -19,7 +19,7 @@ STAGES = [
     ["eigen"],
     ["store", "plan", "survey"],
     ["unit", "cluster"],
-    ["run", "preload"],
+    ["run", "preload", "picture"],
     ["api", "report"],
     ["cli"],
 ]

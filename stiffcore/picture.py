@@ -1,0 +1,119 @@
+"""The wider picture of one unit, on request: its numerical range, and the pseudospectrum on a grid.
+
+Both are of the matrix that was solved, with the skip added (shift I + M): it has the eigenvalues of J, but another
+basis, so its numerical range and pseudospectrum are not those of the unreduced Jacobian.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from stiffcore.eigen.numerical_range import numerical_range
+from stiffcore.eigen.sparse import smallest_singular_value
+from stiffcore.errors import DamagedError, InputError
+from stiffcore.store import RunStore, TiledMatrix
+from stiffcore.unit import open_reduction, sparse_matrix
+
+ANGLES = 72
+# How far beyond the numerical range the grid reaches, relative to its size.
+BORDER = 0.1
+ARRAYS = ("numerical_range", "pseudospectrum_re", "pseudospectrum_im", "pseudospectrum")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What surrounds a spectrum.
+
+    Attributes:
+        numerical_range: (72,) complex, points on its boundary, counter-clockwise.
+        re: (p,) real parts of the grid, ascending.
+        im: (q,) imaginary parts, from 0 on: below the axis is the mirror image.
+        smallest: (q, p) the smallest singular value of shift I + M - z I at z = re + i im; empty where not asked for.
+    """
+
+    numerical_range: np.ndarray
+    re: np.ndarray
+    im: np.ndarray
+    smallest: np.ndarray
+
+
+def take_picture(
+    store: RunStore,
+    key: str,
+    grid: int = 0,
+    *,
+    memory_bytes: int | None = None,
+    module: Any = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Picture:
+    """Compute the picture of a unit and keep it in the store.
+
+    The matrix is read where it was kept, else built again. One sparse LU a point of the grid.
+
+    Args:
+        store: the run.
+        key: of the unit.
+        grid: points along the longer side of the numerical range; 0 leaves the pseudospectrum out.
+        memory_bytes: what a sparse LU may take.
+        module: the network, where the run has it in memory.
+        tell: told of points done and points in all.
+
+    Returns:
+        The picture, as it is stored.
+
+    Raises:
+        InputError: where the unit has no matrix.
+        FillError: where no LU fits.
+    """
+    a = shifted_matrix(store, key, module)
+    _, curve = numerical_range(a, ANGLES)
+    re, im = _axes(curve, grid)
+    smallest = np.empty((len(im), len(re)))
+    for done, (j, i) in enumerate(np.ndindex(*smallest.shape)):
+        smallest[j, i] = smallest_singular_value(a, complex(re[i], im[j]), memory_bytes=memory_bytes)
+        tell(done + 1, smallest.size)
+    for name, values, dims in zip(
+        ARRAYS, (curve, re, im, smallest), (("angle",), ("re",), ("im",), ("im", "re")), strict=True
+    ):
+        store.put_array(f"units/{key}", name, values, dims)
+    return Picture(curve, re, im, smallest)
+
+
+def stored_picture(store: RunStore, key: str) -> Picture | None:
+    """The picture of a unit, where one was taken."""
+    try:
+        return Picture(*(store.get_array(f"units/{key}", name) for name in ARRAYS))
+    except DamagedError:
+        return None
+
+
+def shifted_matrix(store: RunStore, key: str, module: Any = None) -> sp.csc_array:
+    """shift I + M of a unit, which has k of the eigenvalues of J: as kept, or built again.
+
+    Raises:
+        InputError: where the unit has no matrix.
+    """
+    record = store.record(key)
+    if not record["k"]:
+        raise InputError(f"{key} has no matrix: {record['reason']}")
+    shift = record.get("shift")
+    if record.get("kept") and shift is not None and "matrix" in store.unit_group(key):
+        matrix = TiledMatrix(store.unit_group(key), "matrix").read_sparse()
+    else:
+        reduction = open_reduction(store, record, "cpu", module)
+        shift, matrix = reduction.shift, sparse_matrix(reduction, record["plan"]["chunk"])
+    exactly = matrix.astype(np.float64)
+    return sp.csc_array(exactly + shift * sp.eye_array(record["k"], format="csc"))
+
+
+def _axes(curve: np.ndarray, grid: int) -> tuple[np.ndarray, np.ndarray]:
+    left, right, top = float(curve.real.min()), float(curve.real.max()), float(curve.imag.max())
+    border = BORDER * max(right - left, top, 1e-300)
+    step = (max(right - left, top) + 2 * border) / max(grid - 1, 1)
+    if grid < 2:
+        return np.zeros(0), np.zeros(0)
+    re = np.arange(left - border, right + border + step / 2, step)
+    return re, np.arange(0, top + border + step / 2, step)

@@ -1,0 +1,48 @@
+"""The numerical range and the pseudospectrum of a unit, against dense truth."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+import stiffcore
+from stiffcore.picture import shifted_matrix, stored_picture
+from tests.test_run import OPTIONS, command, execute
+
+
+@pytest.mark.parametrize("keep", ["spectra", "all"])
+def test_a_picture_is_of_the_matrix_that_has_the_spectrum_and_stays_in_the_run(small, keep):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "keep": keep})
+    found = run.picture(block=1, grid=7)
+    key = next(iter(run.records()))
+    a = shifted_matrix(run.store, key).toarray()
+    spectrum = run.spectrum(block=1)
+    assert np.allclose(np.sort_complex(np.linalg.eigvals(a).round(9)), np.sort_complex(spectrum.computed.round(9)))
+    for z, t in zip(found.numerical_range, 2 * np.pi * np.arange(72) / 72, strict=True):
+        rotated = np.exp(-1j * t) * a
+        support = scipy.linalg.eigvalsh((rotated + rotated.conj().T) / 2)[-1]
+        assert (np.exp(-1j * t) * z).real == pytest.approx(support, abs=1e-6)
+    assert found.re[0] < found.numerical_range.real.min()
+    assert found.re[-1] > found.numerical_range.real.max()
+    assert found.im[0] == 0
+    assert found.im[-1] > found.numerical_range.imag.max()
+    for j, i in ((0, 0), (1, 3), (len(found.im) - 1, len(found.re) - 1)):
+        z = found.re[i] + 1j * found.im[j]
+        true = scipy.linalg.svdvals(a - z * np.eye(len(a)))[-1]
+        assert found.smallest[j, i] == pytest.approx(true, rel=1e-6)
+    again = stored_picture(stiffcore.open_run(str(small / "run")).store, key)
+    assert np.array_equal(again.smallest, found.smallest)
+    # the run is as it was, and goes on
+    assert execute(small / "run", {})[1].failed == {}
+    assert stored_picture(run.store, key) is not None
+
+
+def test_the_command_says_what_it_found_and_refuses_a_unit_that_is_not_there(small):
+    execute(small / "run", OPTIONS | {"blocks": "1,4", "solver": "extremes"})
+    process = command("picture", small / "run", "--block", "4", "--function", "branch", "--grid", "4", cwd=small)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "numerical range: real parts" in printed
+    assert "the smallest singular value is" in " ".join(printed.split())
+    process = command("picture", small / "run", "--block", "9", cwd=small)
+    assert "no unit of image 0, block 9" in process.communicate()[1]
+    assert process.returncode == 2
