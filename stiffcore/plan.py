@@ -17,7 +17,7 @@ import numpy as np
 
 from stiffcore.eigen import dense
 from stiffcore.eigen.extremes import DENSE_SHARE
-from stiffcore.eigen.sparse import factor_bytes, inertia_bytes
+from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
@@ -157,7 +157,7 @@ class Plan:
         beside = list(running)
         if len(beside) >= self.workers:
             return False
-        if unit.solver is Solver.CUDA_DENSE and sum(p.solver is Solver.CUDA_DENSE for p in beside) >= self.gpus:
+        if unit.device_bytes and sum(p.device_bytes > 0 for p in beside) >= self.gpus:
             return False
         held = 0 if self.separate else sum(p.projected_bytes for p in beside)
         return held + unit.projected_bytes <= self.data_bytes
@@ -262,7 +262,11 @@ def plan_below(plan: UnitPlan, study: Study, machine: Machine, data_bytes: int, 
         data_bytes: what a unit may hold.
         why: it failed.
     """
-    below = LADDER[LADDER.index(plan.solver) + 1 :] if study.solver is None else ()
+    if plan.solver is Solver.EXTREMES:  # the same, without the device
+        below: Sequence[Solver] = (Solver.EXTREMES,)
+        machine = replace(machine, device_bytes=None)
+    else:
+        below = LADDER[LADDER.index(plan.solver) + 1 :] if study.solver is None else ()
     found = _first_that_fits(plan.unit, study, machine, data_bytes, below, (plan.chunk, plan.shard))
     return replace(found, why="; ".join(filter(None, [f"{plan.solver}: {why}", found.why])))
 
@@ -288,7 +292,7 @@ def _plan_unit(
     asked = LADDER if study.solver is None else (study.solver,)
     if recorded is None or recorded.solver is Solver.NONE:
         return _first_that_fits(unit, study, machine, data_bytes, asked)
-    device_gone = recorded.solver is Solver.CUDA_DENSE and (machine.device_bytes is None or study.device is Device.CPU)
+    device_gone = recorded.device_bytes and (machine.device_bytes is None or study.device is Device.CPU)
     if recorded.solver not in asked or device_gone:
         return _first_that_fits(unit, study, machine, data_bytes, asked, (recorded.chunk, recorded.shard))
     if recorded.projected_bytes <= data_bytes:
@@ -390,7 +394,8 @@ def _extremes(
 ) -> tuple[UnitPlan, str]:
     """Ends and counts on the sparse matrix (`eigen.extremes`, `eigen.counting`), with as much room for factors as fits.
 
-    Where not even the matrix fits, products alone. moved: the matrix written and read once, and the vectors.
+    Where not even the matrix fits, products alone. Products are taken on the device, where the matrix fits there.
+    moved: the matrix written and read once, and the vectors; and copied to the device twice.
     """
     itemsize = np.dtype(study.dtype).itemsize
     nonzeros, fill = unit.nonzeros or unit.k**2, unit.fill or unit.k**2
@@ -401,13 +406,17 @@ def _extremes(
         )
         if not why_not:
             matrix = min(whole, (fill + unit.k * (base.shard + 2 * TILE_ROWS)) * itemsize + METADATA_BYTES)
+            on_device = device_matrix_bytes(nonzeros, unit.k) + (base.stages or {})["build"]
+            if machine.device_bytes is None or on_device > machine.device_bytes:
+                on_device = 0
             plan = replace(
                 base,
-                why=why,
+                why=why + ("; products on the device" if on_device else ""),
                 factor_bytes=needed,
+                device_bytes=on_device,
                 disk_bytes=matrix + vectors,
                 kept_bytes=vectors + _kept(study, matrix),
-                moved_bytes=2 * matrix + 2 * vectors,
+                moved_bytes=2 * matrix + 2 * vectors + (24 * nonzeros if on_device else 0),
             )
             return plan, ""
     stages = _first_stages(unit, 0, unit.column_items * itemsize, itemsize, 1, 1)

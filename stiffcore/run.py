@@ -508,7 +508,7 @@ def _work(
                 tell(key, "begun")
                 if records[key].get("failure"):
                     store.update(key, failure=None)
-                gpu = plan.solver is Solver.CUDA_DENSE
+                gpu = plan.device_bytes > 0
                 running[executor.submit(_carry_out, where, key, threads, module, token, gpu=gpu)] = plan
         # a time-out, so that signals are seen while a long solve goes on
         finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -549,9 +549,10 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
     """Record the plan of a unit; one that another rung had begun goes back to its matrix, which all rungs share."""
     fields: dict[str, Any] = {"plan": plan.to_json()}
     if "made_with" in record:
-        if record["plan"]["solver"] == plan.solver:
+        before = UnitPlan.from_json(plan.unit, record["plan"])
+        if before.solver is plan.solver and bool(before.device_bytes) == bool(plan.device_bytes):
             return
-        if record["stage"] in ("reduced", "solved", "counted", "done"):
+        if before.solver is not plan.solver and record["stage"] in ("reduced", "solved", "counted", "done"):
             gone = record["plan"]["matrix_free"] or (record["stage"] == "done" and not record.get("kept"))
             fields["stage"] = "planned" if gone else "built"
     store.update(plan.unit.key, **fields)

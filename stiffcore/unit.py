@@ -82,7 +82,7 @@ class UnitRun:
         self.dtype = np.dtype(study.dtype)
         self.record = self.store.record(self.key)
         self.solver = Solver(self.record["plan"]["solver"])
-        self.device = CUDA if self.solver is Solver.CUDA_DENSE else "cpu"
+        self.device = CUDA if self.record["plan"]["device_bytes"] else "cpu"
 
     @cached_property
     def reduction(self) -> Reduction:
@@ -108,7 +108,13 @@ class UnitRun:
                 (k, k), operator.product, rmatvec=operator.transposed_product, dtype=np.dtype(np.float64)
             )
         with _undoing(self, "planned", "matrix"):
-            return self.matrix("matrix").read_sparse()
+            return self.multiplied(self.matrix("matrix").read_sparse())
+
+    def multiplied(self, matrix: csc_array) -> csc_array | LinearOperator:
+        """The matrix, with its products on the device where the plan has room for it there."""
+        if not self.record["plan"]["device_bytes"]:
+            return matrix
+        return device.DeviceMatrix(matrix.astype(np.float64), self.device)
 
     def drop_sparse(self) -> None:
         """Give back the sparse matrix; it is read again where it is needed once more."""
@@ -241,7 +247,7 @@ def _build(run: UnitRun) -> dict[str, Any]:
         matrix.write(shard, block)
         run.step("built", shard + 1, matrix.shards)
     if sparse is not None and run.solver is Solver.EXTREMES:
-        run.sparse = sparse  # as it would be read
+        run.sparse = run.multiplied(sparse)  # as it would be read
     return {}
 
 

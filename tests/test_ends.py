@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from rich.console import Console
 from scipy.sparse.linalg import LinearOperator
@@ -15,6 +16,7 @@ import stiffcore
 from stiffcore import plan as planning
 from stiffcore.eigen.certificate import certify_ends, sparse_moments
 from stiffcore.eigen.counting import ends_of
+from stiffcore.eigen.device import DeviceMatrix
 from stiffcore.eigen.extremes import extremes
 from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import reduce_jacobian
@@ -107,6 +109,68 @@ def test_where_the_matrix_does_not_fit_products_alone_give_the_ends(small, monke
     # later, with room, the whole spectrum
     execute(small / "run", {"solver": "host-dense"})
     assert spectra_bytes(small / "run") == spectra_bytes(small / "full")
+
+
+@pytest.fixture
+def supposed_device(monkeypatch):
+    """Products on the CUDA device, all of them, on the CPU: torch runs the same lines there."""
+    monkeypatch.setattr("stiffcore.unit.CUDA", "cpu")
+
+    def memory(device, supposed=None):
+        return None if device == "cpu" else (8 << 30, 1 << 20)
+
+    monkeypatch.setattr("stiffcore.survey.device_memory", memory)
+
+
+def test_products_on_the_device_give_the_ends_of_the_host(small, supposed_device):
+    options = OPTIONS | {"solver": "extremes"}
+    there, outcome = execute(small / "device", options)
+    assert outcome.failed == {}
+    here, _ = execute(small / "host", options | {"device": "cpu"})
+    for key, record in there.records().items():
+        assert record["plan"]["device_bytes"] > 0
+        assert here.records()[key]["plan"]["device_bytes"] == 0
+        a, b = there.stored(key), here.stored(key)
+        assert a.certificate.passed
+        assert np.allclose(a.computed, b.computed, atol=1e-10)
+        assert a.ends.left_of_zero.count == b.ends.left_of_zero.count
+
+
+def test_a_device_without_room_for_the_matrix_leaves_its_products_to_the_host(small, supposed_device, monkeypatch):
+    def full(a, device):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("stiffcore.eigen.device._to_sparse_device", full)
+    events = []
+    run, outcome = execute(small / "run", OPTIONS | {"solver": "extremes", "blocks": "1"}, events.append)
+    assert outcome.failed == {}
+    assert {e["note"] for e in events if e["stage"] == "fallback"} == {
+        "the device is out of memory (full): extremes takes it"
+    }
+    assert all(record["plan"]["device_bytes"] == 0 for record in run.records().values())
+    assert all(run.stored(key).certificate.passed for key in run.records())
+
+
+def test_a_matrix_on_a_device_multiplies_as_it_does():
+    a = sp.csc_array(sp.random_array((150, 150), density=0.05, rng=np.random.default_rng(0)))
+    there = DeviceMatrix(a, "cpu")
+    x = np.random.default_rng(1).standard_normal(150)
+    z = x + 1j * x[::-1]
+    assert np.allclose(there @ x, a @ x, atol=1e-14)
+    assert np.allclose(there.rmatvec(x), a.T @ x, atol=1e-14)
+    assert np.allclose(there.T @ x, a.T @ x, atol=1e-14)
+    assert np.allclose(there @ z, a @ z, atol=1e-14)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_cuda_device_the_ends_are_those_of_the_host(small):
+    options = OPTIONS | {"solver": "extremes"}
+    there, outcome = execute(small / "device", options | {"device": "cuda"})
+    assert outcome.failed == {}
+    here, _ = execute(small / "host", options | {"device": "cpu"})
+    for key in there.records():
+        assert np.allclose(there.stored(key).computed, here.stored(key).computed, atol=1e-10)
 
 
 def test_damaged_vectors_are_noticed_and_the_next_session_finds_the_ends_again(small):

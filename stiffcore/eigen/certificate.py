@@ -14,6 +14,7 @@ from scipy.sparse import csc_array
 from scipy.sparse.linalg import LinearOperator
 
 from stiffcore.eigen.dense import Eigenvectors
+from stiffcore.eigen.sparse import host_matrix
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.metrics import stiffness_error
 from stiffcore.spectra import EACH_END, Certificate, Certified, Ends
@@ -65,11 +66,12 @@ def matrix_moments(a: np.ndarray) -> Moments:
 
 def sparse_moments(a: csc_array | LinearOperator) -> Moments:
     """The moments of a sparse matrix; of an operator, only an estimate of its Frobenius norm, from random vectors."""
-    if isinstance(a, LinearOperator):
+    host = host_matrix(a)
+    if host is None:
         draws = np.random.default_rng(0).standard_normal((NORM_DRAWS, a.shape[0]))
         squares = [float(np.linalg.norm(a.matvec(x))) ** 2 for x in draws]  # each has the mean |A|_F^2
         return Moments(float("nan"), float("nan"), float(np.sqrt(np.mean(squares))))
-    exactly = a.astype(np.float64)
+    exactly = host.astype(np.float64)
     return Moments(
         float(exactly.trace()), float(exactly.multiply(exactly.T).sum()), float(np.linalg.norm(exactly.data))
     )

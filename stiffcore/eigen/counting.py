@@ -31,6 +31,7 @@ from stiffcore.eigen.sparse import (
     FillError,
     Shifted,
     as_sparse,
+    host_matrix,
     norm_bound,
     product,
     singular_bound,
@@ -179,8 +180,10 @@ def count_left(
             found = margin_right_of(operator if sign == 1 else operator.negative(), sign * threshold, rng)
             if found is not None:
                 return _by_power(threshold, count, found)
-    if isinstance(a, LinearOperator):
+    host = host_matrix(a)
+    if host is None:
         return Count(threshold, None, OPEN, 0.0, computed=True, note="no matrix was built, and no power decides")
+    a = host
     for matrix, line, count in ((a, threshold, 0), (-a, -threshold, k)):
         end = numerical_range_end(matrix, right_of=line, memory_bytes=memory_bytes, seed=seed)
         if end.bound > line:
@@ -237,8 +240,10 @@ def count_outside_disc(
             found = margin_right_of(operator if sign == 1 else operator.negative(), sign * centre + radius, rng)
             if found is not None:
                 return _by_power(radius, k, found)
-    if isinstance(a, LinearOperator):
+    host = host_matrix(a)
+    if host is None:
         return Count(radius, None, OPEN, 0.0, computed=True, note="no matrix was built, and no power decides")
+    a = host
     shifted = sp.csc_array(a - centre * sp.eye_array(k, format="csc"))
     # its eigenvalues are the singular values and their negatives
     both = sp.csc_array(sp.block_array([[None, shifted], [shifted.T, None]]))

@@ -1,13 +1,16 @@
-"""Eigenvalues of one dense matrix on a torch device: cuSOLVER's Xgeev on CUDA.
+"""Eigenvalues of one dense matrix on a torch device, by cuSOLVER's Xgeev on CUDA; and products with a sparse one.
 
 Nothing here has run on a GPU: the tests run every line with device "cpu", where torch calls its own LAPACK.
 A device that runs out of memory raises `torch.OutOfMemoryError`, which is the caller's cue to fall back.
 """
 
 import math
+import warnings
 
 import numpy as np
+import scipy.sparse as sp
 import torch
+from scipy.sparse.linalg import LinearOperator
 
 from stiffcore.eigen.dense import CUSOLVER_MAX_ORDER, Eigenvectors, check_matrix, sort_eigenvalues
 from stiffcore.errors import InputError
@@ -103,6 +106,48 @@ def device_eigenvectors(a: np.ndarray, values: np.ndarray, device: str) -> Eigen
         right[:, j] = x.conj() if value.imag < 0 else x
         left[:, j] = y.conj() if value.imag < 0 else y
     return Eigenvectors(right, left, converged)
+
+
+class DeviceMatrix(LinearOperator):
+    """A sparse real matrix whose products are taken on a torch device; vectors come and go.
+
+    Memory there is `stiffcore.eigen.sparse.device_matrix_bytes`.
+
+    Attributes:
+        host: (k, k) the matrix itself, for what has no routine on a device: sparse LU.
+
+    Args:
+        a: (k, k) float64.
+        device: a torch device, "cuda:0" or "cpu".
+
+    Raises:
+        torch.OutOfMemoryError: where it does not fit.
+    """
+
+    def __init__(self, a: sp.csc_array, device: str) -> None:
+        super().__init__(np.dtype(np.float64), a.shape)
+        self.host, self._device = a, device
+        self._by_row, self._by_column = (_to_sparse_device(m, device) for m in (a.tocsr(), a.T.tocsr()))
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._product(self._by_row, x)
+
+    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
+        return self._product(self._by_column, x)
+
+    def _product(self, matrix: torch.Tensor, x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x).ravel()
+        if np.iscomplexobj(x):
+            return self._product(matrix, x.real) + 1j * self._product(matrix, x.imag)
+        there = torch.from_numpy(np.ascontiguousarray(x, np.float64)).to(self._device)
+        return (matrix @ there).cpu().numpy()
+
+
+def _to_sparse_device(a: sp.csr_array, device: str) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+        pointers, indices, data = (torch.from_numpy(part).to(device) for part in (a.indptr, a.indices, a.data))
+        return torch.sparse_csr_tensor(pointers, indices, data, size=a.shape, check_invariants=False)
 
 
 def _to_device(a: np.ndarray, device: str) -> torch.Tensor:

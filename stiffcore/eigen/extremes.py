@@ -25,6 +25,7 @@ from stiffcore.eigen.sparse import (
     Product,
     Shifted,
     as_sparse,
+    host_matrix,
     identity,
     norm_bound,
     product,
@@ -102,7 +103,7 @@ def extremes(a: Any, *, each_end: int = 3, seed: int = 0, memory_bytes: int | No
 
     Args:
         a: (k, k) real: sparse, dense, or a `LinearOperator` (with `rmatvec` for left vectors). Shift-invert needs a
-            matrix.
+            matrix: see `stiffcore.eigen.sparse.host_matrix`.
         each_end: how many at either end.
         seed: of the start vectors.
         memory_bytes: what a sparse LU may take; where it does not fit, Arnoldi's answer stands and the note says so.
@@ -297,9 +298,10 @@ def _search(
     if side.converged:
         return side
     note = ""
-    if not isinstance(matrix, LinearOperator):
+    host = host_matrix(matrix)
+    if host is not None:
         try:
-            inverted = _shift_invert_side(matrix, which, each_end, rng, memory_bytes)
+            inverted = _shift_invert_side(host, which, each_end, rng, memory_bytes)
             return inverted if inverted.converged or len(inverted.run.values) >= len(side.run.values) else side
         except (FillError, ZeroDivisionError) as error:
             note = f"; no shift-invert: {error}"

@@ -14,7 +14,17 @@ import scipy.linalg
 import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator
 
-from stiffcore.eigen.sparse import EPS, Array, Product, lanczos, lanczos_error, longest_sum, norm_bound, product
+from stiffcore.eigen.sparse import (
+    EPS,
+    Array,
+    Product,
+    host_matrix,
+    lanczos,
+    lanczos_error,
+    longest_sum,
+    norm_bound,
+    product,
+)
 
 # Arnoldi steps for a picture of where the spectrum lies, Lanczos steps for a first and for the proved norm of a power.
 HULL_STEPS = 60
@@ -86,12 +96,14 @@ class Operator:
     @classmethod
     def of(cls, a: sp.csc_array | LinearOperator, rng: np.random.Generator) -> "Operator":
         """Of a matrix, or of something that multiplies with one and its transpose."""
-        k = a.shape[0]
-        if not isinstance(a, LinearOperator):
-            apply, transposed = partial(product, a), partial(product, a.T)
-            rounding = longest_sum(a) * EPS * norm_bound(a)
-        else:
+        k, host = a.shape[0], host_matrix(a)
+        if isinstance(a, LinearOperator):
             apply, transposed = a.matvec, a.rmatvec
+        else:
+            apply, transposed = partial(product, a), partial(product, a.T)
+        if host is not None:
+            rounding = longest_sum(host) * EPS * norm_bound(host)
+        else:
             square = lanczos(lambda x: transposed(apply(x)), k, min(FIRST_STEPS, k), np.dtype(float), rng)[-1]
             rounding = OPERATOR_ROUNDING * math.sqrt(max(float(square), 0.0))
         return cls(apply, transposed, k, rounding, ritz_values(apply, k, rng))

@@ -57,6 +57,11 @@ def as_sparse(a: Any) -> sp.csc_array:
     return matrix
 
 
+def host_matrix(a: Any) -> sp.csc_array | None:
+    """The matrix itself: of a `LinearOperator` its attribute `host`, where it has one; of anything else `as_sparse`."""
+    return getattr(a, "host", None) if isinstance(a, LinearOperator) else as_sparse(a)
+
+
 def product(a: sp.csc_array | sp.csr_array, x: Array) -> Array:
     """A x for a real A and a real or complex vector, without a complex copy of A."""
     if not np.iscomplexobj(x):
@@ -117,6 +122,11 @@ def factor_bytes(fill: int, nnz: int, itemsize: int) -> int:
 def inertia_bytes(fill: int, nnz: int) -> int:
     """Memory of `proved_least`: the factors, and both of them as sparse matrices, with two more halves."""
     return factor_bytes(fill, nnz, 8) + 24 * fill
+
+
+def device_matrix_bytes(nonzeros: int, k: int) -> int:
+    """Device memory of a `stiffcore.eigen.device.DeviceMatrix`: the matrix by row and by column, and a few vectors."""
+    return 2 * 12 * nonzeros + 8 * 8 * k
 
 
 def check_fits(needed: int, memory_bytes: int | None, what: str) -> None:
