@@ -154,6 +154,7 @@ class Run:
             "label": int(images["y"][i]),
             "prediction": int(images["prediction"][i]),
             "loss": float(images["loss"][i]),
+            "correct": _correct(int(images["prediction"][i]), int(images["y"][i])),
             **{
                 name: record[name]
                 for name in ("number", "block", "function", "kind", "m", "n", "k", "ones", "zeros", "route")
@@ -181,6 +182,11 @@ class Run:
                 "seconds": sum(record["seconds"].values()),
             }
         )
+
+
+def _correct(prediction: int, label: int) -> float:
+    """1 where an image is classified as it is labelled, 0 where not, nan where either is unknown."""
+    return float(prediction == label) if min(prediction, label) >= 0 else float("nan")
 
 
 def _certificate_row(certificate: Certificate) -> tuple[float, ...]:

@@ -1,0 +1,119 @@
+"""What a study of many images says: means by block and label, and correlations with accuracy and loss."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from stiffcore.run import DONE
+
+METRICS = ("S_active", "negative")
+OUTCOMES = ("correct", "loss")
+# Below so many images a coefficient means nothing, and its p-value is not defined.
+FEWEST = 3
+SIGNIFICANT = 0.05
+
+
+def certified(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `Run.metrics` whose spectra are certified: all statistics are of these."""
+    return rows[(rows["state"].isin(DONE)) & rows["certified"].astype(bool)]
+
+
+def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS) -> pd.DataFrame:
+    """Means, standard deviations and quantiles of metrics over images.
+
+    Args:
+        rows: from `Run.metrics`, of one kind and one function.
+        by: columns that make a group, as `number` and `block`, or `label`.
+        metrics: names of `stiffcore.metrics.NAMES`.
+
+    Returns:
+        One row a group and metric: the columns of `by`, `metric`, `images` (different ones), `values` (finite ones),
+        `infinite` (of either sign), `unknown` (nan), `mean`, `std` (n - 1 in the denominator), `min`, `q25`, `median`,
+        `q75`, `max` of the finite ones.
+    """
+    found = []
+    for group, part in certified(rows).groupby(list(by), sort=True):
+        for metric in metrics:
+            values = part[metric].to_numpy(float)
+            finite = values[np.isfinite(values)]
+            quantiles = np.quantile(finite, (0, 0.25, 0.5, 0.75, 1)) if len(finite) else np.full(5, np.nan)
+            found.append(
+                dict(zip(by, group, strict=True))
+                | {
+                    "metric": metric,
+                    "images": part["image"].nunique(),
+                    "values": len(finite),
+                    "infinite": int(np.isinf(values).sum()),
+                    "unknown": int(np.isnan(values).sum()),
+                    "mean": float(finite.mean()) if len(finite) else float("nan"),
+                    "std": float(finite.std(ddof=1)) if len(finite) > 1 else float("nan"),
+                }
+                | dict(zip(("min", "q25", "median", "q75", "max"), map(float, quantiles), strict=True))
+            )
+    return pd.DataFrame(found)
+
+
+def correlations(
+    rows: pd.DataFrame, metrics: Sequence[str] = METRICS, outcomes: Sequence[str] = OUTCOMES
+) -> pd.DataFrame:
+    """Correlate each metric of each block with accuracy (an image classified correctly, 1 or 0) and loss.
+
+    Pearson's r with the p-value of the t-test (as the paper has it), Spearman's rho, and the p-values of all tests of
+    the table corrected for their number: Holm's, which bounds the chance of any false one (Scand. J. Stat. 6 (1979)),
+    and Benjamini and Hochberg's, which bounds the share of false ones (J. R. Stat. Soc. B 57 (1995)).
+
+    Args:
+        rows: from `Run.metrics`, of one kind and one function.
+        metrics: names of `stiffcore.metrics.NAMES`.
+        outcomes: `correct`, `loss`.
+
+    Returns:
+        One row a block, metric and outcome: `number`, `block`, `metric`, `outcome`, `images` (with both finite),
+        `pearson`, `pearson_p`, `spearman`, `spearman_p`, and `pearson_holm`, `pearson_bh`, `spearman_holm`,
+        `spearman_bh`. Coefficients are nan where there are fewer than 3 images or one side is constant.
+    """
+    found = []
+    for (number, block), part in certified(rows).groupby(["number", "block"], sort=True):
+        for metric in metrics:
+            for outcome in outcomes:
+                pair = part[[metric, outcome]].astype(float)
+                pair = pair[np.isfinite(pair).all(axis=1)]
+                x, y = pair[metric].to_numpy(), pair[outcome].to_numpy()
+                row = {"number": number, "block": block, "metric": metric, "outcome": outcome, "images": len(pair)}
+                found.append(row | _coefficients(x, y))
+    table = pd.DataFrame(found)
+    for test in ("pearson", "spearman"):
+        p = table[f"{test}_p"].to_numpy(float) if len(table) else np.zeros(0)
+        table[f"{test}_holm"], table[f"{test}_bh"] = holm(p), benjamini_hochberg(p)
+    return table
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction of p-values; nan stays, and counts as no test."""
+    corrected, known = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * steps), 1)
+    return corrected
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """Benjamini and Hochberg's step-up correction of p-values; nan stays, and counts as no test."""
+    corrected, known = np.full(len(p), np.nan), ~np.isnan(p)
+    if known.any():
+        corrected[known] = stats.false_discovery_control(p[known], method="bh")
+    return corrected
+
+
+def _coefficients(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return dict.fromkeys(("pearson", "pearson_p", "spearman", "spearman_p"), float("nan"))
+    pearson, spearman = stats.pearsonr(x, y), stats.spearmanr(x, y)
+    return {
+        "pearson": float(pearson.statistic),
+        "pearson_p": float(pearson.pvalue),
+        "spearman": float(spearman.statistic),
+        "spearman_p": float(spearman.pvalue),
+    }

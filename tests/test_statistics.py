@@ -1,0 +1,103 @@
+"""Means and correlations of a study, against direct formulas and published corrections."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t as student
+
+from stiffcore.report.statistics import benjamini_hochberg, correlations, holm, spread
+
+
+def study(images=40, blocks=("a", "b"), seed=0):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for image in range(images):
+        correct, loss = float(rng.random() < 0.7), float(rng.exponential())
+        for number, block in enumerate(blocks, 1):
+            rows.append(
+                {
+                    "image": image,
+                    "number": number,
+                    "block": block,
+                    "label": image % 4,
+                    "state": "done",
+                    "certified": True,
+                    "S_active": 2 + 0.5 * loss * (number == 1) + rng.normal() / 10,
+                    "negative": 0.0,
+                    "correct": correct,
+                    "loss": loss,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_means_are_over_certified_spectra_and_count_what_is_not_finite():
+    rows = study()
+    rows.loc[0, "certified"] = False
+    rows.loc[2, "S_active"] = math.inf
+    rows.loc[4, "S_active"] = math.nan
+    found = spread(rows, ["number", "block"]).set_index(["block", "metric"])
+    first = found.loc[("a", "S_active")]
+    kept = rows[(rows["block"] == "a")]["S_active"].to_numpy()[3:]
+    assert (first["images"], first["values"], first["infinite"], first["unknown"]) == (39, 37, 1, 1)
+    assert first["mean"] == pytest.approx(kept.mean())
+    assert first["std"] == pytest.approx(kept.std(ddof=1))
+    assert (first["min"], first["median"], first["max"]) == (kept.min(), np.median(kept), kept.max())
+    assert found.loc[("b", "S_active"), "values"] == 40
+    by_label = spread(rows, ["label"], ["S_active"])
+    assert by_label["label"].tolist() == [0, 1, 2, 3]
+    assert by_label["values"].sum() == 77
+
+
+def test_a_planted_correlation_is_found_and_a_constant_has_none():
+    found = correlations(study()).set_index(["block", "metric", "outcome"])
+    planted = found.loc[("a", "S_active", "loss")]
+    rows = study()
+    rows = rows[rows["block"] == "a"]
+    r = np.corrcoef(rows["S_active"], rows["loss"])[0, 1]
+    assert planted["pearson"] == pytest.approx(r)
+    n = len(rows)
+    t = r * math.sqrt((n - 2) / (1 - r * r))
+    assert planted["pearson_p"] == pytest.approx(2 * student.sf(abs(t), n - 2), rel=1e-6)
+    ranks = [pd.Series(rows[c].to_numpy()).rank() for c in ("S_active", "loss")]
+    assert planted["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert planted["pearson_holm"] < 0.05
+    assert found.loc[("b", "S_active", "loss"), "pearson_holm"] > 0.05
+    assert found["pearson"].xs("negative", level="metric").isna().all()
+    assert (found["pearson_holm"].dropna() >= found["pearson_p"].dropna()).all()
+
+
+def test_too_few_images_have_no_coefficient():
+    found = correlations(study(images=2))
+    assert found["pearson"].isna().all()
+    assert correlations(study()[:0]).empty
+
+
+def test_corrections_are_those_of_the_papers():
+    # the worked example of Benjamini & Hochberg (1995), section 3
+    p = np.array(
+        [
+            0.0001,
+            0.0004,
+            0.0019,
+            0.0095,
+            0.0201,
+            0.0278,
+            0.0298,
+            0.0344,
+            0.0459,
+            0.324,
+            0.4262,
+            0.5719,
+            0.6528,
+            0.759,
+            1.0,
+        ]
+    )
+    assert (benjamini_hochberg(p) <= 0.05).sum() == 4
+    assert (holm(p) <= 0.05).sum() == 3
+    assert holm(np.array([0.01, np.nan, 0.04, 0.03])) == pytest.approx([0.03, np.nan, 0.06, 0.06], nan_ok=True)
+    shuffled = np.random.default_rng(0).permutation(len(p))
+    assert np.allclose(holm(p[shuffled]), holm(p)[shuffled])
