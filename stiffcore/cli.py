@@ -18,6 +18,7 @@ from stiffcore.cluster import Event, workers_at
 from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
+from stiffcore.report.statistics import FEWEST
 from stiffcore.run import Prepared, Run, carry_out_plan, check_free, open_run, prepare, state_of
 from stiffcore.study import Study, format_bytes
 from stiffcore.version import __version__
@@ -208,13 +209,17 @@ def status(run: RunArgument, as_json: Json = False) -> None:
 
 
 @app.command()
-def show(run: RunArgument, as_json: Json = False) -> None:
-    """Print the tables of a run: S, the shares by sign, the extremes, and the certificates."""
+def show(
+    run: RunArgument,
+    each: Annotated[bool, typer.Option("--each", help="List every spectrum, however many there are.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the tables of a run: S, the shares by sign, the extremes, and the certificates; means and correlations."""
     found = open_run(run)
     if as_json:
         _print_json(tables.json_rows(found.metrics()))
     else:
-        _show(found)
+        _show(found, each=each)
 
 
 @app.command()
@@ -316,11 +321,24 @@ def _run(url: str, options: dict[str, Any], workers: int | None, scheduler: str 
         raise StiffcoreError(f"{len(outcome.failed)} units failed:\n{lines}\n`stiffcore run {url}` tries them again")
 
 
-def _show(run: Run) -> None:
+# `show` lists every spectrum of a run of so many at most; `show --each` of any.
+LISTED = 60
+
+
+def _show(run: Run, *, each: bool = False) -> None:
     rows = run.metrics()
-    out.print(tables.metrics_table(rows, out.width))
-    if rows["image"].nunique() > 1:
+    if each or len(rows) <= LISTED:
+        out.print(tables.metrics_table(rows, out.width))
+    else:
+        _say(out, tables.status_summary(run.records()) + "; --each lists every spectrum")
+    images = rows["image"].nunique()
+    if images > 1:
         out.print(tables.means_table(rows))
+        if rows["label"].nunique() > 1:
+            out.print(tables.means_table(rows, "label"))
+    if images >= FEWEST:
+        for function in sorted(set(rows["function"])):
+            out.print(tables.correlations_table(rows, function))
     if (rows["zero"] > 0).any():
         _say(
             out,

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from stiffcore.metrics import spell
 from stiffcore.plan import Plan, UnitPlan
+from stiffcore.report.statistics import SIGNIFICANT, certified, correlations
 from stiffcore.run import DONE, Run, state_of
 from stiffcore.study import Solver, format_bytes
 
@@ -183,19 +184,61 @@ def percent(share: float) -> str:
     return "open" if math.isnan(share) else f"{100 * share:.3f}"
 
 
-def means_table(rows: pd.DataFrame) -> Table:
-    """Mean and standard deviation over images, by block and function, of the certified spectra."""
-    certified = rows[(rows["state"] == "done")]
-    table = _table("Mean over images (standard deviation), certified spectra only", "")
-    for name in ("block", "function"):
+# Of the tables of means: header, metric, factor.
+MEANS = (
+    ("S active", "S_active", 1),
+    ("Re<0 %", "negative", 100),
+    ("Re=0 %", "zero", 100),
+    ("max Re", "abscissa", 1),
+    ("min Re active", "min_re_active", 1),
+)
+
+
+def means_table(rows: pd.DataFrame, by: str = "block") -> Table:
+    """Mean and standard deviation over images of the certified spectra, by block and function, or by label."""
+    title = f"Mean over images (standard deviation) by {by}, certified {_kind(rows)} spectra only"
+    table = _table(title, "")
+    for name in (by, "function"):
         table.add_column(name)
-    columns = {"S_active": 1, "negative": 100, "zero": 100, "abscissa": 1, "min_re_active": 1}
-    for name in ("images", "S active", "Re<0 %", "Re=0 %", "max Re", "min Re active"):
+    for name in ("images", *(header for header, _, _ in MEANS)):
         table.add_column(name, justify="right")
-    for (number, block, function), group in certified.groupby(["number", "block", "function"]):
-        cells = [_mean(group[name].to_numpy(float) * scale) for name, scale in columns.items()]
-        table.add_row(_block(number, block), function, str(len(group)), *cells)
+    names = ["number", "block", "function"] if by == "block" else [by, "function"]
+    for group, part in certified(rows).groupby(names):
+        cells = [_mean(part[name].to_numpy(float) * factor) for _, name, factor in MEANS]
+        first = _block(*group[:2]) if by == "block" else str(group[0])
+        table.add_row(first, group[-1], str(part["image"].nunique()), *cells)
     return table
+
+
+def correlations_table(rows: pd.DataFrame, function: str) -> Table:
+    """Correlations of S active and of the negative share with accuracy and loss, block by block; see `correlations`."""
+    found = correlations(rows[rows["function"] == function])
+    table = _table(
+        f"Correlation over images, certified {_kind(rows)} spectra of {function}: coefficient (p; p by Holm)",
+        "bold: p < 0.05 as it stands, without regard to the number of tests; an asterisk: by Holm, too",
+    )
+    table.add_column("block", no_wrap=True)
+    for name in ("metric", "with"):
+        table.add_column(name)
+    for name in ("images", "Pearson", "Spearman"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for _, row in found.iterrows():
+        cells = [_coefficient(row, test) for test in ("pearson", "spearman")]
+        names = [str(row["metric"]), str(row["outcome"]), str(row["images"])]
+        table.add_row(_block(row["number"], row["block"]), *names, *cells)
+    return table
+
+
+def _coefficient(row: pd.Series, test: str) -> str:
+    value, p, corrected = row[test], row[f"{test}_p"], row[f"{test}_holm"]
+    if math.isnan(value):
+        return "-"
+    text = f"{value:.2f} ({p:.2g}; {corrected:.2g}){'*' if corrected < SIGNIFICANT else ''}"
+    return f"[bold]{text}[/bold]" if p < SIGNIFICANT else text
+
+
+def _kind(rows: pd.DataFrame) -> str:
+    return ", ".join(sorted(set(rows["kind"])))
 
 
 def _mean(values: Any) -> str:
