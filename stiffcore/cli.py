@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from stiffcore.cluster import Event, workers_at
-from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.errors import StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
@@ -264,21 +264,13 @@ def picture(
 
 @app.command()
 def export(
-    run: RunArgument, to: Annotated[Path, typer.Option(help="The file to write, .csv; it must not exist.")]
+    run: RunArgument,
+    to: Annotated[Path, typer.Option(help="The file to write, .csv, .parquet or .h5; it must not exist.")],
 ) -> None:
-    """Write the metrics as CSV, one row a spectrum."""
-    if to.suffix != ".csv":
-        raise InputError(f"--to {to}: only .csv is known")
-    if to.exists():
-        raise InputError(f"--to {to} exists: give a new file")
-    if not to.parent.is_dir():
-        raise InputError(f"--to {to}: there is no folder {to.parent}")
-    rows = open_run(run).metrics()
-    try:
-        rows.to_csv(to, index=False, na_rep="nan")
-    except OSError as error:
-        raise InputError(f"--to {to}: {error}") from error
-    _say(out, f"{len(rows)} rows in {to}")
+    """Write the metrics as CSV or parquet, one row a spectrum; or metrics and spectra as HDF5."""
+    from stiffcore.exports import export
+
+    _say(out, export(open_run(run), to))
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:

@@ -25,6 +25,7 @@ from stiffcore.study import Device, Keep, Kind, Solver, Study, Survey, Unit, fin
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray
 
     from stiffcore.picture import Picture
 
@@ -145,6 +146,12 @@ class Run:
 
         images = {name: self.store.get_array("images", name) for name in ("index", "y", "prediction", "loss")}
         return pd.DataFrame([self._row(key, record, images) for key, record in self.records().items()])
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """All metrics over image, block, function and kind; see `stiffcore.exports.to_xarray`."""
+        from stiffcore.exports import to_xarray
+
+        return to_xarray(self)
 
     def _row(self, key: str, record: dict[str, Any], images: dict[str, np.ndarray]) -> dict[str, Any]:
         i = record["image"]

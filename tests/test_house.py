@@ -19,7 +19,7 @@ STAGES = [
     ["eigen"],
     ["store", "plan", "survey"],
     ["unit", "cluster"],
-    ["run", "preload", "picture"],
+    ["run", "preload", "picture", "exports"],
     ["api", "report"],
     ["cli"],
 ]

@@ -1,0 +1,149 @@
+"""A run in the formats of others: metrics as CSV or parquet, spectra as HDF5, all metrics as an xarray dataset."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from stiffcore.errors import InputError
+from stiffcore.metrics import NAMES
+from stiffcore.run import CERTIFICATE_COLUMNS, DONE, Run
+
+if TYPE_CHECKING:
+    import xarray
+
+# Of the layout that `write_hdf5` documents.
+HDF5_LAYOUT = 1
+# Facts of a unit that become attributes of its spectrum.
+FACTS = ("block", "number", "function", "kind", "image", "image_index", "label", "n", "k", "ones", "zeros", "solver")
+
+
+def export(run: Run, to: Path) -> str:
+    """Write a run to a new file, in the format of its suffix: .csv, .parquet, or .h5 and .hdf5.
+
+    Args:
+        run: any.
+        to: must not exist; its folder must.
+
+    Returns:
+        What was written, for people.
+
+    Raises:
+        InputError: where the suffix is unknown, the file exists or cannot be written, or a package is missing.
+    """
+    if to.suffix not in WRITERS:
+        raise InputError(f"--to {to}: known are {', '.join(WRITERS)}")
+    if to.exists():
+        raise InputError(f"--to {to} exists: give a new file")
+    if not to.parent.is_dir():
+        raise InputError(f"--to {to}: there is no folder {to.parent}")
+    try:
+        return WRITERS[to.suffix](run, to)
+    except ImportError as error:
+        raise InputError(f"--to {to}: {error}; pip install 'stiffcore[export]'") from error
+    except OSError as error:
+        raise InputError(f"--to {to}: {error}") from error
+
+
+def _write_csv(run: Run, to: Path) -> str:
+    rows = run.metrics()
+    rows.to_csv(to, index=False, na_rep="nan")
+    return f"{len(rows)} rows in {to}"
+
+
+def _write_parquet(run: Run, to: Path) -> str:
+    rows = run.metrics()
+    rows.to_parquet(to, index=False, engine="pyarrow")
+    return f"{len(rows)} rows in {to}"
+
+
+def write_hdf5(run: Run, to: Path) -> str:
+    """Write spectra and metrics as HDF5, of plain numbers and strings that MATLAB, Julia and R read.
+
+    Layout, version 1:
+
+        /                       attributes: layout, stiffcore (version), description, source, study (JSON)
+        /metrics/COLUMN         (units,) every column of `Run.metrics`: float64, int64, or UTF-8 strings
+        /spectra/KEY/real       (m,) float, the computed eigenvalues, ascending; attributes: see `FACTS`, and
+        /spectra/KEY/imag       (m,) `complete` (1 where m = k, 0 where they are the ends alone) and `certified`
+        /images/NAME            (images,) index, y (label), prediction, loss
+
+    n is m + ones + zeros where complete: so many more eigenvalues are exactly 1 and exactly 0.
+    """
+    rows, written = run.metrics(), 0
+    keys = list(run.records())
+    with h5py.File(to, "x") as file:
+        file.attrs.update(
+            {
+                "layout": HDF5_LAYOUT,
+                "stiffcore": run.header["version"],
+                "description": run.header["description"],
+                "source": run.header["source"],
+                "study": json.dumps(run.header["study"]),
+            }
+        )
+        for name in rows:
+            file[f"metrics/{name}"] = _column(rows[name])
+        for name in ("index", "y", "prediction", "loss"):
+            file[f"images/{name}"] = run.store.get_array("images", name)
+        for key, row in zip(keys, rows.to_dict("records"), strict=True):
+            if row["state"] not in DONE:
+                continue
+            spectrum = run.stored(key)
+            group = file.create_group(f"spectra/{key}")
+            group["real"], group["imag"] = spectrum.computed.real, spectrum.computed.imag
+            group.attrs.update({name: row[name] for name in FACTS})
+            group.attrs.update({"complete": int(spectrum.ends is None), "certified": int(spectrum.certificate.passed)})
+            written += 1
+    return f"{written} spectra in {to}"
+
+
+WRITERS: dict[str, Callable[[Run, Path], str]] = {
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+    ".h5": write_hdf5,
+    ".hdf5": write_hdf5,
+}
+
+
+def to_xarray(run: Run) -> "xarray.Dataset":
+    """All metrics of a run as a dataset over image, block, function and kind; nan where there is no spectrum.
+
+    Returns:
+        Variables: `stiffcore.metrics.NAMES`, those of the certificate, `n`, `k`, `ones`, `zeros`, `certified`, `state`,
+        `basis`. Coordinates: `image` (position), `block` (module path), `function`, `kind`; along image `image_index`,
+        `label`, `prediction`, `loss`, `correct`; along block `number`.
+
+    Raises:
+        InputError: where xarray is not installed.
+    """
+    try:
+        import xarray
+    except ImportError as error:
+        raise InputError(f"{error}; pip install 'stiffcore[export]'") from error
+
+    rows = run.metrics()
+    dims = ["image", "block", "function", "kind"]
+    # as the run has them, which is by depth
+    order = {name: list(dict.fromkeys(rows[name])) for name in dims}
+    indexed = rows.set_index(dims)
+    names = [*NAMES, *CERTIFICATE_COLUMNS, "n", "k", "ones", "zeros", "certified", "state", "basis"]
+    data = xarray.Dataset.from_dataframe(indexed[names]).reindex(order)
+    by_image = rows.drop_duplicates("image").set_index("image").loc[order["image"]]
+    for name in ("image_index", "label", "prediction", "loss", "correct"):
+        data = data.assign_coords({name: ("image", by_image[name].to_numpy())})
+    by_block = rows.drop_duplicates("block").set_index("block").loc[order["block"]]
+    data = data.assign_coords(number=("block", by_block["number"].to_numpy()))
+    return data.assign_attrs(description=run.header["description"], source=run.header["source"])
+
+
+def _column(values: pd.Series) -> Any:
+    if values.dtype == bool:
+        return values.to_numpy(np.int64)
+    if values.dtype.kind in "iuf":
+        return values.to_numpy()
+    return values.astype(str).to_numpy(object)

@@ -1,0 +1,89 @@
+"""A round trip for every format: what is read back is what the run holds."""
+
+import math
+import sys
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+import stiffcore
+from stiffcore.exports import export
+from tests.test_run import OPTIONS, execute
+
+
+@pytest.fixture
+def run(small):
+    execute(small / "run", OPTIONS | {"count": 2, "blocks": "1,4"})
+    return stiffcore.open_run(str(small / "run"))
+
+
+def assert_same(found, rows):
+    assert list(found.columns) == list(rows.columns)
+    for name in rows:
+        a, b = found[name], rows[name]
+        if b.dtype.kind in "fiub":
+            assert np.array_equal(a.to_numpy(float), b.to_numpy(float), equal_nan=True), name
+        else:
+            assert a.fillna("").astype(str).tolist() == b.fillna("").astype(str).tolist(), name
+
+
+def test_csv_and_parquet_hold_the_metrics_to_the_last_digit(run, small):
+    rows = run.metrics()
+    export(run, small / "m.csv")
+    assert_same(pd.read_csv(small / "m.csv", keep_default_na=False, na_values=["nan"]), rows)
+    export(run, small / "m.parquet")
+    assert_same(pd.read_parquet(small / "m.parquet"), rows)
+
+
+def test_hdf5_holds_spectra_and_metrics(run, small):
+    assert "8 spectra" in export(run, small / "s.h5")
+    rows = run.metrics()
+    with h5py.File(small / "s.h5") as file:
+        assert file.attrs["layout"] == 1
+        assert set(file["spectra"]) == set(run.records())
+        for key in run.records():
+            group, spectrum = file[f"spectra/{key}"], run.stored(key)
+            assert np.array_equal(group["real"][:] + 1j * group["imag"][:], spectrum.computed)
+            assert group["real"].dtype == np.float64
+            assert len(group["real"]) + group.attrs["ones"] + group.attrs["zeros"] == group.attrs["n"] == spectrum.n
+            assert (group.attrs["complete"], group.attrs["certified"]) == (1, 1)
+            assert group.attrs["block"] == spectrum.name
+        assert np.array_equal(file["metrics/S_active"][:], rows["S_active"])
+        assert file["metrics/block"].asstr()[:].tolist() == rows["block"].tolist()
+        assert np.array_equal(file["images/y"][:], run.store.get_array("images", "y"))
+
+
+def test_the_ends_of_a_spectrum_are_not_taken_for_all_of_it(small):
+    run, _ = execute(small / "ends", OPTIONS | {"blocks": "1", "solver": "extremes"})
+    export(run, small / "e.hdf5")
+    with h5py.File(small / "e.hdf5") as file:
+        assert {group.attrs["complete"] for group in file["spectra"].values()} == {0}
+
+
+def test_xarray_has_every_metric_at_its_place(run):
+    data = run.to_xarray()
+    assert data.sizes == {"image": 2, "block": 2, "function": 2, "kind": 1}
+    for _, row in run.metrics().iterrows():
+        at = data.sel(image=row["image"], block=row["block"], function=row["function"], kind="matrix")
+        assert float(at["S_active"]) == row["S_active"]
+        assert float(at["negative"]) == row["negative"]
+        assert int(at["label"]) == row["label"]
+        assert int(at["number"]) == row["number"]
+        assert str(at["state"].item()) == "done"
+        assert math.isnan(float(at["euler_stable"])) == math.isnan(row["euler_stable"])
+
+
+def test_what_cannot_be_written_is_refused(run, small, monkeypatch):
+    (small / "there.csv").write_text("")
+    for name, part in (("there.csv", "exists"), ("x.doc", ".parquet"), ("no/x.csv", "no folder")):
+        with pytest.raises(stiffcore.InputError, match=part):
+            export(run, small / name)
+    assert (small / "there.csv").read_text() == ""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(stiffcore.InputError, match=r"stiffcore\[export\]"):
+        export(run, small / "m.parquet")
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(stiffcore.InputError, match=r"stiffcore\[export\]"):
+        run.to_xarray()
