@@ -268,9 +268,11 @@ def export(
     to: Annotated[Path, typer.Option(help="The file to write, .csv, .parquet or .h5; it must not exist.")],
 ) -> None:
     """Write the metrics as CSV or parquet, one row a spectrum; or metrics and spectra as HDF5."""
-    from stiffcore.exports import export
+    from stiffcore.exports import check_target
+    from stiffcore.exports import export as write
 
-    _say(out, export(open_run(run), to))
+    check_target(to)
+    _say(out, write(open_run(run), to))
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:

@@ -35,18 +35,27 @@ def export(run: Run, to: Path) -> str:
     Raises:
         InputError: where the suffix is unknown, the file exists or cannot be written, or a package is missing.
     """
-    if to.suffix not in WRITERS:
-        raise InputError(f"--to {to}: known are {', '.join(WRITERS)}")
-    if to.exists():
-        raise InputError(f"--to {to} exists: give a new file")
-    if not to.parent.is_dir():
-        raise InputError(f"--to {to}: there is no folder {to.parent}")
+    check_target(to)
     try:
         return WRITERS[to.suffix](run, to)
     except ImportError as error:
         raise InputError(f"--to {to}: {error}; pip install 'stiffcore[export]'") from error
     except OSError as error:
         raise InputError(f"--to {to}: {error}") from error
+
+
+def check_target(to: Path) -> None:
+    """Refuse a file that `export` would refuse, before anything is read.
+
+    Raises:
+        InputError: as `export`.
+    """
+    if to.suffix not in WRITERS:
+        raise InputError(f"--to {to}: known are {', '.join(WRITERS)}")
+    if to.exists():
+        raise InputError(f"--to {to} exists: give a new file")
+    if not to.parent.is_dir():
+        raise InputError(f"--to {to}: there is no folder {to.parent}")
 
 
 def _write_csv(run: Run, to: Path) -> str:
