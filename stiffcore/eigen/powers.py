@@ -38,6 +38,8 @@ TRANSIENT = 40
 PROMISING = 0.5
 # What products of a function's derivatives may be off by, relative to their norm.
 OPERATOR_ROUNDING = 1e-12
+# What a power does to a random vector, times this and sqrt(k), is what it does to any but for one vector in a hundred.
+UNSEEN = 100
 # Centres that are tried: the right end of the disc, relative to that of the spectrum.
 REACHES = (1.0, 1.15, 1.4, 1.8, 2.5, 4.0, 8.0)
 
@@ -83,13 +85,15 @@ class Operator:
         apply: the product with A (real).
         transposed: with its transpose.
         k: the order.
-        rounding: what a product may be off by, relative to the vector's norm.
+        norm: an upper bound of |A|, or an estimate where there is no matrix.
+        rounding: what a product may be off by, relative to |A| and the vector's norm.
         ritz: see `ritz_values`.
     """
 
     apply: Product
     transposed: Product
     k: int
+    norm: float
     rounding: float
     ritz: Array
 
@@ -102,11 +106,11 @@ class Operator:
         else:
             apply, transposed = partial(product, a), partial(product, a.T)
         if host is not None:
-            rounding = longest_sum(host) * EPS * norm_bound(host)
+            norm, rounding = norm_bound(host), longest_sum(host) * EPS
         else:
-            square = lanczos(lambda x: transposed(apply(x)), k, min(FIRST_STEPS, k), np.dtype(float), rng)[-1]
-            rounding = OPERATOR_ROUNDING * math.sqrt(max(float(square), 0.0))
-        return cls(apply, transposed, k, rounding, ritz_values(apply, k, rng))
+            square = lanczos(lambda x: transposed(apply(x)), k, min(PROOF_STEPS, k), np.dtype(float), rng)[-1]
+            norm, rounding = 2 * math.sqrt(max(float(square), 0.0)), OPERATOR_ROUNDING
+        return cls(apply, transposed, k, norm, rounding, ritz_values(apply, k, rng))
 
     def negative(self) -> "Operator":
         """Of -A."""
@@ -166,9 +170,12 @@ def contraction(
         growth[0] = 1.0
         found = norm(m, FIRST_STEPS)
         if found <= PROMISING:
-            bound = norm(m, PROOF_STEPS) / math.sqrt(1 - lanczos_error(a.k, PROOF_STEPS))
-            # |fl(B^m x) - B^m x|: a sum over the steps, of what is before, times rounding, times what is after
-            bound += m * (10 * growth[0]) ** 2 * (a.rounding / radius + 4 * EPS * (1 + abs(centre) / radius))
+            bound = norm(m, PROOF_STEPS) / math.sqrt(1 - lanczos_error(a.k, PROOF_STEPS)) * (1 + 1e-6)
+            # |fl(B^m x) - B^m x|: a sum over the steps, of what is before, times rounding, times what is after; no
+            # power in between is larger than that of the norm, nor much larger than what became of random vectors
+            least = max(1.0, (a.norm + abs(centre)) / radius)
+            largest = min(math.exp(min(m * math.log(least), 700)), math.sqrt(a.k) * UNSEEN * growth[0])
+            bound += m * largest**2 * least * (a.rounding + 4 * EPS)
             if bound < 1:
                 return radius * (1 - bound ** (1 / m)) * (1 - 1e-6), m
         if not math.isfinite(found) or (found >= before and m > TRANSIENT):
