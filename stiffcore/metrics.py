@@ -22,23 +22,46 @@ NAMES = (
     "radius",
     "max_im",
     "euler_stable",
+    "decay_ratio",
+    "stable_step",
+    "departure",
+    "numerical_abscissa",
 )
 
 
-def spectrum_metrics(computed: np.ndarray, ones: int, zeros: int, *, branch: bool) -> dict[str, float]:
+def spectrum_metrics(
+    computed: np.ndarray,
+    ones: int,
+    zeros: int,
+    *,
+    branch: bool,
+    shift: int = 0,
+    frobenius: float = float("nan"),
+    numerical_abscissa: float = float("nan"),
+) -> dict[str, float]:
     """The metrics of one spectrum.
 
     Args:
         computed: (k,) complex, the eigenvalues that were computed.
         ones: how many more are exactly 1.
         zeros: how many more are exactly 0 (structural zeros).
-        branch: whether it is the Jacobian of an ODE's right-hand side, so that `euler_stable` has a meaning.
+        branch: whether it is the Jacobian of an ODE's right-hand side, so that `euler_stable` and `stable_step` have
+            a meaning.
+        shift: what was added to the eigenvalues of M, the matrix that was solved.
+        frobenius: norm of M; nan where unknown.
+        numerical_abscissa: of that matrix, shifted as its eigenvalues are; nan where unknown.
 
     Returns:
         By name, see `NAMES`: `S` and `S_active` (may be inf, -inf or nan); `negative`, `positive`, `zero` (shares of
         all n eigenvalues); `abscissa` (max Re), `min_re`, `min_re_active` (without structural zeros), `radius`
         (max |l|), `max_im` (max |Im|); `euler_stable` (share with |1 + l| <= 1, forward Euler's stability disc
-        at step 1; nan where not `branch`). Empty sets give nan.
+        at step 1; nan where not `branch`). Empty sets give nan. Of the eigenvalues with negative real part alone:
+        `decay_ratio`, max |Re| / min |Re|, the stiffness ratio of textbooks (Lambert, Numerical Methods for Ordinary
+        Differential Systems, 1991, section 6.2), and `stable_step`, the largest step at which forward Euler damps them
+        all, min -2 Re / |l|^2 (nan where not `branch`, inf where there are none). Of the matrix that was solved, which
+        has another basis than J: `departure` from normality, sqrt(|M|_F^2 - sum |l|^2) (Henrici, Numer. Math. 4
+        (1962); below 1e-8 |M|_F it is rounding), and `numerical_abscissa`, its logarithmic 2-norm: the initial growth
+        rate of x' = M x.
     """
     n = len(computed) + ones + zeros
     active = np.concatenate([computed.real, np.ones(min(ones, 1))])
@@ -57,6 +80,10 @@ def spectrum_metrics(computed: np.ndarray, ones: int, zeros: int, *, branch: boo
         "radius": _largest(modulus),
         "max_im": _largest(np.concatenate([np.abs(computed.imag), np.zeros(min(ones + zeros, 1))])),
         "euler_stable": _share(inside, n) if branch else float("nan"),
+        "decay_ratio": _decay_ratio(computed.real[computed.real < 0]),
+        "stable_step": _stable_step(computed[computed.real < 0]) if branch else float("nan"),
+        "departure": _departure(computed - shift, frobenius),
+        "numerical_abscissa": numerical_abscissa,
     }
 
 
@@ -70,6 +97,7 @@ def extreme_metrics(
     outside: int | None,
     radius: float,
     branch: bool,
+    numerical_abscissa: float = float("nan"),
 ) -> dict[str, float]:
     """The metrics that the ends of a spectrum and proved counts give; nan for those that need the rest.
 
@@ -82,6 +110,7 @@ def extreme_metrics(
         outside: how many of the k have |1 + l| > 1, where proved.
         radius: the largest modulus of the k; nan where unknown.
         branch: as for `spectrum_metrics`.
+        numerical_abscissa: as for `spectrum_metrics`.
 
     Returns:
         As `spectrum_metrics`.
@@ -89,6 +118,7 @@ def extreme_metrics(
     n = k + ones + zeros
     ends = spectrum_metrics(found, ones, zeros, branch=branch)
     known = {name: ends[name] for name in ("S", "S_active", "abscissa", "min_re", "min_re_active")}
+    known["numerical_abscissa"] = numerical_abscissa
     known["radius"] = float(np.maximum(radius, 1.0 if ones else 0.0))
     if negative is not None:
         known["negative"] = _share(negative, n)
@@ -137,6 +167,30 @@ def stiffness_error(values: Mapping[str, float], error_max: float, error_min: fl
         return float("inf")
     with np.errstate(over="ignore"):
         return float((error_max + np.float64(top) / bottom * error_min) / np.float64(bottom - error_min))
+
+
+def _decay_ratio(negative: np.ndarray) -> float:
+    if not len(negative):
+        return float("nan")
+    with np.errstate(over="ignore"):
+        return float(np.float64(negative.min()) / np.float64(negative.max()))
+
+
+def _stable_step(decaying: np.ndarray) -> float:
+    if not len(decaying):
+        return float("inf")
+    exactly = decaying.astype(np.complex128)
+    with np.errstate(over="ignore", divide="ignore", under="ignore"):
+        modulus = np.abs(exactly)
+        return float((-2 * (exactly.real / modulus) / modulus).min())
+
+
+def _departure(m: np.ndarray, frobenius: float) -> float:
+    """From eigenvalues of M, scaled so that squares of tiny norms do not vanish."""
+    if not frobenius > 0:
+        return frobenius
+    share = float((np.abs(m.astype(np.complex128) / frobenius) ** 2).sum())
+    return frobenius * float(np.sqrt(max(0.0, 1 - share)))
 
 
 def _share(count: int | np.integer, n: int) -> float:

@@ -612,13 +612,14 @@ def _device_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> 
 
 
 def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
-    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`) and 16 MiB, or the shard that is read.
+    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`) and 16 MiB, or what is read beside it.
 
     eigenvectors holds the operator too, for what follows: its kernels and the values it was linearised at:
         + 3 * kernel_items * itemsize + 2 * column_bytes.
     certify: 2 * 20 lifted vectors' products, after the matrices of the inverse iteration are gone.
     """
-    k, reading = unit.k, unit.k * unit.k * itemsize + _shard_bytes(unit.k, shard, itemsize)
+    k, sparse = unit.k, 24 * unit.nonzeros
+    reading = k * k * itemsize + max(_shard_bytes(k, shard, itemsize), sparse)
     operator = _operator_bytes(unit, column_bytes, itemsize)
     return {
         "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, reading),

@@ -235,6 +235,9 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         certificate=Certificate.from_json(record["certificate"]),
         record=record,
         ends=Ends.from_json(record["ends"]) if record.get("ends") else None,
+        shift=record["shift"],
+        frobenius=record["moments"]["frobenius"],
+        numerical_abscissa=record["shift"] + record.get("logarithmic_norm", float("nan")),
     )
 
 

@@ -184,6 +184,9 @@ class Spectrum:
         certificate: what was checked.
         record: image, label and what else made it, where it comes from a run.
         ends: what is known of the others, where only the ends were computed.
+        shift: what was added to the eigenvalues of the matrix M that was solved.
+        frobenius: norm of M; nan where unknown.
+        numerical_abscissa: of shift I + M; nan where unknown.
     """
 
     computed: np.ndarray
@@ -198,6 +201,9 @@ class Spectrum:
     certificate: Certificate
     record: dict[str, Any] = field(default_factory=dict, repr=False)
     ends: Ends | None = None
+    shift: int = 0
+    frobenius: float = float("nan")
+    numerical_abscissa: float = float("nan")
 
     @property
     def n(self) -> int:
@@ -222,7 +228,15 @@ class Spectrum:
         """See `stiffcore.metrics.spectrum_metrics`; what the ends alone do not give is nan."""
         branch = self.function == "branch"
         if self.ends is None:
-            return spectrum_metrics(self.computed, self.ones, self.zeros, branch=branch)
+            return spectrum_metrics(
+                self.computed,
+                self.ones,
+                self.zeros,
+                branch=branch,
+                shift=self.shift,
+                frobenius=self.frobenius,
+                numerical_abscissa=self.numerical_abscissa,
+            )
         outside = self.ends.outside_disc
         return extreme_metrics(
             self.computed,
@@ -233,6 +247,7 @@ class Spectrum:
             outside=None if outside is None else outside.count,
             radius=self.ends.radius,
             branch=branch,
+            numerical_abscissa=self.ends.range_right,
         )
 
     @property

@@ -23,6 +23,7 @@ from torch import nn
 from stiffcore.eigen import certificate, dense, device
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.extremes import extremes
+from stiffcore.eigen.numerical_range import logarithmic_norm
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
@@ -312,7 +313,7 @@ def _read_matrix(run: UnitRun) -> np.ndarray:
 def _reduce(run: UnitRun) -> dict[str, Any]:
     run.drop_reduction()  # its tensors are not needed until the certificate
     a = _read_matrix(run)
-    moments = certificate.matrix_moments(a)
+    moments, growth = certificate.matrix_moments(a), _growth(run, a)
     h = dense.to_hessenberg(a)
     target = run.matrix("hessenberg")
     for shard in range(target.shards):
@@ -321,7 +322,19 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
     where = f"units/{run.key}"
     run.store.put_array(where, "tau", h.tau, ("reflector",))
     run.store.put_array(where, "scale", h.scale, ("row",))
-    return {"ilo": int(h.ilo), "ihi": int(h.ihi), "moments": asdict(moments)}
+    return {"ilo": int(h.ilo), "ihi": int(h.ihi), "moments": asdict(moments), **growth}
+
+
+def _growth(run: UnitRun, a: np.ndarray) -> dict[str, float]:
+    """The logarithmic 2-norm of M, from its sparse form where it has one."""
+    if run.record["plan"]["coloured"]:
+        return {"logarithmic_norm": logarithmic_norm(run.matrix("matrix").read_sparse())}
+
+    def product(m: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: (m @ x.astype(a.dtype)).astype(np.float64)
+
+    operator = LinearOperator(a.shape, product(a), rmatvec=product(a.T), dtype=np.dtype(np.float64))
+    return {"logarithmic_norm": logarithmic_norm(operator)}
 
 
 def _hessenberg(run: UnitRun) -> dense.Hessenberg:
@@ -342,9 +355,9 @@ def _solve(run: UnitRun) -> dict[str, Any]:
 
 def _solve_on_device(run: UnitRun) -> dict[str, Any]:
     a = _read_matrix(run)
-    moments = certificate.matrix_moments(a)
+    moments, growth = certificate.matrix_moments(a), _growth(run, a)
     values = device.device_eigenvalues(a, run.device)
-    return _store_eigenvalues(run, values) | {"moments": asdict(moments)}
+    return _store_eigenvalues(run, values) | {"moments": asdict(moments), **growth}
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from stiffcore.study import Solver
 from tests.test_plan import MIB, machine, planned, unit
 from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
 
-FROM_ENDS = ("S", "S_active", "abscissa", "min_re", "min_re_active", "radius")
+FROM_ENDS = ("S", "S_active", "abscissa", "min_re", "min_re_active", "radius", "numerical_abscissa")
 FROM_COUNTS = ("negative", "positive", "zero", "euler_stable")
 
 

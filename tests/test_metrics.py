@@ -28,6 +28,7 @@ def same(a, b):
 def direct(values):
     """Eq. 10 and the rest, number by number."""
     re = [v.real for v in values]
+    decays = [r for r in re if r < 0]
     n = len(values)
     low, high = (min(re), max(re)) if n else (math.nan, math.nan)
     zero_over_zero = math.nan if high == 0 else math.inf
@@ -42,6 +43,7 @@ def direct(values):
         "radius": max(np.abs(values)) if n else math.nan,
         "max_im": max(abs(v.imag) for v in values) if n else math.nan,
         "euler_stable": sum(np.abs(1 + values) <= 1) / n if n else math.nan,
+        "decay_ratio": min(decays) / max(decays) if decays else math.nan,
     }
 
 
@@ -124,6 +126,30 @@ def test_euler_stable_is_the_share_in_the_disc_of_step_1():
 def test_float32_spectra_have_plain_float_metrics():
     found = spectrum_metrics(np.array([0.5 + 1j, 0.5 - 1j], np.complex64), 1, 0, branch=True)
     assert all(type(v) is float for v in found.values())
+
+
+def test_the_largest_stable_step_is_that_of_forward_euler():
+    values = np.array([-1 + 2j, -1 - 2j, -0.5, -3, 0.25, 2 + 1j, 2 - 1j])
+    h = metrics(*values, zeros=2, branch=True)["stable_step"]
+    decaying = values[values.real < 0]
+    assert np.abs(1 + h * decaying).max() == pytest.approx(1)
+    assert np.abs(1 + 1.001 * h * decaying).max() > 1
+    assert metrics(1, 2, branch=True)["stable_step"] == math.inf
+    assert math.isnan(metrics(-1)["stable_step"])
+    assert metrics(-1e-300, branch=True)["stable_step"] == pytest.approx(2e300)
+
+
+def test_departure_from_normality_is_the_strict_triangle_of_the_schur_form():
+    a = np.triu(np.random.default_rng(0).standard_normal((6, 6)))
+    values = np.diag(a) + 1.0
+    for scale in (1.0, 1e-200, 1e150):
+        found = spectrum_metrics(
+            scale * np.diag(a).astype(complex), 0, 0, branch=False, frobenius=scale * np.linalg.norm(a)
+        )
+        assert found["departure"] == pytest.approx(scale * np.linalg.norm(np.triu(a, 1)))
+    shifted = spectrum_metrics(values.astype(complex), 2, 3, branch=False, shift=1, frobenius=np.linalg.norm(a))
+    assert shifted["departure"] == pytest.approx(np.linalg.norm(np.triu(a, 1)))
+    assert spectrum_metrics(np.zeros(3, complex), 0, 0, branch=False, frobenius=0.0)["departure"] == 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -221,6 +222,11 @@ def test_matrices_are_dropped_once_certified_and_kept_on_request(small):
     matrix = stiffcore.store.TiledMatrix(run.store.unit_group(key), "matrix").read()
     computed = np.sort_complex(np.linalg.eigvals(matrix) + run.records()[key]["shift"])
     assert np.allclose(np.sort_complex(run.spectrum().computed), computed, atol=1e-9)
+    found = run.spectrum().metrics
+    symmetric = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    assert found["numerical_abscissa"] == pytest.approx(run.records()[key]["shift"] + symmetric[-1], rel=1e-8)
+    strict = np.triu(scipy.linalg.schur(matrix, output="complex")[0], 1)
+    assert found["departure"] == pytest.approx(np.linalg.norm(strict), rel=1e-6)
 
 
 def test_changed_weights_fail_the_unit_and_not_the_run(small):

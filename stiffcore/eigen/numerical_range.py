@@ -182,10 +182,10 @@ def _hermitian_part(a: sp.csc_array, t: float) -> Product:
 
 def _extreme(h: sp.csc_array | LinearOperator, which: str, seed: int) -> float:
     k = h.shape[0]
-    if not isinstance(h, LinearOperator) and not h.data.any():
-        return 0.0  # ARPACK finds no start in the range of a zero matrix
     if k <= DENSE_ORDER:
         full = h @ np.eye(k) if isinstance(h, LinearOperator) else h.toarray()
         return float(scipy.linalg.eigvalsh(full)[0 if which == "SA" else -1])
     start = np.random.default_rng(seed).standard_normal(k)
+    if not np.any(h @ start):
+        return 0.0  # ARPACK finds no start in the range of a zero matrix
     return float(eigsh(h, k=1, which=which, v0=start, tol=1e-9, return_eigenvectors=False)[0])
