@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from stiffcore.cluster import Event, workers_at
-from stiffcore.errors import StiffcoreError
+from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
@@ -273,6 +273,22 @@ def export(
 
     check_target(to)
     _say(out, write(open_run(run), to))
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option(help="The page to write, .html; it must not exist.")],
+    figures: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG and SVG files.")] = None,
+) -> None:
+    """Write one self-contained page: spectra, S and P along depth and by label, correlations, certificates."""
+    found = open_run(run)
+    try:
+        from stiffcore.report.page import write_report
+    except ImportError as error:
+        raise InputError(f"{error}; pip install 'stiffcore[report]'") from error
+
+    _say(out, write_report(found, to, figures))
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:

@@ -1,0 +1,138 @@
+"""The pictures of a report, as matplotlib figures: no window, no global state."""
+
+import json
+import math
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stiffcore.picture import Picture, stored_picture
+from stiffcore.report.statistics import certified, spread
+from stiffcore.run import DONE, Run, state_of
+from stiffcore.spectra import Spectrum
+
+INK, COMPUTED, EXACT, RANGE, PAPER = "#222222", "#1f5fa8", "#c2571a", "#3a8f6b", "#a8326b"
+COLUMNS = 4
+PANEL_INCHES = (3.1, 2.7)
+
+
+def spectra(run: Run, image: int, function: str, kind: str = "matrix") -> Figure | None:
+    """The spectra of all blocks of one image in the complex plane; None where there is none.
+
+    Blue: computed eigenvalues; orange: exact ones and zeros, with how many. The imaginary axis is drawn, and for a
+    branch the disc in which forward Euler with step 1 is stable. Where a picture was taken (`stiffcore picture`), the
+    numerical range is the green curve, and the pseudospectrum is drawn as level lines.
+    """
+    keys = [
+        key
+        for key, record in run.records().items()
+        if (record["image"], record["function"], record["kind"]) == (image, function, kind)
+    ]
+    found = [key for key in keys if _has_spectrum(run, key)]
+    if not found:
+        return None
+    rows = -(-len(found) // COLUMNS)
+    columns = min(COLUMNS, len(found))
+    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes[len(found) :]:
+        axis.axis("off")
+    for axis, key in zip(axes, found, strict=False):
+        _spectrum(axis, run.stored(key), stored_picture(run.store, key))
+    return figure
+
+
+def _has_spectrum(run: Run, key: str) -> bool:
+    return state_of(run.store.record(key)) in DONE
+
+
+def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
+    axis.axvline(0, color=INK, linewidth=0.8)
+    if spectrum.function == "branch":
+        t = np.linspace(0, 2 * np.pi, 181)
+        axis.plot(np.cos(t) - 1, np.sin(t), color=INK, linewidth=0.8, linestyle=":")
+    if picture is not None:
+        curve = np.append(picture.numerical_range, picture.numerical_range[0])
+        axis.plot(curve.real, curve.imag, color=RANGE, linewidth=1)
+        if picture.smallest.size:
+            im, values = np.concatenate([-picture.im[:0:-1], picture.im]), picture.smallest
+            both = np.concatenate([values[:0:-1], values])
+            levels = np.floor(np.log10(max(values.max(), 1e-300))) - np.arange(4)[::-1]
+            axis.contour(picture.re, im, np.log10(np.maximum(both, 1e-300)), levels, colors=RANGE, linewidths=0.5)
+    z = spectrum.computed
+    axis.plot(z.real, z.imag, ".", color=COMPUTED, markersize=2, rasterized=len(z) > 500)
+    for value, count in ((1, spectrum.ones), (0, spectrum.zeros)):
+        if count:
+            axis.plot([value], [0], "o", color=EXACT, markersize=4)
+            axis.annotate(f"{count:,}", (value, 0), xytext=(2, 5), textcoords="offset points", fontsize=7, color=EXACT)
+    number = spectrum.record.get("number")
+    title = f"{number} {spectrum.name}" if number else spectrum.name
+    only = "" if spectrum.ends is None else " (ends only)"
+    axis.set_title(f"{title}, n = {spectrum.n:,}{only}", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel("Re", fontsize=7)
+    axis.set_ylabel("Im", fontsize=7)
+    axis.margins(0.08)
+
+
+def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None:
+    """S active and the negative share along depth: median, quartiles and range over images, the paper's values beside.
+
+    Args:
+        rows: from `Run.metrics`.
+        function: block or branch.
+        network: where the paper has it, its means of S and of the negative share are drawn; they are of tensor slices.
+    """
+    chosen = rows[rows["function"] == function]
+    if not len(certified(chosen)):
+        return None
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    table = spread(chosen, ["number", "block"])
+    published = paper_values(network) if function == "block" else []
+    for axis, metric, name, factor in ((upper, "S_active", "S active", 1), (lower, "negative", "Re < 0, %", 100)):
+        part = table[table["metric"] == metric]
+        part = part[part["values"] > 0]
+        x, median = part["number"].to_numpy(), factor * part["median"].to_numpy()
+        below, above = median - factor * part["q25"].to_numpy(), factor * part["q75"].to_numpy() - median
+        axis.vlines(x, factor * part["min"], factor * part["max"], color=COMPUTED, linewidth=0.8)
+        axis.errorbar(x, median, yerr=[below, above], fmt="o", color=COMPUTED, linewidth=3, markersize=5)
+        key = "S" if metric == "S_active" else "negative"
+        if published:
+            axis.plot([p["block"] for p in published], [factor * p[key] for p in published], "x", color=PAPER)
+        axis.axhline(0, color=INK, linewidth=0.5)
+        axis.set_ylabel(name)
+        if not len(part) and not published:
+            axis.text(0.5, 0.6, "open: needs the spectra", ha="center", transform=axis.transAxes)
+            axis.set_yticks([])
+    numbers = sorted(set(chosen["number"]) | {p["block"] for p in published})
+    lower.set_xticks(numbers)
+    lower.set_xlabel("block")
+    return figure
+
+
+def heat(rows: pd.DataFrame, function: str, metric: str = "S_active") -> Figure | None:
+    """Means of a metric by block and label; None where labels are unknown or there is only one."""
+    chosen = certified(rows[(rows["function"] == function) & (rows["label"] >= 0)])
+    if chosen["label"].nunique() < 2:
+        return None
+    table = spread(chosen, ["number", "block", "label"], [metric])
+    grid = table.pivot(index="number", columns="label", values="mean")
+    figure = Figure(figsize=(1.5 + 0.6 * grid.shape[1], 1.2 + 0.35 * grid.shape[0]), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(grid.to_numpy(float), aspect="auto", cmap="viridis")
+    axis.set_xticks(range(grid.shape[1]), [str(label) for label in grid.columns])
+    axis.set_yticks(range(grid.shape[0]), [str(number) for number in grid.index])
+    axis.set_xlabel("label")
+    axis.set_ylabel("block")
+    figure.colorbar(image, label="S active, mean" if metric == "S_active" else f"{metric}, mean")
+    return figure
+
+
+def paper_values(network: str) -> list[dict[str, float]]:
+    """The paper's means of S and of the negative share, by block; empty where it has none of this network."""
+    published = json.loads((files("stiffcore.report") / "paper.json").read_text())["networks"].get(network, [])
+    return [p for p in published if all(math.isfinite(v) for v in p.values())]

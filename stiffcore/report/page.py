@@ -1,0 +1,194 @@
+"""The report: one self-contained page, from the stored run alone."""
+
+import io
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from matplotlib.figure import Figure
+
+from stiffcore.errors import InputError
+from stiffcore.metrics import spell
+from stiffcore.report import figures
+from stiffcore.report.statistics import FEWEST, SIGNIFICANT, correlations, spread
+from stiffcore.report.tables import percent, status_summary
+from stiffcore.run import DONE, Run
+
+# Spectra of so many images are drawn.
+IMAGES_DRAWN = 1
+
+
+def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
+    """Write the report of a run as one HTML page that needs no network, and its figures as PNG and SVG files.
+
+    Args:
+        run: any, finished or not.
+        to: the page, .html; must not exist.
+        figures_folder: where figures go as files; made where it does not exist; None: nowhere.
+
+    Returns:
+        What was written, for people.
+
+    Raises:
+        InputError: where the page or a figure exists, or cannot be written.
+    """
+    if to.suffix != ".html":
+        raise InputError(f"--to {to}: the report is a page, give a name that ends in .html")
+    if to.exists():
+        raise InputError(f"--to {to} exists: give a new file")
+    drawn = _figures(run)
+    page = render(run, drawn)
+    try:
+        if figures_folder is not None:
+            figures_folder.mkdir(parents=True, exist_ok=True)
+            wanted = [figures_folder / f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
+            existing = [str(path) for path in wanted if path.exists()]
+            if existing:
+                raise InputError(f"--figures: {existing[0]} exists: give a new folder")
+            for path in wanted:
+                drawn[path.stem].savefig(path, dpi=200)
+        with to.open("x", encoding="utf-8") as file:
+            file.write(page)
+    except OSError as error:
+        raise InputError(f"--to {to}: {error}") from error
+    more = f", {len(drawn)} figures in {figures_folder}" if figures_folder is not None else ""
+    return f"report in {to}{more}"
+
+
+def render(run: Run, drawn: dict[str, Figure]) -> str:
+    """The page as text."""
+    rows = run.metrics()
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("stiffcore.report") / "page.html").read_text())
+    has = rows[rows["state"].isin(DONE)]
+    return template.render(
+        run=run,
+        url=run.store.url,
+        header=run.header,
+        study=run.header["study"],
+        summary=status_summary(run.records()),
+        functions=sorted(set(rows["function"])),
+        kinds=sorted(set(rows["kind"])),
+        images=rows["image"].nunique(),
+        figures={name: _svg(figure) for name, figure in drawn.items()},
+        captions={name: _caption(name, run) for name in drawn},
+        by_block=_means(rows, ["number", "block", "function"]),
+        by_label=_means(rows[rows["label"] >= 0], ["label", "function"]) if rows["label"].nunique() > 1 else [],
+        correlations=_correlations(rows) if rows["image"].nunique() >= FEWEST else [],
+        units=[_unit(row) for row in rows.to_dict("records")],
+        uncertified=has[~has["certified"].astype(bool)].to_dict("records"),
+        failed=rows[rows["state"] == "failed"].to_dict("records"),
+        infinite=bool((has["zero"] > 0).any()),
+        ends=bool((has["solver"] == "extremes").any()),
+        paper=figures.paper_values(run.header["study"]["network"]),
+    )
+
+
+def _figures(run: Run) -> dict[str, Figure]:
+    rows = run.metrics()
+    found: dict[str, Callable[[], Figure | None]] = {}
+    for function in sorted(set(rows["function"])):
+        for image in sorted(set(rows["image"]))[:IMAGES_DRAWN]:
+            found[f"spectra-{function}-{image}"] = lambda f=function, i=image: figures.spectra(run, i, f)  # type: ignore[misc]
+        found[f"depth-{function}"] = lambda f=function: figures.depth(rows, f, run.header["study"]["network"])  # type: ignore[misc]
+        found[f"labels-{function}"] = lambda f=function: figures.heat(rows, f)  # type: ignore[misc]
+    drawn = {name: draw() for name, draw in found.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _caption(name: str, run: Run) -> str:
+    what, function, *_ = name.split("-")
+    if what == "spectra":
+        index = run.store.get_array("images", "index")
+        text = f"Spectra of {function} at image {index[int(name.split('-')[2])]}. Blue: computed eigenvalues; orange: "
+        text += "exact ones and zeros, with their number; the line is the imaginary axis"
+        return text + ("; dotted: where forward Euler with step 1 is stable." if function == "branch" else ".")
+    if what == "depth":
+        text = f"S active and the share of eigenvalues with negative real part, {function}, along depth: median, "
+        text += "quartiles (thick) and range (thin) over images"
+        published = function == "block" and figures.paper_values(run.header["study"]["network"])
+        return text + ("; crosses: the paper's means." if published else ".")
+    return f"S active, {function}, mean over the images of each label."
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _means(rows: pd.DataFrame, by: list[str]) -> list[dict[str, Any]]:
+    found = []
+    for group, part in rows.groupby(by):
+        table = spread(part, by[:1], ["S_active", "negative", "zero", "abscissa", "min_re_active"])
+        if not len(table):
+            continue
+        cells = {row["metric"]: row for row in table.to_dict("records")}
+        found.append(
+            {
+                "name": " ".join(map(str, group[:-1])),
+                "function": group[-1],
+                "images": cells["S_active"]["images"],
+                "cells": [
+                    _mean(cells[name], factor)
+                    for name, factor in (
+                        ("S_active", 1),
+                        ("negative", 100),
+                        ("zero", 100),
+                        ("abscissa", 1),
+                        ("min_re_active", 1),
+                    )
+                ],
+            }
+        )
+    return found
+
+
+def _mean(row: dict[str, Any], factor: float) -> str:
+    if not row["values"]:
+        return "open" if row["unknown"] else "infinite"
+    text = f"{factor * row['mean']:.5g}" + (f" ({factor * row['std']:.2g})" if row["values"] > 1 else "")
+    notes = [f"{row[name]} {name}" for name in ("infinite", "unknown") if row[name]]
+    return text + (f" [{', '.join(notes)}]" if notes else "")
+
+
+def _correlations(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    found = []
+    for function, part in rows.groupby("function"):
+        for row in correlations(part).to_dict("records"):
+            cells = []
+            for test in ("pearson", "spearman"):
+                known = row[test] == row[test]
+                cells.append(
+                    {
+                        "text": f"{row[test]:.2f}" if known else "-",
+                        "p": f"{row[f'{test}_p']:.2g}" if known else "-",
+                        "holm": f"{row[f'{test}_holm']:.2g}" if known else "-",
+                        "bh": f"{row[f'{test}_bh']:.2g}" if known else "-",
+                        "bold": known and row[f"{test}_p"] < SIGNIFICANT,
+                    }
+                )
+            found.append(row | {"function": function, "cells": cells})
+    return found
+
+
+def _unit(row: dict[str, Any]) -> dict[str, Any]:
+    done = row["state"] in DONE
+    shown = {
+        "S": spell(row["S"]),
+        "S_active": spell(row["S_active"], 7),
+        "error": spell(row["S_active_error"], 2),
+        "negative": percent(row["negative"]),
+        "zero": percent(row["zero"]),
+        "abscissa": spell(row["abscissa"]),
+        "min_re_active": spell(row["min_re_active"]),
+        "residual": spell(row["max_residual"], 2),
+        "condition": spell(row["max_condition"], 3),
+    }
+    size = f"{row['n']:,}" if row["n"] == row["m"] else f"{row['m']:,} x {row['n']:,}"
+    verdict = ("yes" if row["certified"] else "NO") if done else row["state"]
+    return row | {"shown": shown if done else dict.fromkeys(shown, "-"), "size": size, "verdict": verdict}

@@ -1,0 +1,89 @@
+"""The report: one page that needs no network, says what failed, and opens in a browser."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+import stiffcore
+from stiffcore.report.figures import paper_values
+from stiffcore.report.page import write_report
+from tests.test_run import OPTIONS, command, execute
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def run(small):
+    execute(small / "run", OPTIONS | {"count": 4, "blocks": "1,4"})
+    return stiffcore.open_run(str(small / "run"))
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_has_every_part(run, small):
+    write_report(run, small / "r.html", small / "figures")
+    text = (small / "r.html").read_text()
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!#|data:)", text)
+    assert not re.findall(r"url\((?!#|['\"]?data:)", text)
+    for title in ("By block", "By label", "Correlations with accuracy and loss", "Certificates", "What made this run"):
+        assert f"<h2>{title}" in text
+    for figure in ("spectra-block-0", "spectra-branch-0", "depth-block", "depth-branch", "labels-block"):
+        assert f'id="{figure}"' in text
+        assert Image.open(small / f"figures/{figure}.png").size[0] > 300
+        assert "<svg" in (small / f"figures/{figure}.svg").read_text()
+    assert "No check failed, and no unit." in text
+    row = run.metrics().iloc[0]
+    assert f"{row['S_active']:.7g}" in text
+    assert run.header["identity"]["weights"] in text
+
+
+def test_what_failed_and_what_is_open_stands_in_the_page(small):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "solver": "extremes", "functions": "block"})
+    key = next(iter(run.records()))
+    record = run.store.record(key)
+    record["certificate"]["failures"] = ["the moon <was> wrong"]
+    run.store.update(key, certificate=record["certificate"])
+    write_report(run, small / "r.html")
+    text = (small / "r.html").read_text()
+    assert "not certified: the moon &lt;was&gt; wrong" in text
+    assert "ends; proved" in text
+    assert "No check failed" not in text
+
+
+def test_nothing_is_overwritten_and_names_are_checked(run, small):
+    (small / "there.html").write_text("mine")
+    with pytest.raises(stiffcore.InputError, match="exists"):
+        write_report(run, small / "there.html")
+    with pytest.raises(stiffcore.InputError, match=r"\.html"):
+        write_report(run, small / "r.pdf")
+    write_report(run, small / "a.html", small / "figures")
+    with pytest.raises(stiffcore.InputError, match="exists"):
+        write_report(run, small / "b.html", small / "figures")
+    assert not (small / "b.html").exists()
+    assert (small / "there.html").read_text() == "mine"
+
+
+def test_the_paper_s_values_are_those_of_its_tables():
+    by_block = {p["block"]: p for p in paper_values("resnet18")}
+    assert (by_block[8]["S"], by_block[8]["negative"]) == (-12.99, pytest.approx(0.2192))
+    assert len(paper_values("resnet34")) == 16
+    assert [p["S"] for p in paper_values("resnet50")] == [-35.32]
+    assert paper_values("smallnet:make") == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_opens_the_page_and_draws_it(run, small):
+    process = command("report", small / "run", "--to", small / "r.html", cwd=small)
+    assert process.wait() == 0
+    base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,2000"]
+    page = (small / "r.html").as_uri()
+    dom = subprocess.run([*base, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert dom.count("<svg") >= 5
+    assert dom.count("<tr") > 20
+    shot = small / "shot.png"
+    subprocess.run([*base, f"--screenshot={shot}", page], capture_output=True, timeout=120, check=True)
+    drawn = Image.open(shot).convert("RGB")
+    blue = sum(count for count, (r, g, b) in drawn.getcolors(1 << 24) if b > r + 60 and b > g + 40)
+    assert blue > 100  # the computed eigenvalues
