@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from stiffcore.api import analyze, spectrum
     from stiffcore.errors import BusyError, DamagedError, InputError, StiffcoreError
     from stiffcore.run import Run, open_run
-    from stiffcore.spectra import Certificate, Certified, Spectrum
+    from stiffcore.spectra import Certificate, Certified, Count, Ends, Spectrum
     from stiffcore.study import Study
 
 _HOMES = {
@@ -23,6 +23,8 @@ _HOMES = {
     "open_run": "run",
     "Certificate": "spectra",
     "Certified": "spectra",
+    "Count": "spectra",
+    "Ends": "spectra",
     "Spectrum": "spectra",
     "Study": "study",
 }
@@ -31,7 +33,9 @@ __all__ = [
     "BusyError",
     "Certificate",
     "Certified",
+    "Count",
     "DamagedError",
+    "Ends",
     "InputError",
     "Run",
     "Spectrum",

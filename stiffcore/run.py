@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputErro
 from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
-from stiffcore.spectra import Certificate, Ends, Spectrum
+from stiffcore.spectra import Certificate, Count, Ends, Spectrum
 from stiffcore.store import SCRATCH, RunStore
 from stiffcore.study import Device, Keep, Kind, Solver, Study, Survey, Unit, fingerprint, parse_bytes, versions
 
@@ -139,6 +139,48 @@ class Run:
         key = self._key(image, block, function, Kind.MATRIX)
         allowed = parse_bytes(memory) if isinstance(memory, str) else memory
         return take_picture(self.store, key, grid, memory_bytes=allowed, module=module, tell=tell)
+
+    def count_left(
+        self,
+        threshold: float,
+        image: int = 0,
+        block: str | int = 1,
+        function: str = "block",
+        *,
+        memory: str | int | None = None,
+        module: Any = None,
+    ) -> Count:
+        """How many of the n eigenvalues of one unit have a real part under a threshold: proved, or open.
+
+        The matrix is read where it was kept, else built again; see `stiffcore.eigen.counting.count_left`.
+
+        Args:
+            threshold: any real number.
+            image: as for `spectrum`.
+            block: as for `spectrum`.
+            function: as for `spectrum`.
+            memory: what a sparse LU may take; None: no limit.
+            module: the network, where the run was made with one in memory.
+
+        Returns:
+            The count, exact ones and zeros with it, what it rests on, and its margin.
+
+        Raises:
+            InputError: where there is no such unit, it has no matrix, or the threshold is not finite.
+        """
+        from stiffcore.eigen.counting import count_left
+        from stiffcore.picture import shifted_matrix
+
+        key = self._key(image, block, function, Kind.MATRIX)
+        allowed = parse_bytes(memory) if isinstance(memory, str) else memory
+        found = count_left(shifted_matrix(self.store, key, module), threshold, memory_bytes=allowed)
+        if found.count is None:
+            return found
+        record = self.store.record(key)
+        exact = [(value, record[name]) for value, name in ((1, "ones"), (0, "zeros")) if record[name]]
+        more = sum(number for value, number in exact if value < threshold)
+        margin = min([found.margin, *(abs(value - threshold) for value, _ in exact)])
+        return replace(found, count=found.count + more, margin=margin)
 
     def metrics(self) -> "pd.DataFrame":
         """One row a unit: what it is, its state, its metrics (nan where there is no spectrum), its certificate."""

@@ -144,6 +144,18 @@ class UnitRun:
         self.record = self.record | fields | {"stage": stage}
         self.emit({"unit": self.key, "stage": stage, "done": 1, "total": 1})
 
+    def step_seldom(self, stage: str) -> Callable[[int, int], None]:
+        """As `step`, once a second at most."""
+        last = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 1:
+                last = time.monotonic()
+                self.step(stage, done, total)
+
+        return tell
+
     def step(self, stage: str, done: int, total: int) -> None:
         """Tell of progress inside a stage."""
         self.check()
@@ -263,20 +275,22 @@ def _columns(run: UnitRun, start: int, stop: int, chunk: int) -> np.ndarray:
 def _coloured(run: UnitRun, chunk: int) -> csc_array | None:
     """The whole matrix, sparse, from few products; None where it is not what the operator says."""
     try:
-        return checked_sparse(run.reduction, chunk)
+        return checked_sparse(run.reduction, chunk, run.step_seldom("built"))
     except ReachError as error:
         note = f"{error}: column by column"
     run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": note})
     return None
 
 
-def checked_sparse(reduction: Reduction, chunk: int) -> csc_array:
-    """The coloured matrix, compared with its operator on random vectors.
+def checked_sparse(
+    reduction: Reduction, chunk: int, tell: Callable[[int, int], None] = lambda done, total: None
+) -> csc_array:
+    """The coloured matrix, compared with its operator on random vectors; `tell` is told of its products.
 
     Raises:
         ReachError: where they differ, or the function is not local.
     """
-    sparse = reduction.sparse(chunk)
+    sparse = reduction.sparse(chunk, tell)
     check = reduction.check_sparse(sparse)
     if not check <= PROBE_TOLERANCE[reduction.jacobian.x.dtype]:
         raise ReachError(f"the coloured matrix is off by {check:.1e} on random vectors")

@@ -36,6 +36,17 @@ def test_a_picture_is_of_the_matrix_that_has_the_spectrum_and_stays_in_the_run(s
     assert stored_picture(run.store, key) is not None
 
 
+@pytest.mark.parametrize("threshold", [-0.1, 0.0, 0.5, 0.97, 1.03, 5.0])
+def test_eigenvalues_left_of_any_line_are_counted_exact_ones_and_zeros_with_them(small, threshold):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "functions": "block"})
+    found = run.count_left(threshold, block=1)
+    values = run.spectrum(block=1).values
+    if found.count is not None:
+        assert found.count == (values.real < threshold).sum()
+        assert found.margin <= np.abs(values.real - threshold).min() + 1e-9
+    assert found.count is not None or np.abs(values.real - threshold).min() < 1e-6
+
+
 def test_the_command_says_what_it_found_and_refuses_a_unit_that_is_not_there(small):
     execute(small / "run", OPTIONS | {"blocks": "1,4", "solver": "extremes"})
     process = command("picture", small / "run", "--block", "4", "--function", "branch", "--grid", "4", cwd=small)

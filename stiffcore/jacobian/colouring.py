@@ -165,7 +165,13 @@ class Colouring:
         return int(len(units) + 2 * (here - np.minimum(np.minimum(first, across), here)).sum())
 
     def matrix(
-        self, operator: Callable[[Tensor], Tensor], columns: Integers, rows: Integers, chunk: int, like: Tensor
+        self,
+        operator: Callable[[Tensor], Tensor],
+        columns: Integers,
+        rows: Integers,
+        chunk: int,
+        like: Tensor,
+        tell: Callable[[int, int], None] = lambda done, total: None,
     ) -> csc_array:
         """Build columns of a Jacobian, by `products(columns)` forward-mode products.
 
@@ -178,6 +184,7 @@ class Colouring:
             rows: (r,) int64, different units of the destination.
             chunk: products at once.
             like: gives the tangents their dtype and device.
+            tell: told of products done and products in all.
 
         Returns:
             (r, c), in the order of `rows` and `columns`; sorted, without stored zeros.
@@ -211,6 +218,7 @@ class Colouring:
                 _refuse_stray(values[~mine], values)
                 values, row, column = values[mine], row[mine], column[mine]
             parts.append((values, row.astype(np.int32), column))
+            tell(start + len(done), len(products))
         if not parts:
             return csc_array((len(rows), len(columns)), dtype=torch.empty(0, dtype=like.dtype).numpy().dtype)
         values, row, column = (np.concatenate(part) for part in zip(*parts, strict=True))

@@ -117,7 +117,9 @@ class Reduction:
         tangents[torch.arange(len(at), device=at.device), at] = 1
         return self._rows(tangents)[:, self.index].T
 
-    def columns_sparse(self, start: int, stop: int, chunk: int) -> csc_array:
+    def columns_sparse(
+        self, start: int, stop: int, chunk: int, tell: Callable[[int, int], None] = lambda done, total: None
+    ) -> csc_array:
         """Columns start..stop-1 of M as a sparse matrix, by `products(start, stop)` forward-mode products.
 
         Memory: `chunk` times `column_items + 9 k` numbers, and twice the nonzeros with their indices (8 bytes each
@@ -129,6 +131,7 @@ class Reduction:
             start: the first column.
             stop: after the last one.
             chunk: products at once.
+            tell: told of products done and products in all.
 
         Returns:
             (k, stop - start), of J's dtype, on the host; sorted, without stored zeros.
@@ -138,11 +141,11 @@ class Reduction:
             ReachError: where the function turns out not to be local; build `columns`.
         """
         columns, rows = self._host_index(start, stop), self._host_index(0, self.k)
-        return self._colouring.matrix(self._rows, columns, rows, chunk, self.jacobian.x)
+        return self._colouring.matrix(self._rows, columns, rows, chunk, self.jacobian.x, tell)
 
-    def sparse(self, chunk: int) -> csc_array:
+    def sparse(self, chunk: int, tell: Callable[[int, int], None] = lambda done, total: None) -> csc_array:
         """Build all of M as `columns_sparse` does."""
-        return self.columns_sparse(0, self.k, chunk)
+        return self.columns_sparse(0, self.k, chunk, tell)
 
     def products(self, start: int, stop: int) -> int:
         """How many forward-mode products `columns_sparse(start, stop)` takes."""
