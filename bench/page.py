@@ -9,8 +9,8 @@ from typing import Any
 HERE = Path(__file__).parent
 HEAD = """# Benchmarks
 
-One question a script; `python bench/NAME.py` answers it anew and rewrites its figures in `bench/results/NAME.json`, with
-the machine, the versions and the command. This page is made from those by `python bench/page.py`.
+One question a script; `python bench/NAME.py` answers it anew and rewrites its figures in `bench/results/NAME.json`,
+with the machine, the versions and the command. This page is made from those by `python bench/page.py`.
 """
 
 
@@ -61,11 +61,11 @@ def extremes(f: dict[str, Any]) -> str:
         rows = []
         for b in g["blocks"]:
             s = b["seconds"]
-            cells = [seconds(s[name]) for name in ("build", "ends", "counts", "certificate")]
-            rows.append(
-                [b["block"], f"{b['n']:,}", f"{b['k']:,}", *cells, seconds(b["dense_solve_s"]), f"{b['ratio']:.1f}"]
-                + [mib(b["measured_bytes"]), mib(b["dense_measured_bytes"]), b["basis"].removeprefix("ends; ")]
-            )
+            row = [b["block"], f"{b['n']:,}", f"{b['k']:,}"]
+            row += [seconds(s[name]) for name in ("build", "ends", "counts", "certificate")]
+            row += [seconds(b["dense_solve_s"]), f"{b['ratio']:.1f}"]
+            row += [mib(b["measured_bytes"]), mib(b["dense_measured_bytes"]), b["basis"].removeprefix("ends; ")]
+            rows.append(row)
         header = ["block", "n", "k", "build", "ends", "counts", "certificate", "dense solve", "dense / (ends + counts)"]
         parts.append(table([*header, "MiB", "dense, MiB", "negative share"], rows))
     return "\n\n".join(parts)
@@ -80,35 +80,14 @@ def imagenet_extremes(f: dict[str, Any]) -> str:
     for name, title in titles.items():
         rows = []
         for b in f[name]["blocks"]:
-            negative = (
-                b["why"] if b["negative"] is None else f"{b['negative']} ({b['basis']}, margin {b['margin']:.2g})"
-            )
-            verdict = "yes" if b["certified"] else f"NO: {b['note']}"
-            rows.append(
-                [
-                    b["block"],
-                    f"{b['n']:,}",
-                    f"{b['k']:,}",
-                    f"{b['S_active']:.7g}",
-                    f"{b['S_active_error']:.1e}",
-                    verdict,
-                ]
-                + [negative, *(seconds(b["seconds"][s]) for s in ("built", "solved", "counted", "done"))]
-                + [seconds(total(b["seconds"])), mib(b["measured_bytes"]), mib(b["projected_bytes"])]
-            )
-        header = [
-            "block",
-            "n",
-            "k",
-            "S active",
-            "+-",
-            "certified",
-            "negative",
-            "build",
-            "ends",
-            "counts",
-            "certificate",
-        ]
+            proof = f"{b['negative']} ({b['basis']}, margin {b['margin']:.2g})"
+            row = [b["block"], f"{b['n']:,}", f"{b['k']:,}", f"{b['S_active']:.7g}", f"{b['S_active_error']:.1e}"]
+            row += ["yes" if b["certified"] else f"NO: {b['note']}", b["why"] if b["negative"] is None else proof]
+            row += [seconds(b["seconds"][s]) for s in ("built", "solved", "counted", "done")]
+            row += [seconds(total(b["seconds"])), mib(b["measured_bytes"]), mib(b["projected_bytes"])]
+            rows.append(row)
+        header = ["block", "n", "k", "S active", "+-", "certified", "negative"]
+        header += ["build", "ends", "counts", "certificate"]
         parts.append(f"{title} {seconds(f[name]['wall_s'])} s in all.")
         parts.append(table([*header, "sum, s", "measured, MiB", "projected, MiB"], rows))
     return "\n\n".join(parts)
@@ -133,7 +112,8 @@ def page() -> str:
         question, _, rest = (ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or "").partition("\n\n")
         machine = found["machine"]
         versions = ", ".join(f"{k} {machine[k]}" for k in ("python", "stiffcore", "torch", "numpy", "scipy"))
-        ran = f"{found['date']}, {machine['cores']} cores of {machine['cpu']}, {mib(machine['memory_bytes'])} MiB; {versions}"
+        where = f"{machine['cores']} cores of {machine['cpu']}, {mib(machine['memory_bytes'])} MiB"
+        ran = f"{found['date']}, {where}; {versions}"
         parts += [f"## {question}", rest, f"`{found['command']}`, {ran}.", section(found["figures"])]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 

@@ -700,4 +700,6 @@ def check_budget(plan: Plan) -> None:
     lines = {u.unit.block: u.why for u in sorted(plan.refused, key=lambda u: u.projected_bytes)}
     if lines:
         head = "the budget is too small" if any("--memory" in why for why in lines.values()) else "no solver fits"
-        raise InputError(f"{head}:\n" + "\n".join(f"  - {why}" for why in lines.values()))
+        less = "\nS, and a proof of how many are negative, need less: --solver extremes"
+        hint = less if any(str(Solver.HOST_DENSE) in why for why in lines.values()) else ""
+        raise InputError(f"{head}:\n" + "\n".join(f"  - {why}" for why in lines.values()) + hint)

@@ -73,6 +73,12 @@ def test_linter_formatter_and_type_checker_find_nothing(command):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+def test_the_page_of_benchmarks_is_made_from_their_figures():
+    code = "import page; print(page.page(), end='')"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True, check=True)
+    assert found.stdout == (ROOT / "bench/README.md").read_text(), "run python bench/page.py"
+
+
 def test_versions_agree():
     import stiffcore
 
