@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,6 +75,16 @@ class Run:
             raise InputError(f"{store.url} was begun, but nothing is recorded in it: start the run again")
         self.header: dict[str, Any] = header
         self.study = Study.stored(header)
+
+    def __repr__(self) -> str:
+        states = Counter(map(state_of, self.records().values()))
+        found = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
+        return f"Run({self.store.url}: {self.header['description']}; {found})"
+
+    def _repr_html_(self) -> str:
+        shown = ["image_index", "number", "block", "function", "n", "k", "S_active", "S_active_error", "negative"]
+        rows = self.metrics()[[*shown, "certified", "state", "basis"]]
+        return f"<p>{escape(repr(self))}</p>{rows.to_html(max_rows=40, index=False)}"
 
     def records(self) -> dict[str, dict[str, Any]]:
         """What is recorded of each unit, by key."""

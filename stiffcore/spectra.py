@@ -2,12 +2,13 @@
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import numpy as np
 
 from stiffcore.errors import InputError
-from stiffcore.metrics import extreme_metrics, spectrum_metrics
+from stiffcore.metrics import extreme_metrics, spectrum_metrics, spell
 
 # An S whose error is more than this share of it is not determined.
 DOUBTFUL = 0.1
@@ -274,6 +275,23 @@ class Spectrum:
         if not self.certificate.passed:
             return "NOT certified: " + "; ".join(self.certificate.failures)
         return "certified, but " + "; ".join(self.doubts) if self.doubts else "certified"
+
+    def _repr_html_(self) -> str:
+        m, c = self.metrics, self.certificate
+        found = f"{len(self.computed):,}" + ("" if self.ends is None else f" of {self.k:,}")
+        lines = {
+            "n": f"{self.n:,}: {found} computed, {self.ones:,} ones, {self.zeros:,} zeros",
+            "S (Eq. 10)": spell(m["S"]),
+            "S active": f"{spell(m['S_active'], 7)} ± {spell(c.s_active_error, 2)}",
+            "Re < 0": "open" if np.isnan(m["negative"]) else f"{100 * m['negative']:.3f} %",
+            "Re = 0": "open" if np.isnan(m["zero"]) else f"{100 * m['zero']:.3f} %",
+            "max Re": spell(m["abscissa"]),
+            "min Re, active": spell(m["min_re_active"]),
+            "rests on": self.basis,
+            "verdict": self.verdict,
+        }
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in lines.items())
+        return f"<table><caption>{escape(f'{self.name}, {self.kind} of {self.function}')}</caption>{rows}</table>"
 
     def __repr__(self) -> str:
         m, c = self.metrics, self.certificate

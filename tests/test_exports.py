@@ -62,6 +62,16 @@ def test_the_ends_of_a_spectrum_are_not_taken_for_all_of_it(small):
         assert {group.attrs["complete"] for group in file["spectra"].values()} == {0}
 
 
+def test_notebooks_show_a_run_and_a_spectrum(run):
+    assert "8 done" in repr(run)
+    page = run._repr_html_()
+    assert page.count("<tr") == 9
+    spectrum = run.spectrum(block=1)
+    shown = spectrum._repr_html_()
+    assert f"{spectrum.metrics['S_active']:.7g}" in shown
+    assert "certified" in shown
+
+
 def test_xarray_has_every_metric_at_its_place(run):
     data = run.to_xarray()
     assert data.sizes == {"image": 2, "block": 2, "function": 2, "kind": 1}
