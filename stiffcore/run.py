@@ -22,7 +22,19 @@ from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.spectra import Certificate, Count, Ends, Spectrum
 from stiffcore.store import SCRATCH, RunStore
-from stiffcore.study import Device, Keep, Kind, Solver, Study, Survey, Unit, fingerprint, parse_bytes, versions
+from stiffcore.study import (
+    Device,
+    Keep,
+    Kind,
+    Solver,
+    Study,
+    Survey,
+    Unit,
+    fingerprint,
+    merged,
+    parse_bytes,
+    versions,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -355,7 +367,7 @@ def prepare(
         raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
     found: Survey | None = None
     if not header or given.keys() - {"memory", "keep", "solver", "device_memory"}:
-        found = executor.submit(_survey, study, module, images).result()
+        found = _surveyed(executor, study, module, images, workers)
         if header:
             _check_same(header["identity"], found.identity, url)
         study = found.study
@@ -410,10 +422,27 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _survey(study: Study, module: Any, images: Any, emit: OnEvent) -> Survey:
+# Images that are worth another worker to look at them.
+IMAGES_A_LOOK = 8
+
+
+def _surveyed(executor: Executor, study: Study, module: Any, images: Any, workers: int | None) -> Survey:
+    """Look at network and images: in one worker, or where there are many images in as many as will work on them."""
+    asked = len(images) if images is not None else study.count or len(study.index or ()) or 10 * (study.per_label or 0)
+    there = len(executor.workers())
+    cores = there if executor.separate else len(psutil.Process().cpu_affinity())
+    parts = min(workers or cores, asked // IMAGES_A_LOOK) if there else 1
+    if parts <= 1:
+        return executor.submit(_survey, study, module, images, 0, 1).result()
+    executor.scale(parts)
+    looks = [executor.submit(_survey, study, module, images, part, parts) for part in range(parts)]
+    return merged([look.result() for look in looks])
+
+
+def _survey(study: Study, module: Any, images: Any, part: int, parts: int, emit: OnEvent) -> Survey:
     from stiffcore.survey import survey
 
-    found = survey(study, module, images)
+    found = survey(study, module, images, part, parts)
     release_free_memory(cycles=True)  # what this process holds from here on is reserved
     return found
 
@@ -448,8 +477,8 @@ def _machine(
     cores = len(psutil.Process().cpu_affinity())
     return Machine(
         cores=min(cores, workers or cores),
-        reserved_bytes=tree_bytes(),
-        worker_bytes=found[0].reserved_bytes if found else 0,
+        reserved_bytes=tree_bytes() - sum(w.reserved_bytes for w in found[1:]),
+        worker_bytes=max((w.reserved_bytes for w in found), default=0),
         **common,
     )
 

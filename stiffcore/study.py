@@ -3,8 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib.metadata import version
 from os import PathLike
@@ -323,6 +323,17 @@ class Survey:
     source: str
     images: dict[str, np.ndarray]
     units: tuple[Unit, ...]
+
+
+def merged(parts: Sequence[Survey]) -> Survey:
+    """Put surveys of every so many-th image, the first of them first, together."""
+    images = dict(parts[0].images)
+    for name in ("prediction", "loss"):
+        images[name] = images[name].copy()
+        for i, part in enumerate(parts):
+            images[name][i :: len(parts)] = part.images[name][i :: len(parts)]
+    units = sorted((unit for part in parts for unit in part.units), key=lambda unit: unit.image)
+    return replace(parts[0], images=images, units=tuple(units))
 
 
 def parse_bytes(text: str) -> int:

@@ -32,13 +32,17 @@ from stiffcore.study import (
 COLUMNS_TRIED = 16
 
 
-def survey(study: Study, module: nn.Module | None = None, images: Images | None = None) -> Survey:
+def survey(
+    study: Study, module: nn.Module | None = None, images: Images | None = None, part: int = 0, parts: int = 1
+) -> Survey:
     """Load everything once, and look at every unit; no eigenvalue is computed.
 
     Args:
         study: what was asked.
         module: the network, where the study says `in memory`.
         images: the images, where the study says `in memory`.
+        part: look only at every so many-th image from this one on.
+        parts: how many there are; `study.merged` puts them together.
 
     Raises:
         InputError: whatever is wrong with the request.
@@ -62,7 +66,8 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
     units: list[Unit] = []
     seconds: dict[tuple[str, BlockFunction], float] = {}
     predictions, losses = [], []
-    for i, x in enumerate(inputs):
+    for i in range(part, len(inputs), parts):
+        x = inputs[i]
         calls, output = capture(network.module, x, blocks)
         loss, prediction = loss_and_prediction(output, int(images.y[i]))
         predictions.append(prediction)
@@ -96,11 +101,17 @@ def survey(study: Study, module: nn.Module | None = None, images: Images | None 
             "x": images.x,
             "y": images.y,
             "index": images.index,
-            "prediction": np.array(predictions),
-            "loss": np.array(losses),
+            "prediction": _spread(predictions, -1, len(images), part, parts),
+            "loss": _spread(losses, np.nan, len(images), part, parts),
         },
         units=tuple(units),
     )
+
+
+def _spread(values: list[Any], absent: Any, total: int, part: int, parts: int) -> np.ndarray:
+    found = np.full(total, absent)
+    found[part::parts] = values
+    return found
 
 
 def _open_both(study: Study, module: nn.Module | None, images: Images | None) -> tuple[Network, Images]:

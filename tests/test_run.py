@@ -20,6 +20,7 @@ from torch import nn
 
 import stiffcore
 from stiffcore.cluster import InProcess, local_workers
+from stiffcore.memory import tree_bytes
 from stiffcore.run import carry_out_plan, prepare, state_of
 
 OPTIONS = {"network": "smallnet:make", "images": "six.npz", "normalize": "cifar10", "functions": "block,branch"}
@@ -293,6 +294,28 @@ def test_two_workers_give_the_bytes_of_one_process(small):
     assert (prepared.plan.workers, prepared.plan.threads) == (2, 1)
     assert spectra_bytes(small / "one")[0] == spectra_bytes(small / "two")[0]
     assert {e["stage"] for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
+
+
+def facts(prepared):
+    units = [p.unit.model_dump(exclude={"column_s"}) for p in prepared.plan.units]
+    return sorted(units, key=lambda unit: unit["key"])
+
+
+def test_many_images_are_looked_at_by_all_workers_and_seen_as_by_one(small, monkeypatch):
+    options = OPTIONS | {"count": 6, "memory": "4GiB"}
+    one = prepare(str(small / "one"), options, InProcess(print))
+    monkeypatch.setattr("stiffcore.run.IMAGES_A_LOOK", 3)
+    with local_workers(lambda event: None) as executor:
+        two = prepare(str(small / "two"), options, executor, workers=2)
+        assert len(executor.workers()) == 2
+        assert two.machine.worker_bytes > 0
+        # two workers are there, and one is counted
+        assert two.machine.reserved_bytes < tree_bytes() - two.machine.worker_bytes / 2
+    assert facts(one) == facts(two)
+    assert one.survey.identity == two.survey.identity
+    for name, values in one.survey.images.items():
+        assert np.array_equal(values, two.survey.images[name]), name
+    assert [u.key for u in one.survey.units] == [u.key for u in two.survey.units]
 
 
 def test_a_second_process_is_told_who_holds_the_run(small):
