@@ -13,8 +13,8 @@ HERE = Path(__file__).parent
 HEAD = """# Are the residual blocks of ResNets stiff? S and the sign of the spectrum at many images
 
 The true spectra (`matrix`: eigenvalues of each block's n x n Jacobian, skip and last ReLU included) of all square
-blocks, at CIFAR-10 test images, with checkpoints trained for this project (ResNet18 84.2 %, ResNet50 77.7 %
-correct). Rectangular blocks have no eigenvalues. S active is max Re / min Re without structural zeros; with them, S is infinite
+blocks, at CIFAR-10 test images, with checkpoints trained for this project (ResNet18 84.2 %, ResNet50 77.7 % correct).
+Rectangular blocks have no eigenvalues. S active is max Re / min Re without structural zeros; with them, S is infinite
 wherever no eigenvalue is negative. How S and the sign are found and what proves them: [extremes.md](extremes.md).
 
     stiffcore run store/NETWORK --network NETWORK --weights NETWORK_cifar10.safetensors --normalize cifar10 \\
@@ -22,8 +22,8 @@ wherever no eigenvalue is negative. How S and the sign are found and what proves
     stiffcore export store/NETWORK --to docs/data/NETWORK.csv
     python docs/study_page.py
 
-Each file in `docs/data` holds rows of such an export, the columns that this page needs. Images are the first of the test
-set.
+Each file in `docs/data` holds rows of such an export, the columns that this page needs. Images are the first of the
+test set.
 """
 COLUMNS = ["image_index", "label", "prediction", "loss", "correct", "number", "block", "function", "kind", "n", "k"]
 COLUMNS += [
