@@ -28,8 +28,10 @@ def keyed(run):
 
 
 def compared(ends, full):
+    # a small matrix is solved whole
     seconds = {"build": ends["seconds"]["built"], "ends": ends["seconds"]["solved"]}
-    seconds |= {"counts": ends["seconds"]["counted"], "certificate": ends["seconds"]["done"]}
+    seconds["ends"] += ends["seconds"].get("reduced", 0.0)
+    seconds |= {"counts": ends["seconds"].get("counted", 0.0), "certificate": ends["seconds"]["done"]}
     solve = full["seconds"]["reduced"] + full["seconds"]["solved"]
     return {
         "block": ends["block"],

@@ -52,6 +52,8 @@ DENSE_EFFICIENCY = 0.6
 # Of `eigen.extremes`: matrix products of all runs together, as seen on blocks of ResNets (600 to 2,500); vectors of
 # length k that are held at most; and eigenvalues that are kept at most, all with their vectors.
 ARNOLDI_PRODUCTS = 2000
+# A flop of a sparse product, in those of a dense one, where all cores take such products: they wait for memory.
+PRODUCT_COST = 25
 KRYLOV_VECTORS = 320
 FOUND_MOST = 8
 
@@ -293,7 +295,9 @@ def _plan_unit(
     if recorded is None or recorded.solver is Solver.NONE:
         return _first_that_fits(unit, study, machine, data_bytes, asked)
     device_gone = recorded.device_bytes and (machine.device_bytes is None or study.device is Device.CPU)
-    if recorded.solver not in asked or device_gone:
+    # a rung that was asked for as `extremes` may be the whole spectrum
+    known = asked if Solver.EXTREMES not in asked else (*asked, Solver.HOST_DENSE)
+    if recorded.solver not in known or device_gone:
         return _first_that_fits(unit, study, machine, data_bytes, asked, (recorded.chunk, recorded.shard))
     if recorded.projected_bytes <= data_bytes:
         return recorded
@@ -394,18 +398,22 @@ def _extremes(
 ) -> tuple[UnitPlan, str]:
     """Ends and counts on the sparse matrix (`eigen.extremes`, `eigen.counting`), with as much room for factors as fits.
 
-    Where not even the matrix fits, products alone. Products are taken on the device, where the matrix fits there.
+    Where the whole spectrum takes no longer, that. Where not even the matrix fits, products alone. Products are taken
+    on the device, where the matrix fits there.
     moved: the matrix written and read once, and the vectors; and copied to the device twice.
     """
     itemsize = np.dtype(study.dtype).itemsize
     nonzeros, fill = unit.nonzeros or unit.k**2, unit.fill or unit.k**2
     vectors = 2 * FOUND_MOST * 16 * unit.k
+    whole_spectrum, too_much = _host_dense(unit, study, machine, data_bytes, stored)
     for needed, why in _factor_levels(nonzeros, fill):
         base, whole, _, why_not = _rung(
             Solver.EXTREMES, unit, study, machine, data_bytes, partial(_extremes_stages, needed), stored
         )
         if not why_not:
             matrix = min(whole, (fill + unit.k * (base.shard + 2 * TILE_ROWS)) * itemsize + METADATA_BYTES)
+            if not too_much and whole_spectrum.seconds <= base.seconds:
+                return replace(whole_spectrum, why="the whole spectrum takes no longer than its ends"), ""
             on_device = device_matrix_bytes(nonzeros, unit.k) + (base.stages or {})["build"]
             if machine.device_bytes is None or on_device > machine.device_bytes:
                 on_device = 0
@@ -491,9 +499,9 @@ def _dense_flops(unit: Unit) -> int:
 
 
 def _extremes_flops(unit: Unit) -> int:
-    """Products, at a tenth of the rate of dense ones, and one sparse LU: sum of squared columns of the factors."""
+    """Products, far below the rate of dense ones, and one sparse LU: sum of squared columns of the factors."""
     nonzeros, fill = unit.nonzeros or unit.k**2, unit.fill or unit.k**2
-    return 10 * 2 * ARNOLDI_PRODUCTS * nonzeros + fill * fill // max(unit.k, 1)
+    return PRODUCT_COST * 2 * ARNOLDI_PRODUCTS * nonzeros + fill * fill // max(unit.k, 1)
 
 
 FLOPS: dict[Solver, Callable[[Unit], int]] = {

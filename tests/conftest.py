@@ -128,3 +128,9 @@ def bucket() -> Iterator[Bucket]:
         yield made
     made.stop()
     S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def ends_are_cheap(monkeypatch):
+    """The solver `extremes` plans ends at any order; at those of small tests it would plan the whole spectrum."""
+    monkeypatch.setattr("stiffcore.plan.PRODUCT_COST", 0)

@@ -26,6 +26,8 @@ from stiffcore.study import Solver
 from tests.test_plan import MIB, machine, planned, unit
 from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
 
+pytestmark = pytest.mark.usefixtures("ends_are_cheap")
+
 FROM_ENDS = ("S", "S_active", "abscissa", "min_re", "min_re_active", "radius", "numerical_abscissa")
 FROM_COUNTS = ("negative", "positive", "zero", "euler_stable")
 
@@ -83,10 +85,11 @@ def test_a_unit_solved_at_its_ends_can_be_solved_whole_later_and_not_the_other_w
 
 
 def test_killed_at_any_event_the_ends_are_the_same_bytes(small):
-    options = {"solver": "extremes", "blocks": "1"}
+    options = {"solver": "extremes", "blocks": "1", "prelude": "import stiffcore.plan; stiffcore.plan.PRODUCT_COST = 0"}
     _, lines = sessions(small, (small / "whole", 0), **options)
     events = int(lines[0][2])
     assert events > 8
+    assert {r["plan"]["solver"] for r in stiffcore.open_run(str(small / "whole")).records().values()} == {"extremes"}
     asked = [(small / f"run{at}", kill) for at in range(1, events + 1) for kill in (at, 0)]
     statuses, _ = sessions(small, *asked, **options)
     assert {status for (_, at), status in statuses.items() if at} == {signal.SIGKILL}
@@ -213,6 +216,20 @@ def test_a_smaller_budget_leaves_less_room_for_factors_and_says_what_remains():
     assert "products alone" in whys[4]
     # never taken without being asked for
     assert planned([one], 600 * MIB).units[0].refused
+
+
+def test_where_the_whole_spectrum_takes_no_longer_it_is_planned_and_stays_planned(small, monkeypatch):
+    monkeypatch.setattr(planning, "PRODUCT_COST", 25)
+    options = OPTIONS | {"blocks": "1", "functions": "block"}
+    run, _ = execute(small / "run", options | {"solver": "extremes"})
+    [record] = run.records().values()
+    assert record["plan"]["solver"] == "host-dense"
+    assert "takes no longer" in record["plan"]["why"]
+    assert run.metrics()["basis"].tolist() == ["all eigenvalues"]
+    execute(small / "straight", options)
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "straight")
+    large = unit(7000).model_copy(update={"nonzeros": 1_700_000, "fill": 6_000_000})
+    assert planned([large], 4000 * MIB, solver="extremes").units[0].solver is Solver.EXTREMES
 
 
 def test_the_store_needs_no_more_than_the_band():

@@ -55,7 +55,7 @@ def test_hdf5_holds_spectra_and_metrics(run, small):
         assert np.array_equal(file["images/y"][:], run.store.get_array("images", "y"))
 
 
-def test_the_ends_of_a_spectrum_are_not_taken_for_all_of_it(small):
+def test_the_ends_of_a_spectrum_are_not_taken_for_all_of_it(small, ends_are_cheap):
     run, _ = execute(small / "ends", OPTIONS | {"blocks": "1", "solver": "extremes"})
     export(run, small / "e.hdf5")
     with h5py.File(small / "e.hdf5") as file:

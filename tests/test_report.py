@@ -38,7 +38,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_has_every_part(run, small):
     assert run.header["identity"]["weights"] in text
 
 
-def test_what_failed_and_what_is_open_stands_in_the_page(small):
+def test_what_failed_and_what_is_open_stands_in_the_page(small, ends_are_cheap):
     run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "solver": "extremes", "functions": "block"})
     key = next(iter(run.records()))
     record = run.store.record(key)

@@ -155,6 +155,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
 import stiffcore.preload
+{prelude}
 from stiffcore.cluster import InProcess
 from stiffcore.run import carry_out_plan, prepare
 
@@ -181,10 +182,9 @@ for url, at in {sessions!r}:
 KILL_OPTIONS = {"network": "smallnet:make", "images": "six.npz", "blocks": "4"}
 
 
-def sessions(small, *asked, **options):
-    code = KILLED.format(
-        folder=str(small), options=KILL_OPTIONS | options, sessions=[(str(url), at) for url, at in asked]
-    )
+def sessions(small, *asked, prelude="", **options):
+    asked = [(str(url), at) for url, at in asked]
+    code = KILLED.format(folder=str(small), prelude=prelude, options=KILL_OPTIONS | options, sessions=asked)
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=small, capture_output=True, text=True, check=False
     )
