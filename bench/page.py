@@ -78,6 +78,8 @@ def imagenet_extremes(f: dict[str, Any]) -> str:
     }
     parts = []
     for name, title in titles.items():
+        if name not in f:
+            continue
         rows = []
         for b in f[name]["blocks"]:
             proof = f"{b['negative']} ({b['basis']}, margin {b['margin']:.2g})"
