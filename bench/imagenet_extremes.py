@@ -1,9 +1,8 @@
 """S and the sign of the spectrum at ImageNet's size within 8 GiB: how long, how much memory, and what can be proved?
 
-`python bench/imagenet_extremes.py` takes the first square block (n = 802,816) of the bundled CIFAR-10 checkpoint, at a test
-image enlarged to 112 x 112, so that its layer1 works on 56 x 56 as ImageNet's does: minutes. With `--all`, too, all
-square blocks of torchvision's ResNet50, 7 x 7 stem, random weights, at a photograph of 224 x 224 pixels: an hour or two.
-One worker, one core.
+The first square block (n = 802,816) of the bundled CIFAR-10 checkpoint, at a test image enlarged to 112 x 112, so that
+its layer1 works on 56 x 56 as ImageNet's does: minutes. With `--all`, too, all square blocks of torchvision's ResNet50,
+7 x 7 stem, random weights, at a photograph of 224 x 224 pixels: an hour or two. One worker, one core.
 """
 
 import json
