@@ -20,7 +20,7 @@ from stiffcore.plan import Machine, check_budget, make_plan
 from stiffcore.run import Run, carry_out_plan, prepare, stored_spectrum
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore
-from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Study, unit_key
+from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Solver, Study, unit_key
 from stiffcore.survey import unit_facts
 from stiffcore.unit import carry_out
 
@@ -32,6 +32,7 @@ def spectrum(
     function: str = "block",
     dtype: str = "float64",
     reduce: bool = True,
+    solver: str | None = None,
     memory: str | int | None = None,
     scratch: str | Path | None = None,
     name: str | None = None,
@@ -48,12 +49,13 @@ def spectrum(
         function: `block`, f itself; `branch`, the residual function F alone, where f(x) = act(F(x) + shortcut).
         dtype: `float64` or `float32`, for modules.
         reduce: False solves the full n x n matrix.
+        solver: `host-dense`, or `extremes` (S, and a proof of how many are negative, alone); None: the first that fits.
         memory: most bytes this process may hold (`4GiB`); None: 80 % of what is free.
         scratch: folder for the temporary store; None: the system's.
         name: how messages call f.
 
     Returns:
-        The spectrum; `values` are ascending by real part, then imaginary part.
+        The spectrum; `values` are ascending by real part, then imaginary part (with `extremes`, maybe the ends alone).
 
     Raises:
         InputError: where f cannot be linearised, has no square Jacobian, is not deterministic, or the budget is too
@@ -63,7 +65,10 @@ def spectrum(
         raise InputError(f"x must be a torch tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise InputError(f"x must be a floating tensor, got {x.dtype}: pass x.double()")
-    study = Study.ask({"network": IN_MEMORY, "images": IN_MEMORY, "dtype": dtype, "memory": memory})
+    if solver not in (None, Solver.HOST_DENSE, Solver.EXTREMES):
+        raise InputError(f"solver must be one of {Solver.HOST_DENSE}, {Solver.EXTREMES}, got {solver!r}")
+    options = {"dtype": dtype, "memory": memory, "solver": solver}
+    study = Study.ask({"network": IN_MEMORY, "images": IN_MEMORY, **options})
     call: Callable[[Tensor], Tensor] = f
     if isinstance(f, nn.Module):
         torch_dtype = getattr(torch, study.dtype)

@@ -232,6 +232,17 @@ def test_where_the_whole_spectrum_takes_no_longer_it_is_planned_and_stays_planne
     assert planned([large], 4000 * MIB, solver="extremes").units[0].solver is Solver.EXTREMES
 
 
+def test_a_function_s_ends_alone():
+    weight = torch.diag(torch.linspace(0.5, 3.0, 150, dtype=torch.float64))
+    x = torch.zeros(150, dtype=torch.float64)
+    found = stiffcore.spectrum(lambda v: v @ weight, x, solver="extremes")
+    assert found.ends is not None
+    assert found.metrics["S"] == pytest.approx(6)
+    assert found.metrics["negative"] == 0
+    with pytest.raises(InputError, match="solver must be one of"):
+        stiffcore.spectrum(lambda v: v @ weight, x, solver="fast")
+
+
 def test_the_store_needs_no_more_than_the_band():
     one = unit(100_000, items=1_000_000).model_copy(
         update={"products": 3000, "nonzeros": 28_000_000, "fill": 400_000_000}
