@@ -56,7 +56,7 @@ def take_picture(
     Args:
         store: the run.
         key: of the unit.
-        grid: points along the longer side of the numerical range; 0 leaves the pseudospectrum out.
+        grid: points along the longer side of the numerical range; 0 leaves the pseudospectrum as it is.
         memory_bytes: what a sparse LU may take.
         module: the network, where the run has it in memory.
         tell: told of points done and points in all.
@@ -70,11 +70,11 @@ def take_picture(
     """
     a = shifted_matrix(store, key, module)
     _, curve = numerical_range(a, ANGLES)
-    re, im = _axes(curve, grid)
-    smallest = np.empty((len(im), len(re)))
-    for done, (j, i) in enumerate(np.ndindex(*smallest.shape)):
-        smallest[j, i] = smallest_singular_value(a, complex(re[i], im[j]), memory_bytes=memory_bytes)
-        tell(done + 1, smallest.size)
+    before = stored_picture(store, key)
+    if not grid and before is not None:
+        re, im, smallest = before.re, before.im, before.smallest
+    else:
+        re, im, smallest = _pseudospectrum(a, curve, grid, memory_bytes, tell)
     for name, values, dims in zip(
         ARRAYS, (curve, re, im, smallest), (("angle",), ("re",), ("im",), ("im", "re")), strict=True
     ):
@@ -82,12 +82,25 @@ def take_picture(
     return Picture(curve, re, im, smallest)
 
 
+def _pseudospectrum(
+    a: sp.csc_array, curve: np.ndarray, grid: int, memory_bytes: int | None, tell: Callable[[int, int], None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    re, im = _axes(curve, grid)
+    smallest = np.empty((len(im), len(re)))
+    for done, (j, i) in enumerate(np.ndindex(*smallest.shape)):
+        smallest[j, i] = smallest_singular_value(a, complex(re[i], im[j]), memory_bytes=memory_bytes)
+        tell(done + 1, smallest.size)
+    return re, im, smallest
+
+
 def stored_picture(store: RunStore, key: str) -> Picture | None:
     """The picture of a unit, where one was taken."""
     try:
-        return Picture(*(store.get_array(f"units/{key}", name) for name in ARRAYS))
+        found = Picture(*(store.get_array(f"units/{key}", name) for name in ARRAYS))
     except DamagedError:
         return None
+    whole = found.smallest.shape == (len(found.im), len(found.re))
+    return found if whole else None  # it was being written when its process was killed
 
 
 def shifted_matrix(store: RunStore, key: str, module: Any = None) -> sp.csc_array:

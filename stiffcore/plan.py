@@ -22,7 +22,7 @@ from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
 from stiffcore.store import file_rows
-from stiffcore.study import Device, Keep, Solver, Study, Unit, format_bytes
+from stiffcore.study import BlockFunction, Device, Keep, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
 # for the whole matrix, 64 take 38 s (2 cores, float64). Late layers have small columns and large weights, which every
@@ -54,6 +54,7 @@ DENSE_EFFICIENCY = 0.6
 ARNOLDI_PRODUCTS = 2000
 # A flop of a sparse product, in those of a dense one, where all cores take such products: they wait for memory.
 PRODUCT_COST = 25
+WHOLE_SPECTRUM = "the whole spectrum takes no longer than its ends"
 KRYLOV_VECTORS = 320
 FOUND_MOST = 8
 
@@ -295,12 +296,15 @@ def _plan_unit(
     if recorded is None or recorded.solver is Solver.NONE:
         return _first_that_fits(unit, study, machine, data_bytes, asked)
     device_gone = recorded.device_bytes and (machine.device_bytes is None or study.device is Device.CPU)
-    # a rung that was asked for as `extremes` may be the whole spectrum
-    known = asked if Solver.EXTREMES not in asked else (*asked, Solver.HOST_DENSE)
-    if recorded.solver not in known or device_gone:
-        return _first_that_fits(unit, study, machine, data_bytes, asked, (recorded.chunk, recorded.shard))
-    if recorded.projected_bytes <= data_bytes:
+    stored = None if recorded.matrix_free else (recorded.chunk, recorded.shard)
+    # what was asked for as `extremes` may be the whole spectrum
+    as_asked = recorded.solver in asked or (Solver.EXTREMES in asked and recorded.why == WHOLE_SPECTRUM)
+    if not as_asked or device_gone:
+        return _first_that_fits(unit, study, machine, data_bytes, asked, stored)
+    if recorded.projected_bytes <= data_bytes and not recorded.matrix_free:
         return recorded
+    if Solver.EXTREMES in asked:  # with less room for factors
+        return _first_that_fits(unit, study, machine, data_bytes, asked, stored)
     why = _too_small(recorded.solver, unit, recorded.stages or {}, machine, data_bytes)
     return replace(recorded, solver=Solver.NONE, refused=True, why=why)
 
@@ -413,7 +417,7 @@ def _extremes(
         if not why_not:
             matrix = min(whole, (fill + unit.k * (base.shard + 2 * TILE_ROWS)) * itemsize + METADATA_BYTES)
             if not too_much and whole_spectrum.seconds <= base.seconds:
-                return replace(whole_spectrum, why="the whole spectrum takes no longer than its ends"), ""
+                return replace(whole_spectrum, why=WHOLE_SPECTRUM), ""
             on_device = device_matrix_bytes(nonzeros, unit.k) + (base.stages or {})["build"]
             if machine.device_bytes is None or on_device > machine.device_bytes:
                 on_device = 0
@@ -427,6 +431,8 @@ def _extremes(
                 moved_bytes=2 * matrix + 2 * vectors + (24 * nonzeros if on_device else 0),
             )
             return plan, ""
+    if itemsize < 8:
+        return base, why_not  # products in single precision are too coarse for proofs and vectors
     stages = _first_stages(unit, 0, unit.column_items * itemsize, itemsize, 1, 1)
     del stages["build"]
     stages["solve"] = _krylov_bytes(unit.k) + _operator_bytes(unit, unit.column_items * itemsize, itemsize)
@@ -642,16 +648,18 @@ def _extremes_stages(factors: int, unit: Unit, column_bytes: int, itemsize: int,
 
     read: the matrix twice and a shard: 2 * 12 * nonzeros + shard.
     ends: the matrix, what `extremes` keeps of products and vectors, and factors where shift-invert is needed.
-    count: the matrix, its symmetric part and what makes it (4 matrices more), and the factors.
+    count: the matrix, its symmetric part and what makes it (4 matrices more; of a branch 9, for singular values), and
+        the factors.
     certify: as for the dense rungs.
     """
     nonzeros, k = unit.nonzeros or unit.k**2, unit.k
     matrix = 12 * nonzeros + _operator_bytes(unit, column_bytes, itemsize)
+    parts = 9 if unit.function is BlockFunction.BRANCH else 4
     dense_copy = 8 * k * k if nonzeros >= DENSE_SHARE * k * k else 0
     return {
         "read": matrix + 12 * nonzeros + _shard_bytes(file_rows(k, TILE_ROWS), shard, itemsize),
         "ends": matrix + _krylov_bytes(k) + dense_copy + max(12 * nonzeros, factors),
-        "count": matrix + 4 * 12 * nonzeros + _krylov_bytes(k) + factors,
+        "count": matrix + parts * 12 * nonzeros + _krylov_bytes(k) + factors,
         "certify": 2 * FOUND_MOST * (column_bytes + 2 * (unit.n + k) * itemsize)
         + _operator_bytes(unit, column_bytes, itemsize),
     }

@@ -584,8 +584,6 @@ def _work(
     records = store.units()
     threads = (store.header or {})["threads"]
     pending = [p for p in prepared.plan.units if p.works and not _ended(records[p.unit.key], p.solver)]
-    for plan in pending:
-        _record_plan(store, records[plan.unit.key], plan)
     begun = {plan.unit.key for plan in pending}
     for key, record in records.items():
         if state_of(record) in DONE and key not in begun and not _settled(store, key, prepared.study, on_event):
@@ -603,6 +601,8 @@ def _work(
             if prepared.plan.holds(plan, running.values()) or not running:
                 key = plan.unit.key
                 pending.remove(plan)
+                if plan.works and key in begun:
+                    _record_plan(store, store.record(key), plan)
                 tell(key, "begun")
                 if records[key].get("failure"):
                     store.update(key, failure=None)
@@ -648,11 +648,15 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
     fields: dict[str, Any] = {"plan": plan.to_json()}
     if "made_with" in record:
         before = UnitPlan.from_json(plan.unit, record["plan"])
-        if before.solver is plan.solver and bool(before.device_bytes) == bool(plan.device_bytes):
+        where = (bool(before.device_bytes), before.factor_bytes, before.matrix_free)
+        if before.solver is plan.solver and where == (bool(plan.device_bytes), plan.factor_bytes, plan.matrix_free):
             return
+        if before.matrix_free and not plan.matrix_free:
+            fields["stage"] = "planned"
         if before.solver is not plan.solver and record["stage"] in ("reduced", "solved", "counted", "done"):
-            gone = record["plan"]["matrix_free"] or (record["stage"] == "done" and not record.get("kept"))
+            gone = record["plan"].get("matrix_free") or (record["stage"] == "done" and not record.get("kept"))
             fields["stage"] = "planned" if gone else "built"
+            fields["seconds"] = {} if gone else {"built": record["seconds"].get("built", 0.0)}
     store.update(plan.unit.key, **fields)
 
 

@@ -103,7 +103,7 @@ class UnitRun:
     @cached_property
     def sparse(self) -> csc_array | LinearOperator:
         """The matrix without its zeros; where the plan has no room for it, its products."""
-        if self.record["plan"]["matrix_free"]:
+        if self.record["plan"].get("matrix_free"):
             operator, k = self.reduction, self.record["k"]
             return LinearOperator(
                 (k, k), operator.product, rmatvec=operator.transposed_product, dtype=np.dtype(np.float64)
@@ -203,6 +203,7 @@ def carry_out(
                 timing[stage] = timing.get(stage, 0.0) + time.perf_counter() - start
                 run.reach(stage, **fields, seconds=timing, **_measured(run, before))
         if run.keep is Keep.SPECTRA and run.solver is not Solver.MATRIX_ONLY:
+            run.store.update(key, kept=False)
             run.store.drop(key, *SCRATCH)
         else:
             run.store.update(key, kept=True)
@@ -228,7 +229,7 @@ def _route(run: UnitRun) -> _Stages:
         return [("solved", _solve_nothing), ("done", _certify)]
     if run.solver is Solver.EXTREMES:
         ends: _Stages = [("solved", _find_ends), ("counted", _count), ("done", _certify)]
-        return ends if run.record["plan"]["matrix_free"] else [("built", _build), *ends]
+        return ends if run.record["plan"].get("matrix_free") else [("built", _build), *ends]
     if run.solver is Solver.CUDA_DENSE:
         return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
     return [("built", _build), ("reduced", _reduce), ("solved", _solve), ("done", _certify)]
@@ -414,7 +415,7 @@ def _find_ends(run: UnitRun) -> dict[str, Any]:
 
 def _ends(run: UnitRun) -> tuple[np.ndarray, dense.Eigenvectors]:
     where, names = f"units/{run.key}", ("reduced_eigenvalues", "right_vectors", "left_vectors")
-    before = "planned" if run.record["plan"]["matrix_free"] else "built"
+    before = "planned" if run.record["plan"].get("matrix_free") else "built"
     with _undoing(run, before, *names):
         values, right, left = (run.store.get_array(where, name) for name in names)
     return values, dense.Eigenvectors(right, left, np.array(run.record["converged"]["vectors"], bool))

@@ -430,3 +430,11 @@ def test_thresholds_that_are_none_are_refused():
         count_left(np.eye(2), np.nan)
     with pytest.raises(InputError, match="positive radius"):
         count_outside_disc(np.eye(2), 0.0, -1.0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-170, 1e160])
+def test_a_norm_that_cannot_be_computed_with_leaves_counts_open(scale):
+    a = scale * np.diag(np.linspace(0.5, 2, 120))
+    for count in (count_left(a, 0.0), count_outside_disc(a, 0.0, 1e-300 if scale else 1.0)):
+        assert count.count is None or count.count in (0, 120)
+    assert count_left(np.zeros((120, 120)), 0.0).note == "every eigenvalue is 0"

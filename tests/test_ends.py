@@ -20,9 +20,10 @@ from stiffcore.eigen.device import DeviceMatrix
 from stiffcore.eigen.extremes import extremes
 from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import reduce_jacobian
+from stiffcore.plan import make_plan
 from stiffcore.report.tables import metrics_table
 from stiffcore.spectra import Ends
-from stiffcore.study import Solver
+from stiffcore.study import Precision, Solver, Study
 from tests.test_plan import MIB, machine, planned, unit
 from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
 
@@ -325,3 +326,57 @@ def test_the_table_says_what_a_count_rests_on(small):
     console.print(metrics_table(run.metrics()))
     printed = console.export_text()
     assert "yes, ends; proved" in printed
+
+
+def test_a_switch_to_another_solver_that_is_interrupted_loses_no_result(small):
+    options = OPTIONS | {"blocks": "1,4", "functions": "block"}
+    execute(small / "run", options | {"solver": "extremes"})
+    ended = []
+
+    def stop(event):
+        if event["stage"] == "ended":
+            ended.append(event["unit"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(small / "run", {"solver": "host-dense"}, stop)
+    rows = stiffcore.open_run(str(small / "run")).metrics()
+    assert rows["state"].tolist() == ["done", "done"]
+    assert sorted(rows["solver"]) == ["extremes", "host-dense"]
+    _, outcome = execute(small / "run", {})
+    assert outcome.failed == {}
+    assert set(stiffcore.open_run(str(small / "run")).metrics()["solver"]) == {"host-dense"}
+
+
+def test_matrices_that_were_kept_and_dropped_are_not_taken_to_be_there(small):
+    options = OPTIONS | {"blocks": "1", "functions": "block"}
+    execute(small / "run", options | {"solver": "matrix-only"})
+    execute(small / "run", {"solver": "extremes"})
+    run, outcome = execute(small / "run", {"solver": "host-dense"})
+    assert outcome.failed == {}
+    [record] = run.records().values()
+    assert set(record["seconds"]) == {"built", "reduced", "solved", "done"}
+
+
+def test_what_was_begun_is_planned_anew_where_there_is_less_room():
+    one = unit(7000, items=1_000_000).model_copy(update={"products": 500, "nonzeros": 1_700_000, "fill": 6_000_000})
+    study = Study(memory=3000 * MIB, solver="extremes")
+    [first] = make_plan([one], study, machine()).units
+    needed = first.projected_bytes + machine().reserved_bytes
+    study = Study(memory=needed - MIB, solver="extremes")
+    [less] = make_plan([one], study, machine(), recorded={one.key: first}).units
+    assert less.works
+    assert less.factor_bytes < first.factor_bytes
+    assert (less.chunk, less.shard) == (first.chunk, first.shard)
+    # a dense solve that another solver had begun is not what `extremes` asks for
+    [dense] = make_plan([one], Study(memory=3000 * MIB), machine()).units
+    study = Study(memory=3000 * MIB, solver="extremes")
+    [again] = make_plan([one], study, machine(), recorded={one.key: dense}).units
+    assert again.solver is Solver.EXTREMES
+
+
+def test_single_precision_is_not_solved_by_products_alone():
+    one = unit(7000, items=1000).model_copy(update={"products": 500, "nonzeros": 1_700_000, "fill": 6_000_000})
+    found = {precision: planned([one], 445 * MIB, solver="extremes", dtype=precision) for precision in Precision}
+    assert found["float64"].units[0].matrix_free
+    assert found["float32"].units[0].refused

@@ -31,6 +31,8 @@ def test_a_picture_is_of_the_matrix_that_has_the_spectrum_and_stays_in_the_run(s
         assert found.smallest[j, i] == pytest.approx(true, rel=1e-6)
     again = stored_picture(stiffcore.open_run(str(small / "run")).store, key)
     assert np.array_equal(again.smallest, found.smallest)
+    run.picture(block=1)
+    assert np.array_equal(stored_picture(run.store, key).smallest, found.smallest)
     # the run is as it was, and goes on
     assert execute(small / "run", {})[1].failed == {}
     assert stored_picture(run.store, key) is not None

@@ -5,9 +5,12 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 import stiffcore
+from stiffcore import cli
 from stiffcore.report.figures import paper_values
 from stiffcore.report.page import write_report
 from tests.test_run import OPTIONS, command, execute
@@ -87,3 +90,17 @@ def test_a_browser_opens_the_page_and_draws_it(run, small):
     drawn = Image.open(shot).convert("RGB")
     blue = sum(count for count, (r, g, b) in drawn.getcolors(1 << 24) if b > r + 60 and b > g + 40)
     assert blue > 100  # the computed eigenvalues
+
+
+def test_blocks_that_are_no_residual_ones_and_images_without_labels_are_shown(small, capsys):
+    body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+    network = nn.Sequential(body, nn.Flatten(), nn.Linear(75, 2))
+    images = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    run = stiffcore.analyze(network, images, run=small / "a", blocks="0.0,0.2")
+    cli._show(run)
+    assert "loss undefined" in capsys.readouterr().out
+    write_report(run, small / "a.html")
+    labelled = stiffcore.analyze(network, images, [0, 1, 0, 1], run=small / "b", blocks="0.0,0.2")
+    labelled.picture(block="0.0", grid=2, module=network.double())
+    write_report(labelled, small / "b.html")
+    assert 'id="labels-block"' in (small / "b.html").read_text()

@@ -108,6 +108,8 @@ def certify_ends(
     for name, agreed in (("largest", right_end), ("smallest", left_end)):
         if not agreed:
             failures.append(f"two starts do not agree on the {name} real parts ({ends.note})")
+    if not len(values):
+        return replace(found, failures=(*failures, f"no eigenvalue converged ({ends.note})"))
     real, slack = reduction.shift + values.real, RANGE_SLACK * _scale(reduction, values, moments) + found.error
     if ((real < ends.range_left - slack) | (real > ends.range_right + slack)).any():
         failures.append(

@@ -57,6 +57,8 @@ NEAR = 0.25
 # Residual of a deflated vector, relative to the norm.
 INVARIANT = 1e-10
 SMALLEST_PIECE = 1e-7
+# Squares of smaller norms, and of larger than the inverse, vanish or overflow.
+LEAST_NORM = 1e-140
 # Of the boundary of a small dense matrix, before its count is given up.
 MOST_PIECES = 3000
 # Normals of that polygon, in degrees: those that bound the left side, and the others.
@@ -174,7 +176,7 @@ def count_left(
     if not math.isfinite(threshold):
         raise InputError(f"count_left needs a finite threshold, got {threshold}")
     k, rng = a.shape[0], np.random.default_rng(seed)
-    if k > DENSE_ORDER:
+    if k > DENSE_ORDER and _moderate(a):
         operator = Operator.of(a, rng)
         for sign, count in ((1, 0), (-1, k)):
             found = margin_right_of(operator if sign == 1 else operator.negative(), sign * threshold, rng)
@@ -230,7 +232,7 @@ def count_outside_disc(
     k = a.shape[0]
     if k == 0:
         return Count(radius, 0, "proved: norm", math.inf, computed=False)
-    if k > DENSE_ORDER:
+    if k > DENSE_ORDER and _moderate(a):
         rng = np.random.default_rng(seed)
         operator = Operator.of(a, rng)
         found = margin_inside(operator, centre, radius, rng)
@@ -263,6 +265,12 @@ def _matrix_or_operator(a: Any) -> sp.csc_array | LinearOperator:
     if not isinstance(a, LinearOperator):
         return as_sparse(a)
     return as_sparse(a @ np.eye(a.shape[0])) if a.shape[0] <= DENSE_ORDER else a
+
+
+def _moderate(a: sp.csc_array | LinearOperator) -> bool:
+    """Whether squares of the norm neither vanish nor overflow; taken for granted where there is no matrix."""
+    host = host_matrix(a)
+    return host is None or LEAST_NORM < norm_bound(host) < 1 / LEAST_NORM
 
 
 def _by_power(threshold: float, count: int, found: tuple[float, int]) -> Count:
@@ -318,6 +326,9 @@ def _by_discs(
     if a.shape[0] <= DENSE_ORDER:
         return _dense_count(a.toarray(), region, threshold)
     search = _Search(a, region, memory_bytes, rng)
+    if not LEAST_NORM < search.norm < 1 / LEAST_NORM:
+        note = "every eigenvalue is 0" if search.norm == 0 else f"a norm of {search.norm:.0e} leaves no room to compute"
+        return Count(threshold, None, OPEN, 0.0, computed=True, note=note)
     if known is not None:
         search.deflate(*known)
     try:
@@ -379,6 +390,7 @@ class _Search:
         self.q = np.zeros((a.shape[0], 0))
         self.discs: list[tuple[complex, float]] = []
         self.slack = math.inf
+        self.singular = 0
 
     def project(self, x: Array) -> Array:
         """Onto the complement of Q."""
@@ -427,7 +439,7 @@ class _Search:
                 continue
             left = _area(piece) + sum(map(_area, pieces))
             self._check_progress(left / whole if whole else 1.0)
-            if np.abs(piece - _middle(piece)).max() < SMALLEST_PIECE * self.norm:
+            if np.abs(piece - _middle(piece)).max() <= SMALLEST_PIECE * self.norm:
                 raise _OpenError("an eigenvalue or a singular value is too near to the boundary for discs")
             self._lay_disc(piece)
             if not self._covered(piece):
@@ -486,6 +498,7 @@ class _Search:
         try:
             shifted = Shifted(self.a, centre, self.memory_bytes)
         except ZeroDivisionError:
+            self.singular += 1
             return
         radius = singular_bound(shifted, self.norm, self.rng, self.project)
         while radius < BLOCKED * half and self._deflate_nearest(shifted, half):
@@ -512,7 +525,7 @@ class _Search:
             raise _OpenError(f"more than {MOST_COUNTED} eigenvalues are there: needs the spectrum")
 
     def _check_progress(self, left: float) -> None:
-        laid = len(self.discs)
+        laid = len(self.discs) + self.singular
         hopeless = laid >= FIRST_DISCS and (1 - left) * MOST_DISCS < laid / 4
         if laid >= MOST_DISCS or hopeless:
             raise _OpenError(f"{laid} discs cover {100 * (1 - left):.2g} % of the doubtful part")

@@ -57,7 +57,7 @@ def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
     if picture is not None:
         curve = np.append(picture.numerical_range, picture.numerical_range[0])
         axis.plot(curve.real, curve.imag, color=RANGE, linewidth=1)
-        if picture.smallest.size:
+        if min(picture.smallest.shape) > 1:
             im, values = np.concatenate([-picture.im[:0:-1], picture.im]), picture.smallest
             both = np.concatenate([values[:0:-1], values])
             levels = np.floor(np.log10(max(values.max(), 1e-300))) - np.arange(4)[::-1]
@@ -92,11 +92,14 @@ def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None
     figure = Figure(figsize=(9, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     table = spread(chosen, ["number", "block"])
-    published = paper_values(network) if function == "block" else []
+    unnumbered = bool((chosen["number"] == 0).any())  # blocks that are no residual ones
+    published = paper_values(network) if function == "block" and not unnumbered else []
+    first = chosen.drop_duplicates("block")
+    place = {row["block"]: i + 1 if unnumbered else row["number"] for i, row in enumerate(first.to_dict("records"))}
     for axis, metric, name, factor in ((upper, "S_active", "S active", 1), (lower, "negative", "Re < 0, %", 100)):
         part = table[table["metric"] == metric]
         part = part[part["values"] > 0]
-        x, median = part["number"].to_numpy(), factor * part["median"].to_numpy()
+        x, median = part["block"].map(place).to_numpy(), factor * part["median"].to_numpy()
         below, above = median - factor * part["q25"].to_numpy(), factor * part["q75"].to_numpy() - median
         axis.vlines(x, factor * part["min"], factor * part["max"], color=COMPUTED, linewidth=0.8)
         axis.errorbar(x, median, yerr=[below, above], fmt="o", color=COMPUTED, linewidth=3, markersize=5)
@@ -108,8 +111,9 @@ def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None
         if not len(part) and not published:
             axis.text(0.5, 0.6, "open: needs the spectra", ha="center", transform=axis.transAxes)
             axis.set_yticks([])
-    numbers = sorted(set(chosen["number"]) | {p["block"] for p in published})
-    lower.set_xticks(numbers)
+    names = {at: name for name, at in place.items()} if unnumbered else {}
+    numbers = sorted(set(place.values()) | {p["block"] for p in published})
+    lower.set_xticks(numbers, [names.get(number, str(number)) for number in numbers])
     lower.set_xlabel("block")
     return figure
 
@@ -120,12 +124,14 @@ def heat(rows: pd.DataFrame, function: str, metric: str = "S_active") -> Figure 
     if chosen["label"].nunique() < 2:
         return None
     table = spread(chosen, ["number", "block", "label"], [metric])
-    grid = table.pivot(index="number", columns="label", values="mean")
+    names = [str(number) if number else block for number, block in zip(table["number"], table["block"], strict=True)]
+    order = list(dict.fromkeys(names))
+    grid = table.assign(name=names).pivot(index="name", columns="label", values="mean").loc[order]
     figure = Figure(figsize=(1.5 + 0.6 * grid.shape[1], 1.2 + 0.35 * grid.shape[0]), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(grid.to_numpy(float), aspect="auto", cmap="viridis")
     axis.set_xticks(range(grid.shape[1]), [str(label) for label in grid.columns])
-    axis.set_yticks(range(grid.shape[0]), [str(number) for number in grid.index])
+    axis.set_yticks(range(grid.shape[0]), list(grid.index))
     axis.set_xlabel("label")
     axis.set_ylabel("block")
     figure.colorbar(image, label="S active, mean" if metric == "S_active" else f"{metric}, mean")

@@ -40,18 +40,18 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
     if to.exists():
         raise InputError(f"--to {to} exists: give a new file")
     drawn = _figures(run)
+    wanted = [(figures_folder or Path()) / f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
+    existing = [str(path) for path in wanted if path.exists()]
+    if figures_folder is not None and existing:
+        raise InputError(f"--figures: {existing[0]} exists: give a new folder")
     page = render(run, drawn)
     try:
-        if figures_folder is not None:
-            figures_folder.mkdir(parents=True, exist_ok=True)
-            wanted = [figures_folder / f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
-            existing = [str(path) for path in wanted if path.exists()]
-            if existing:
-                raise InputError(f"--figures: {existing[0]} exists: give a new folder")
-            for path in wanted:
-                drawn[path.stem].savefig(path, dpi=200)
         with to.open("x", encoding="utf-8") as file:
             file.write(page)
+        if figures_folder is not None:
+            figures_folder.mkdir(parents=True, exist_ok=True)
+            for path in wanted:
+                drawn[path.stem].savefig(path, dpi=200)
     except OSError as error:
         raise InputError(f"--to {to}: {error}") from error
     more = f", {len(drawn)} figures in {figures_folder}" if figures_folder is not None else ""
@@ -153,7 +153,7 @@ def _mean(row: dict[str, Any], factor: float) -> str:
         return "open" if row["unknown"] else "infinite"
     text = f"{factor * row['mean']:.5g}" + (f" ({factor * row['std']:.2g})" if row["values"] > 1 else "")
     notes = [f"{row[name]} {name}" for name in ("infinite", "unknown") if row[name]]
-    return text + (f" [{', '.join(notes)}]" if notes else "")
+    return text + (f" [{', '.join(notes).replace('unknown', 'open')}]" if notes else "")
 
 
 def _correlations(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -243,12 +243,13 @@ def _kind(rows: pd.DataFrame) -> str:
 
 def _mean(values: Any) -> str:
     finite = [v for v in values if math.isfinite(v)]
+    numbers = {"infinite": sum(map(math.isinf, values)), "open": sum(map(math.isnan, values))}
+    notes = [f"{number} {name}" for name, number in numbers.items() if number]
     if not finite:
-        return "-"
+        return ", ".join(name for name, number in numbers.items() if number) or "-"
     series = pd.Series(finite)
     spread = f" ({series.std():.2g})" if len(finite) > 1 else ""
-    note = f" [{len(values) - len(finite)} infinite]" if len(finite) < len(values) else ""
-    return f"{series.mean():.5g}{spread}{note}"
+    return f"{series.mean():.5g}{spread}" + (f" [{', '.join(notes)}]" if notes else "")
 
 
 def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -279,9 +280,9 @@ def _block(number: int, block: str) -> str:
 
 
 def _images_caption(rows: pd.DataFrame) -> str:
-    first = json_rows(rows.drop_duplicates("image"))
     shown = [
-        f"{r['image_index']} (label {r['label']}, predicted {r['prediction']}, loss {r['loss']:.3g})" for r in first
+        f"{r['image_index']} (label {r['label']}, predicted {r['prediction']}, loss {spell(r['loss'], 3)})"
+        for r in rows.drop_duplicates("image").to_dict("records")
     ]
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
     return f"images: {', '.join(shown[:5])}{more}"
