@@ -101,6 +101,6 @@ def test_blocks_that_are_no_residual_ones_and_images_without_labels_are_shown(sm
     assert "loss undefined" in capsys.readouterr().out
     write_report(run, small / "a.html")
     labelled = stiffcore.analyze(network, images, [0, 1, 0, 1], run=small / "b", blocks="0.0,0.2")
-    labelled.picture(block="0.0", grid=2, module=network.double())
+    labelled.picture(block="0.0", grid=2, module=network)
     write_report(labelled, small / "b.html")
     assert 'id="labels-block"' in (small / "b.html").read_text()
