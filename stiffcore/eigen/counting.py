@@ -40,6 +40,7 @@ from stiffcore.errors import InputError
 from stiffcore.spectra import Count, Ends
 
 OPEN = "open"
+NO_MATRIX = "no matrix was built, and no power decides"
 # Factorisations before a count is given up, and those after which it is asked whether so many will do.
 MOST_DISCS = 200
 FIRST_DISCS = 24
@@ -175,21 +176,18 @@ def count_left(
     a = _matrix_or_operator(a)
     if not math.isfinite(threshold):
         raise InputError(f"count_left needs a finite threshold, got {threshold}")
-    k, rng = a.shape[0], np.random.default_rng(seed)
-    if k > DENSE_ORDER and _moderate(a):
-        operator = Operator.of(a, rng)
-        for sign, count in ((1, 0), (-1, k)):
-            found = margin_right_of(operator if sign == 1 else operator.negative(), sign * threshold, rng)
-            if found is not None:
-                return _by_power(threshold, count, found)
+    k = a.shape[0]
+    sides = ((1, threshold, 0), (-1, -threshold, k))
+    found = _by_powers(a, threshold, sides, seed)
+    if found is not None:
+        return found
     host = host_matrix(a)
     if host is None:
-        return Count(threshold, None, OPEN, 0.0, computed=True, note="no matrix was built, and no power decides")
+        return _open(threshold, NO_MATRIX)
     a = host
-    for matrix, line, count in ((a, threshold, 0), (-a, -threshold, k)):
-        end = numerical_range_end(matrix, right_of=line, memory_bytes=memory_bytes, seed=seed)
-        if end.bound > line:
-            return Count(threshold, count, "proved: numerical range", end.bound - line, computed=False)
+    found = _by_range(a, threshold, sides, memory_bytes, seed)
+    if found is not None:
+        return found
     if a.trace() < threshold * k and k > DENSE_ORDER:
         # most eigenvalues are left of the line: count the others; none is on it where this is proved
         right = _by_discs(-a, _LeftOf(-threshold), threshold, memory_bytes, None, seed)
@@ -232,19 +230,13 @@ def count_outside_disc(
     k = a.shape[0]
     if k == 0:
         return Count(radius, 0, "proved: norm", math.inf, computed=False)
-    if k > DENSE_ORDER and _moderate(a):
-        rng = np.random.default_rng(seed)
-        operator = Operator.of(a, rng)
-        found = margin_inside(operator, centre, radius, rng)
-        if found is not None:
-            return _by_power(radius, 0, found)
-        for sign in (1, -1):
-            found = margin_right_of(operator if sign == 1 else operator.negative(), sign * centre + radius, rng)
-            if found is not None:
-                return _by_power(radius, k, found)
+    sides = ((1, centre + radius, k), (-1, radius - centre, k))
+    found = _by_powers(a, radius, sides, seed, centre=centre)
+    if found is not None:
+        return found
     host = host_matrix(a)
     if host is None:
-        return Count(radius, None, OPEN, 0.0, computed=True, note="no matrix was built, and no power decides")
+        return _open(radius, NO_MATRIX)
     a = host
     shifted = sp.csc_array(a - centre * sp.eye_array(k, format="csc"))
     # its eigenvalues are the singular values and their negatives
@@ -254,10 +246,9 @@ def count_outside_disc(
         margin = radius + end.bound - 2 * EPS * abs(centre)
         if margin > 0:
             return Count(radius, 0, "proved: norm", margin, computed=False)
-    for matrix, edge in ((a, centre + radius), (-a, radius - centre)):
-        end = numerical_range_end(matrix, right_of=edge, memory_bytes=memory_bytes, seed=seed)
-        if end.bound > edge:
-            return Count(radius, k, "proved: numerical range", end.bound - edge, computed=False)
+    found = _by_range(a, radius, sides, memory_bytes, seed)
+    if found is not None:
+        return found
     return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, known, seed)
 
 
@@ -273,11 +264,41 @@ def _moderate(a: sp.csc_array | LinearOperator) -> bool:
     return host is None or LEAST_NORM < norm_bound(host) < 1 / LEAST_NORM
 
 
-def _by_power(threshold: float, count: int, found: tuple[float, int]) -> Count:
-    margin, power = found
-    return Count(
-        threshold, count, "proved: powers", margin, computed=True, note=f"the norm of power {power} is under 1"
-    )
+# All eigenvalues of A (1) or of -A (-1) lie right of a line: then so many are counted.
+_Sides = tuple[tuple[int, float, int], ...]
+
+
+def _by_powers(
+    a: sp.csc_array | LinearOperator, threshold: float, sides: _Sides, seed: int, centre: float | None = None
+) -> Count | None:
+    """The count, where powers prove one of the sides; with a centre first none, where all are inside the circle."""
+    if a.shape[0] <= DENSE_ORDER or not _moderate(a):
+        return None
+    rng = np.random.default_rng(seed)
+    operator = Operator.of(a, rng)
+    proofs = [(partial(margin_inside, operator, centre, threshold), 0)] if centre is not None else []
+    for sign, line, count in sides:
+        proofs.append((partial(margin_right_of, operator if sign == 1 else operator.negative(), line), count))
+    for prove, count in proofs:
+        found = prove(rng)
+        if found is not None:
+            margin, power = found
+            note = f"the norm of power {power} is under 1"
+            return Count(threshold, count, "proved: powers", margin, computed=True, note=note)
+    return None
+
+
+def _by_range(a: sp.csc_array, threshold: float, sides: _Sides, memory_bytes: int | None, seed: int) -> Count | None:
+    """The count, where the numerical range proves one of the sides."""
+    for sign, line, count in sides:
+        end = numerical_range_end(a if sign == 1 else -a, right_of=line, memory_bytes=memory_bytes, seed=seed)
+        if end.bound > line:
+            return Count(threshold, count, "proved: numerical range", end.bound - line, computed=False)
+    return None
+
+
+def _open(threshold: float, note: str) -> Count:
+    return Count(threshold, None, OPEN, 0.0, computed=True, note=note)
 
 
 def ends_of(
@@ -328,14 +349,14 @@ def _by_discs(
     search = _Search(a, region, memory_bytes, rng)
     if not LEAST_NORM < search.norm < 1 / LEAST_NORM:
         note = "every eigenvalue is 0" if search.norm == 0 else f"a norm of {search.norm:.0e} leaves no room to compute"
-        return Count(threshold, None, OPEN, 0.0, computed=True, note=note)
+        return _open(threshold, note)
     if known is not None:
         search.deflate(*known)
     try:
         search.check_crowd()
         search.cover()
     except (_OpenError, FillError) as error:
-        return Count(threshold, None, OPEN, 0.0, computed=True, note=str(error))
+        return _open(threshold, str(error))
     return search.count(threshold)
 
 
@@ -345,9 +366,7 @@ def _dense_count(a: Array, region: _Region, threshold: float) -> Count:
     allowed = 20 * k * EPS * float(np.linalg.norm(a))
     distance = _boundary_distance(a, region, float(np.linalg.norm(a)), 2 * allowed)
     if distance <= 2 * allowed:
-        return Count(
-            threshold, None, OPEN, 0.0, computed=True, note="an eigenvalue may be within rounding of the boundary"
-        )
+        return _open(threshold, "an eigenvalue may be within rounding of the boundary")
     count = int(region.has(np.linalg.eigvals(a)).sum())
     return Count(threshold, count, "proved: dense spectrum", distance - allowed, computed=True)
 
@@ -463,7 +482,7 @@ class _Search:
         margin = min(1 / inverse - 2 * residual, slack)
         if not margin > 0:
             note = "an eigenvalue found is within its error of the boundary"
-            return Count(threshold, None, OPEN, 0.0, computed=True, note=note)
+            return _open(threshold, note)
         count = int(self.region.has(np.linalg.eigvals(t)).sum()) if m else 0
         note = f"{len(self.discs)} discs, {m} eigenvalues deflated"
         return Count(threshold, count, basis, margin, computed=True, note=note)
