@@ -19,7 +19,7 @@ from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
-from stiffcore.run import Prepared, Run, carry_out_plan, check_free, open_run, prepare, state_of
+from stiffcore.run import Prepared, Run, carry_out_plan, check_free, open_run, prepare, state_of, status_summary
 from stiffcore.study import Study, format_bytes
 from stiffcore.version import __version__
 
@@ -202,7 +202,7 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     by = f"being worked on by process {holder['pid']} on {holder['host']}" if holder else "nobody works on it now"
     _say(out, f"{run}: {by}")
     records = found.records()
-    _say(out, tables.status_summary(records))
+    _say(out, status_summary(records))
     table = tables.status_table(records)
     if table.row_count:
         out.print(table)
@@ -340,7 +340,7 @@ def _show(run: Run, *, each: bool = False) -> None:
     if each or len(rows) <= LISTED:
         out.print(tables.metrics_table(rows, out.width))
     else:
-        _say(out, tables.status_summary(run.records()) + "; --each lists every spectrum")
+        _say(out, status_summary(run.records()) + "; --each lists every spectrum")
     images = rows["image"].nunique()
     if images > 1:
         out.print(tables.means_table(rows))

@@ -407,7 +407,7 @@ def _extremes(
     moved: the matrix written and read once, and the vectors; and copied to the device twice.
     """
     itemsize = np.dtype(study.dtype).itemsize
-    nonzeros, fill = unit.nonzeros or unit.k**2, unit.fill or unit.k**2
+    nonzeros, fill = _sparsity(unit)
     vectors = 2 * FOUND_MOST * 16 * unit.k
     whole_spectrum, too_much = _host_dense(unit, study, machine, data_bytes, stored)
     for needed, why in _factor_levels(nonzeros, fill):
@@ -500,13 +500,18 @@ RUNGS: dict[Solver, Rung] = {
 }
 
 
+def _sparsity(unit: Unit) -> tuple[int, int]:
+    """Entries of the matrix and of its triangular factors at most; all of them, where nothing is known."""
+    return unit.nonzeros or unit.k**2, unit.fill or unit.k**2
+
+
 def _dense_flops(unit: Unit) -> int:
     return dense.to_hessenberg_flops(unit.k) + dense.hessenberg_eigenvalues_flops(unit.k)
 
 
 def _extremes_flops(unit: Unit) -> int:
     """Products, far below the rate of dense ones, and one sparse LU: sum of squared columns of the factors."""
-    nonzeros, fill = unit.nonzeros or unit.k**2, unit.fill or unit.k**2
+    nonzeros, fill = _sparsity(unit)
     return PRODUCT_COST * 2 * ARNOLDI_PRODUCTS * nonzeros + fill * fill // max(unit.k, 1)
 
 
@@ -652,7 +657,7 @@ def _extremes_stages(factors: int, unit: Unit, column_bytes: int, itemsize: int,
         the factors.
     certify: as for the dense rungs.
     """
-    nonzeros, k = unit.nonzeros or unit.k**2, unit.k
+    (nonzeros, _), k = _sparsity(unit), unit.k
     matrix = 12 * nonzeros + _operator_bytes(unit, column_bytes, itemsize)
     parts = 9 if unit.function is BlockFunction.BRANCH else 4
     dense_copy = 8 * k * k if nonzeros >= DENSE_SHARE * k * k else 0

@@ -89,9 +89,7 @@ class Run:
         self.study = Study.stored(header)
 
     def __repr__(self) -> str:
-        states = Counter(map(state_of, self.records().values()))
-        found = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
-        return f"Run({self.store.url}: {self.header['description']}; {found})"
+        return f"Run({self.store.url}: {self.header['description']}; {status_summary(self.records())})"
 
     def _repr_html_(self) -> str:
         shown = ["image_index", "number", "block", "function", "n", "k", "S_active", "S_active_error", "negative"]
@@ -317,6 +315,12 @@ def state_of(record: Mapping[str, Any]) -> str:
     if record.get("failure"):
         return "failed"
     return "under way" if "made_with" in record else "planned"
+
+
+def status_summary(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many units are in which state."""
+    states = Counter(map(state_of, records.values()))
+    return ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
 
 
 @dataclass(frozen=True)

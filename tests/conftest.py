@@ -134,3 +134,14 @@ def bucket() -> Iterator[Bucket]:
 def ends_are_cheap(monkeypatch):
     """The solver `extremes` plans ends at any order; at those of small tests it would plan the whole spectrum."""
     monkeypatch.setattr("stiffcore.plan.PRODUCT_COST", 0)
+
+
+@pytest.fixture
+def supposed_device(monkeypatch):
+    """What is planned for a CUDA device, all of it, on the CPU: torch runs the same lines there."""
+
+    def memory(device, supposed=None):
+        return None if device == "cpu" else (8 << 30, 1 << 20)
+
+    monkeypatch.setattr("stiffcore.unit.CUDA", "cpu")
+    monkeypatch.setattr("stiffcore.survey.device_memory", memory)

@@ -115,17 +115,6 @@ def test_where_the_matrix_does_not_fit_products_alone_give_the_ends(small, monke
     assert spectra_bytes(small / "run") == spectra_bytes(small / "full")
 
 
-@pytest.fixture
-def supposed_device(monkeypatch):
-    """Products on the CUDA device, all of them, on the CPU: torch runs the same lines there."""
-    monkeypatch.setattr("stiffcore.unit.CUDA", "cpu")
-
-    def memory(device, supposed=None):
-        return None if device == "cpu" else (8 << 30, 1 << 20)
-
-    monkeypatch.setattr("stiffcore.survey.device_memory", memory)
-
-
 def test_products_on_the_device_give_the_ends_of_the_host(small, supposed_device):
     options = OPTIONS | {"solver": "extremes"}
     there, outcome = execute(small / "device", options)

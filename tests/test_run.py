@@ -470,13 +470,6 @@ def test_on_a_cuda_device_a_run_gives_the_spectra_of_the_host(small):
         assert np.allclose(cuda.stored(key).computed.real, host.stored(key).computed.real, atol=1e-8)
 
 
-@pytest.fixture
-def supposed_device(monkeypatch):
-    """The rung of the CUDA device, all of it, on the CPU: torch runs the same lines there."""
-    monkeypatch.setattr("stiffcore.unit.CUDA", "cpu")
-    monkeypatch.setattr("stiffcore.survey.device_memory", lambda device, supposed=None: (8 << 30, 1 << 20))
-
-
 def test_the_cuda_rung_gives_the_spectra_of_the_host(small, supposed_device):
     cuda, outcome = execute(small / "cuda", OPTIONS)
     assert outcome.failed == {}

@@ -1,7 +1,6 @@
 """The report: one self-contained page, from the stored run alone."""
 
 import io
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from matplotlib.figure import Figure
 from stiffcore.errors import InputError
 from stiffcore.metrics import spell
 from stiffcore.report import figures
-from stiffcore.report.statistics import FEWEST, SIGNIFICANT, correlations, spread
-from stiffcore.report.tables import percent, status_summary
-from stiffcore.run import DONE, Run
+from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations
+from stiffcore.report.tables import mean_cells, percent
+from stiffcore.run import DONE, Run, status_summary
 
 # Spectra of so many images are drawn.
 IMAGES_DRAWN = 1
@@ -39,12 +38,13 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
         raise InputError(f"--to {to}: the report is a page, give a name that ends in .html")
     if to.exists():
         raise InputError(f"--to {to} exists: give a new file")
-    drawn = _figures(run)
+    rows = run.metrics()
+    drawn = _figures(run, rows)
     wanted = [(figures_folder or Path()) / f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
     existing = [str(path) for path in wanted if path.exists()]
     if figures_folder is not None and existing:
         raise InputError(f"--figures: {existing[0]} exists: give a new folder")
-    page = render(run, drawn)
+    page = render(run, rows, drawn)
     try:
         with to.open("x", encoding="utf-8") as file:
             file.write(page)
@@ -58,9 +58,8 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
     return f"report in {to}{more}"
 
 
-def render(run: Run, drawn: dict[str, Figure]) -> str:
-    """The page as text."""
-    rows = run.metrics()
+def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Figure]) -> str:
+    """The page as text; `rows` from `Run.metrics`."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("stiffcore.report") / "page.html").read_text())
     has = rows[rows["state"].isin(DONE)]
@@ -87,15 +86,13 @@ def render(run: Run, drawn: dict[str, Figure]) -> str:
     )
 
 
-def _figures(run: Run) -> dict[str, Figure]:
-    rows = run.metrics()
-    found: dict[str, Callable[[], Figure | None]] = {}
+def _figures(run: Run, rows: pd.DataFrame) -> dict[str, Figure]:
+    drawn: dict[str, Figure | None] = {}
     for function in sorted(set(rows["function"])):
         for image in sorted(set(rows["image"]))[:IMAGES_DRAWN]:
-            found[f"spectra-{function}-{image}"] = lambda f=function, i=image: figures.spectra(run, i, f)  # type: ignore[misc]
-        found[f"depth-{function}"] = lambda f=function: figures.depth(rows, f, run.header["study"]["network"])  # type: ignore[misc]
-        found[f"labels-{function}"] = lambda f=function: figures.heat(rows, f)  # type: ignore[misc]
-    drawn = {name: draw() for name, draw in found.items()}
+            drawn[f"spectra-{function}-{image}"] = figures.spectra(run, image, function)
+        drawn[f"depth-{function}"] = figures.depth(rows, function, run.header["study"]["network"])
+        drawn[f"labels-{function}"] = figures.heat(rows, function)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -122,38 +119,15 @@ def _svg(figure: Figure) -> str:
 
 
 def _means(rows: pd.DataFrame, by: list[str]) -> list[dict[str, Any]]:
-    found = []
-    for group, part in rows.groupby(by):
-        table = spread(part, by[:1], ["S_active", "negative", "zero", "abscissa", "min_re_active"])
-        if not len(table):
-            continue
-        cells = {row["metric"]: row for row in table.to_dict("records")}
-        found.append(
-            {
-                "name": " ".join(map(str, group[:-1])),
-                "function": group[-1],
-                "images": cells["S_active"]["images"],
-                "cells": [
-                    _mean(cells[name], factor)
-                    for name, factor in (
-                        ("S_active", 1),
-                        ("negative", 100),
-                        ("zero", 100),
-                        ("abscissa", 1),
-                        ("min_re_active", 1),
-                    )
-                ],
-            }
-        )
-    return found
-
-
-def _mean(row: dict[str, Any], factor: float) -> str:
-    if not row["values"]:
-        return "open" if row["unknown"] else "infinite"
-    text = f"{factor * row['mean']:.5g}" + (f" ({factor * row['std']:.2g})" if row["values"] > 1 else "")
-    notes = [f"{row[name]} {name}" for name in ("infinite", "unknown") if row[name]]
-    return text + (f" [{', '.join(notes).replace('unknown', 'open')}]" if notes else "")
+    return [
+        {
+            "name": " ".join(map(str, group[:-1])),
+            "function": group[-1],
+            "images": part["image"].nunique(),
+            "cells": mean_cells(part),
+        }
+        for group, part in certified(rows).groupby(by)
+    ]
 
 
 def _correlations(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -92,14 +92,6 @@ def count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
-def status_summary(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """How many units are in which state."""
-    states: dict[str, int] = {}
-    for record in records.values():
-        states[state_of(record)] = states.get(state_of(record), 0) + 1
-    return ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
-
-
 def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
     """The units that are not simply done or planned, and what is known of them."""
     table = _table("", "")
@@ -204,10 +196,14 @@ def means_table(rows: pd.DataFrame, by: str = "block") -> Table:
         table.add_column(name, justify="right")
     names = ["number", "block", "function"] if by == "block" else [by, "function"]
     for group, part in certified(rows).groupby(names):
-        cells = [_mean(part[name].to_numpy(float) * factor) for _, name, factor in MEANS]
         first = _block(*group[:2]) if by == "block" else str(group[0])
-        table.add_row(first, group[-1], str(part["image"].nunique()), *cells)
+        table.add_row(first, group[-1], str(part["image"].nunique()), *mean_cells(part))
     return table
+
+
+def mean_cells(rows: pd.DataFrame) -> list[str]:
+    """Of each of `MEANS`: mean (standard deviation) over rows, and how many of them are infinite or open."""
+    return [_mean(rows[name].to_numpy(float) * factor) for _, name, factor in MEANS]
 
 
 def correlations_table(rows: pd.DataFrame, function: str) -> Table:
