@@ -386,9 +386,8 @@ def _host_dense(
     return plan, why_not
 
 
-# What a sparse factorisation is for, and the bytes of an entry of its factors, from what proves most to what proves
-# nothing.
 def _factor_levels(nonzeros: int, fill: int) -> tuple[tuple[int, str], ...]:
+    """Bytes that sparse factorisations take, and what they are for: from what proves most to none."""
     return (
         (inertia_bytes(fill, nonzeros), "ends by Arnoldi, counts by powers, inertia or discs"),
         (factor_bytes(fill, nonzeros, 16), "ends by Arnoldi, counts by powers or discs; no room for inertia"),

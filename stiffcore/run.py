@@ -658,7 +658,7 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
         if before.matrix_free and not plan.matrix_free:
             fields["stage"] = "planned"
         if before.solver is not plan.solver and record["stage"] in ("reduced", "solved", "counted", "done"):
-            gone = record["plan"].get("matrix_free") or (record["stage"] == "done" and not record.get("kept"))
+            gone = before.matrix_free or (record["stage"] == "done" and not record.get("kept"))
             fields["stage"] = "planned" if gone else "built"
             fields["seconds"] = {} if gone else {"built": record["seconds"].get("built", 0.0)}
     store.update(plan.unit.key, **fields)

@@ -117,19 +117,14 @@ class UnitRun:
             return matrix
         return device.DeviceMatrix(matrix.astype(np.float64), self.device)
 
-    def drop_sparse(self) -> None:
-        """Give back the sparse matrix; it is read again where it is needed once more."""
-        self.__dict__.pop("sparse", None)
-        self.release()
-
     def release(self) -> None:
         """Give back what is not used any more."""
         large = self.record["k"] >= LARGE_ORDER or self.record["network_bytes"] >= LARGE_NETWORK_BYTES
         release_free_memory(cycles=large)
 
-    def drop_reduction(self) -> None:
-        """Give back the operator; it is made again where it is needed once more."""
-        self.__dict__.pop("reduction", None)
+    def drop(self, name: str) -> None:
+        """Give back the operator (`reduction`) or the `sparse` matrix; made again where it is needed once more."""
+        self.__dict__.pop(name, None)
         self.release()
 
     def matrix(self, name: str) -> TiledMatrix:
@@ -207,7 +202,7 @@ def carry_out(
             run.store.drop(key, *SCRATCH)
         else:
             run.store.update(key, kept=True)
-    run.drop_reduction()  # the next unit's plan counts on it
+    run.drop("reduction")  # the next unit's plan counts on it
     return key
 
 
@@ -326,7 +321,7 @@ def _read_matrix(run: UnitRun) -> np.ndarray:
 
 
 def _reduce(run: UnitRun) -> dict[str, Any]:
-    run.drop_reduction()  # its tensors are not needed until the certificate
+    run.drop("reduction")  # its tensors are not needed until the certificate
     a = _read_matrix(run)
     moments, growth = certificate.matrix_moments(a), _growth(run, a)
     h = dense.to_hessenberg(a)
@@ -431,7 +426,7 @@ def _count(run: UnitRun) -> dict[str, Any]:
         memory_bytes=run.record["plan"]["factor_bytes"],
         note=run.record["how"],
     )
-    run.drop_sparse()
+    run.drop("sparse")
     return {"ends": ends.to_json()}
 
 
