@@ -22,7 +22,7 @@ from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
 from stiffcore.store import file_rows
-from stiffcore.study import BlockFunction, Device, Keep, Solver, Study, Unit, format_bytes
+from stiffcore.study import BlockFunction, Build, Device, Keep, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
 # for the whole matrix, 64 take 38 s (2 cores, float64). Late layers have small columns and large weights, which every
@@ -55,6 +55,8 @@ ARNOLDI_PRODUCTS = 2000
 # A flop of a sparse product, in those of a dense one, where all cores take such products: they wait for memory.
 PRODUCT_COST = 25
 WHOLE_SPECTRUM = "the whole spectrum takes no longer than its ends"
+# Of an accumulated matrix, beside its flops: to find an entry, and to put it in its place.
+ENTRY_SECONDS = 1e-7
 KRYLOV_VECTORS = 320
 FOUND_MOST = 8
 
@@ -70,7 +72,7 @@ class UnitPlan:
         refused: whether it has a spectrum but the budget holds no rung.
         chunk: columns built at once.
         shard: columns in one file.
-        coloured: whether columns that cannot meet share a product, the matrix held sparse while it is built.
+        build: how the matrix is built.
         matrix_free: whether no matrix is built, only products with it are taken.
         factor_bytes: what a sparse factorisation may take, of what is projected.
         stages: projected bytes by stage, host memory on top of what is reserved.
@@ -88,7 +90,7 @@ class UnitPlan:
     refused: bool = False
     chunk: int = 1
     shard: int = 1
-    coloured: bool = False
+    build: Build = Build.COLUMNS
     matrix_free: bool = False
     factor_bytes: int = 0
     stages: dict[str, int] | None = None
@@ -106,12 +108,15 @@ class UnitPlan:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, without the unit's facts."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unit"} | {"solver": str(self.solver)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unit"} | {
+            "solver": str(self.solver),
+            "build": str(self.build),
+        }
 
     @classmethod
     def from_json(cls, unit: Unit, values: dict[str, Any]) -> "UnitPlan":
         """The inverse of `to_json`."""
-        return cls(unit=unit, **{**values, "solver": Solver(values["solver"])})
+        return cls(unit=unit, **{**values, "solver": Solver(values["solver"]), "build": Build(values["build"])})
 
     @property
     def works(self) -> bool:
@@ -439,7 +444,7 @@ def _extremes(
         base,
         why="ends and counts from products alone: no room for the matrix",
         matrix_free=True,
-        coloured=False,
+        build=Build.COLUMNS,
         stages=stages,
         seconds=unit.column_s * ARNOLDI_PRODUCTS,
         disk_bytes=vectors,
@@ -481,10 +486,10 @@ def _rung(
         "",
         chunk=found.chunk,
         shard=found.shard,
-        coloured=found.coloured,
+        build=found.build,
         stages=found.stages,
         flops=flops,
-        seconds=_seconds(unit, flops, machine),
+        seconds=_build_seconds(unit, found.build, machine) + _seconds(flops, machine),
     )
     why_not = "" if found.fits else _too_small(solver, unit, found.stages, machine, data_bytes)
     return plan, _stored_bytes(unit.k, found.shard, itemsize), 2 * itemsize * unit.k, why_not
@@ -522,8 +527,14 @@ FLOPS: dict[Solver, Callable[[Unit], int]] = {
 }
 
 
-def _seconds(unit: Unit, flops: int, machine: Machine) -> float:
-    return unit.column_s * (unit.products or unit.k) + flops / (machine.flops_per_s * DENSE_EFFICIENCY)
+def _seconds(flops: int, machine: Machine) -> float:
+    return flops / (machine.flops_per_s * DENSE_EFFICIENCY)
+
+
+def _build_seconds(unit: Unit, build: Build, machine: Machine) -> float:
+    if build is Build.ACCUMULATED:
+        return _seconds(unit.accumulated_flops, machine) + ENTRY_SECONDS * unit.nonzeros
+    return unit.column_s * (unit.products if build is Build.SHARED else unit.k)
 
 
 def _kept(study: Study, stored_bytes: int) -> int:
@@ -544,7 +555,7 @@ def _too_small(solver: str, unit: Unit, stages: Mapping[str, int], machine: Mach
 class _Sizes:
     chunk: int
     shard: int
-    coloured: bool
+    build: Build
     stages: dict[str, int]
     fits: bool
 
@@ -556,28 +567,30 @@ def _fitting(unit: Unit, itemsize: int, data_bytes: int, solving: "Stages", stor
     """
     column_bytes = unit.column_items * itemsize
     found = None
-    for coloured in (True, False) if unit.products else (False,):
-        rows = file_rows(unit.k, TILE_ROWS) if coloured else unit.k  # a sparse shard is made dense file by file
-        most = 2 * SHARD_COLUMNS if coloured else SHARD_COLUMNS
+    able = {Build.ACCUMULATED: unit.accumulated_items, Build.SHARED: unit.products, Build.COLUMNS: 1}
+    for build in (build for build, can in able.items() if can):
+        sparse = build is not Build.COLUMNS
+        rows = file_rows(unit.k, TILE_ROWS) if sparse else unit.k  # a sparse shard is made dense file by file
+        most = 2 * SHARD_COLUMNS if sparse else SHARD_COLUMNS
         sizes = _chunks_and_shards(unit.k, rows, most, column_bytes, itemsize, data_bytes)
         for chunk, shard in [stored] if stored else sizes:
             stages = _first_stages(unit, rows, column_bytes, itemsize, chunk, shard)
             stages |= solving(unit, column_bytes, itemsize, shard)
-            if coloured:
-                stages["build"] += _coloured_bytes(unit, itemsize, chunk)
-            found = _Sizes(chunk, shard, coloured, stages, max(stages.values()) <= data_bytes)
+            stages["build"] += _sparse_bytes(unit, build, itemsize, chunk) if sparse else 0
+            found = _Sizes(chunk, shard, build, stages, max(stages.values()) <= data_bytes)
             if found.fits:
                 return found
     assert found is not None
     return found
 
 
-def _coloured_bytes(unit: Unit, itemsize: int, chunk: int) -> int:
-    """What a coloured build takes beside a plain one: its results with their owners, and the sparse matrix twice.
+def _sparse_bytes(unit: Unit, build: Build, itemsize: int, chunk: int) -> int:
+    """What a sparse build takes beside a plain one: results of products with their owners, or blocks; and M twice.
 
-    9 * chunk * k * itemsize + 2 * nonzeros * (itemsize + 8).
+    (9 * chunk * k or accumulated_items) * itemsize + 2 * nonzeros * (itemsize + 8).
     """
-    return 9 * chunk * unit.k * itemsize + 2 * unit.nonzeros * (itemsize + 8)
+    items = unit.accumulated_items if build is Build.ACCUMULATED else 9 * chunk * unit.k
+    return items * itemsize + 2 * unit.nonzeros * (itemsize + 8)
 
 
 def _chunks_and_shards(

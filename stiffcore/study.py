@@ -76,6 +76,18 @@ class Solver(StrEnum):
     NONE = "none"
 
 
+class Build(StrEnum):
+    """How the matrix is built, from the fastest; which of them a function and a budget allow, the plan says.
+
+    `accumulated`: from the kernels themselves, operation by operation; `shared`: by forward-mode products that columns
+    share; `columns`: by one product each. The first two hold the matrix sparse.
+    """
+
+    ACCUMULATED = "accumulated"
+    SHARED = "shared"
+    COLUMNS = "columns"
+
+
 class Keep(StrEnum):
     """What stays in the store: the spectra, or the matrices too."""
 
@@ -269,6 +281,8 @@ class Unit(BaseModel):
         column_items: numbers alive at once while one column is computed.
         column_s: seconds a column took when tried.
         products: forward-mode products for all columns, where some share one (colouring); 0 where each takes its own.
+        accumulated_items: numbers alive at once where the matrix is accumulated; 0 where that is not possible.
+        accumulated_flops: of that.
         nonzeros: at most so many of the matrix's entries are not zero; 0 where unknown.
         fill: entries of the triangular factors of the matrix at most; 0 where unknown.
         kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
@@ -296,6 +310,8 @@ class Unit(BaseModel):
     kernel_items: int = 0
     column_s: float = 0.0
     products: int = 0
+    accumulated_items: int = 0
+    accumulated_flops: int = 0
     nonzeros: int = 0
     fill: int = 0
     network_bytes: int = 0

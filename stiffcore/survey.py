@@ -242,7 +242,9 @@ def unit_facts(reduction: Reduction, common: dict[str, Any], column_s: float | N
         kernel_items=reduction.kernel_items,
         column_s=_column_seconds(reduction) if column_s is None else column_s,
         products=reduction.products(0, reduction.k) if reduction.coloured else 0,
-        nonzeros=reduction.nonzeros_bound(0, reduction.k) if reduction.coloured else 0,
+        accumulated_items=reduction.accumulation.items if reduction.accumulation else 0,
+        accumulated_flops=reduction.accumulation.flops if reduction.accumulation else 0,
+        nonzeros=reduction.nonzeros_bound(),
         fill=reduction.fill_bound() if reduction.coloured else 0,
     )
 

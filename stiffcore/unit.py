@@ -31,7 +31,7 @@ from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.plan import TILE_ROWS
 from stiffcore.spectra import Ends, certified_choice
 from stiffcore.store import SCRATCH, RunStore, TiledMatrix
-from stiffcore.study import BlockFunction, Keep, Solver, Study, versions
+from stiffcore.study import BlockFunction, Build, Keep, Solver, Study, versions
 from stiffcore.survey import image_input, open_network, reduction_of
 
 Emit = Callable[[dict[str, Any]], None]
@@ -247,7 +247,7 @@ def _build(run: UnitRun) -> dict[str, Any]:
     with _undoing(run, "planned", "matrix"):
         matrix, chunk = run.matrix("matrix"), run.record["plan"]["chunk"]
         missing = matrix.missing()
-    sparse = _coloured(run, chunk) if missing and run.record["plan"]["coloured"] else None
+    sparse = _sparse(run, chunk) if missing and run.record["plan"]["build"] != Build.COLUMNS else None
     for shard in missing:
         start, stop = matrix.columns(shard)
         block = _columns(run, start, stop, chunk) if sparse is None else sparse[:, start:stop]
@@ -268,10 +268,11 @@ def _columns(run: UnitRun, start: int, stop: int, chunk: int) -> np.ndarray:
     return block
 
 
-def _coloured(run: UnitRun, chunk: int) -> csc_array | None:
-    """The whole matrix, sparse, from few products; None where it is not what the operator says."""
+def _sparse(run: UnitRun, chunk: int) -> csc_array | None:
+    """The whole matrix, sparse; None where it is not what the operator says."""
+    build = Build(run.record["plan"]["build"])
     try:
-        return checked_sparse(run.reduction, chunk, run.step_seldom("built"))
+        return checked_sparse(run.reduction, chunk, run.step_seldom("built"), build)
     except ReachError as error:
         note = f"{error}: column by column"
     run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": note})
@@ -279,23 +280,26 @@ def _coloured(run: UnitRun, chunk: int) -> csc_array | None:
 
 
 def checked_sparse(
-    reduction: Reduction, chunk: int, tell: Callable[[int, int], None] = lambda done, total: None
+    reduction: Reduction,
+    chunk: int,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+    build: Build | None = None,
 ) -> csc_array:
-    """The coloured matrix, compared with its operator on random vectors; `tell` is told of its products.
+    """The matrix as `Reduction.sparse` builds it, compared with its operator on random vectors.
 
     Raises:
         ReachError: where they differ, or the function is not local.
     """
-    sparse = reduction.sparse(chunk, tell)
+    sparse = reduction.sparse(chunk, tell, build)
     check = reduction.check_sparse(sparse)
     if not check <= PROBE_TOLERANCE[reduction.jacobian.x.dtype]:
-        raise ReachError(f"the coloured matrix is off by {check:.1e} on random vectors")
+        raise ReachError(f"the sparse matrix is off by {check:.1e} on random vectors")
     return sparse
 
 
 def sparse_matrix(reduction: Reduction, chunk: int) -> csc_array:
-    """The whole matrix M without its zeros, in memory: from few products where it can be, else column by column."""
-    if reduction.coloured is not None:
+    """The whole matrix M without its zeros, in memory: sparse from the start where it can be, else column by column."""
+    if reduction.builds[0] is not Build.COLUMNS:
         with suppress(ReachError):
             return checked_sparse(reduction, chunk)
     starts = range(0, reduction.k, chunk)
@@ -337,7 +341,7 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
 
 def _growth(run: UnitRun, a: np.ndarray) -> dict[str, float]:
     """The logarithmic 2-norm of M, from its sparse form where it has one."""
-    if run.record["plan"]["coloured"]:
+    if run.record["plan"]["build"] != Build.COLUMNS:
         return {"logarithmic_norm": logarithmic_norm(run.matrix("matrix").read_sparse())}
 
     def product(m: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

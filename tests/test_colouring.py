@@ -18,7 +18,7 @@ from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.networks.blocks import capture
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
-from stiffcore.study import BlockFunction
+from stiffcore.study import BlockFunction, Build
 from tests.cases import (
     Basic,
     Bottleneck,
@@ -122,13 +122,13 @@ def reach_between(f, x):
 def test_the_sparse_matrix_is_the_one_built_column_by_column(name, function):
     r = reduced(name, function)
     expected = plain(r)
-    m = r.sparse(chunk=7)
+    m = r.sparse(chunk=7, build=Build.SHARED)
     assert np.array_equal(m.toarray(), expected)
     assert m.nnz == np.count_nonzero(expected)
     assert m.has_canonical_format
     assert m.dtype == expected.dtype
     assert r.products(0, r.k) < r.k
-    assert m.nnz <= r.nonzeros_bound(0, r.k)
+    assert m.nnz <= r.nonzeros_bound() <= r.coloured.entries(r.index.numpy(), r.index.numpy())
     assert r.check_sparse(m) <= 1e-13
 
 
@@ -138,7 +138,7 @@ def test_what_is_not_local_or_saves_nothing_is_not_coloured(name):
     r = reduce_jacobian(randomised(build()), seeded(shape, 1))
     assert r.coloured is None
     with pytest.raises(ValueError, match="not coloured"):
-        r.sparse(1)
+        r.sparse(1, build=Build.SHARED)
 
 
 @settings(max_examples=15, deadline=None)
@@ -152,7 +152,7 @@ def test_bands_of_columns_are_the_matrix_in_any_chunks(data):
     assert band.shape == (r.k, stop - start)
     assert np.array_equal(band.toarray(), plain(r)[:, start:stop])
     assert r.products(start, stop) <= min(stop - start, r.products(0, r.k))
-    assert band.nnz <= r.nonzeros_bound(start, stop)
+    assert band.nnz <= r.coloured.entries(r.index.numpy()[start:stop], r.index.numpy())
     assert start == stop or r.check_sparse(band, start) <= 1e-13
 
 
@@ -164,7 +164,7 @@ def test_products_share_as_many_columns_as_the_receptive_field_allows():
 
 def test_float32_keeps_its_type():
     r = reduce_jacobian(randomised(Basic(4)).float(), seeded(MAP, 1, torch.float32))
-    m = r.sparse(16)
+    m = r.sparse(16, build=Build.SHARED)
     assert m.dtype == np.float32
     assert np.allclose(m.toarray(), plain(r), rtol=0, atol=1e-6)
     assert r.check_sparse(m) <= 1e-5
@@ -195,7 +195,7 @@ def test_whole_matrices_of_trained_blocks_equal_their_columns(network, block):
     images = load_images("samples", index=[3])
     call = capture(opened.module, network_input(images.x[0], opened.normalize, torch.float64), [block])[0][block]
     r = reduce_jacobian(call.function, call.x)
-    m = r.sparse(chunk=32)
+    m = r.sparse(chunk=32, build=Build.SHARED)
     assert r.products(0, r.k) < r.k / 2
     assert r.check_sparse(m) <= 1e-13
     for start in range(0, r.k, 256):
@@ -214,6 +214,7 @@ def shrunk(reach):
 
 def test_a_reach_that_is_too_small_is_refused_before_anything_is_built(monkeypatch):
     monkeypatch.setattr(reduction_module, "reach_of", lambda module: shrunk(reach_of(module)))
+    monkeypatch.setattr(reduction_module.Steps, "of", lambda module, x: None)
     r = reduce_jacobian(randomised(Basic(4)), seeded(MAP, 1))
     assert r.coloured is None
 

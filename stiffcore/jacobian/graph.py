@@ -108,7 +108,7 @@ class FunctionGraph:
             if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
                 copies[node].meta = dict(node.meta)
-                if _name(node) == "convolution" and self._point.device.type == "cpu":
+                if name_of(node) == "convolution" and self._point.device.type == "cpu":
                     use_products(copies[node])
         copies[start].meta = dict(start.meta)
         total = copies[ends[0]]
@@ -137,7 +137,7 @@ class FunctionGraph:
     def activation_start(self, end: fx.Node) -> fx.Node:
         """The node before the chain of elementwise operations that ends in `end` (`end` where there is none)."""
         node = end
-        while _name(node) in ELEMENTWISE | IDENTITY and _single_tensor(node):
+        while name_of(node) in ELEMENTWISE | IDENTITY and _single_tensor(node):
             node = node.all_input_nodes[0]
         return node
 
@@ -156,14 +156,14 @@ class FunctionGraph:
         return identity, others
 
     def _terms(self, node: fx.Node) -> list[fx.Node]:
-        if _name(node) != "add" or node.kwargs.get("alpha", 1) != 1:
+        if name_of(node) != "add" or node.kwargs.get("alpha", 1) != 1:
             return []
         terms = [a for a in node.args[:2] if isinstance(a, fx.Node)]
         same = all(t.meta.get("shape") == node.meta.get("shape") for t in terms)
         return terms if len(terms) == 2 and same and all(t in self.dependent for t in terms) else []
 
     def _is_input(self, node: fx.Node) -> bool:
-        while node is not self.input and _name(node) in IDENTITY and _single_tensor(node):
+        while node is not self.input and name_of(node) in IDENTITY and _single_tensor(node):
             node = node.all_input_nodes[0]
         return node is self.input
 
@@ -185,7 +185,7 @@ class FunctionGraph:
         """
         candidates = [n for n in self.dependent if n is not self.input and _is_tensor(n) and n not in ends]
         found = [n for n in candidates if not self._reaches(ends, without=n)]
-        diagonal = [n for n in found if _name(n) in ELEMENTWISE and _single_tensor(n)]
+        diagonal = [n for n in found if name_of(n) in ELEMENTWISE and _single_tensor(n)]
         before = self.values([n.all_input_nodes[0] for n in diagonal])
         waists = []
         for node in found:
@@ -293,13 +293,11 @@ def reach_of(module: fx.GraphModule) -> Reach | None:
 
 def _reach(node: fx.Node, known: dict[fx.Node, Reach], moving: set[fx.Node]) -> Reach | None:
     """The reach into `node` from the reaches into its arguments."""
-    # batch norm and max-pool return several tensors; the first one is the result
-    is_item = node.target is operator.getitem and node.args[1] == 0
-    call: Any = node.args[0] if is_item else node
+    call: Any = node.args[0] if is_first_item(node) else node
     sources = [a for a in call.all_input_nodes if a in moving]
     if not sources or any(a not in known for a in sources):
         return None
-    first, name, shape = known[sources[0]], _name(call), _map_shape(node)
+    first, name, shape = known[sources[0]], name_of(call), _map_shape(node)
     if name in POINTWISE:
         return _united(node, [known[a] for a in sources], sources)
     if len(sources) > 1 or sources[0] is not call.args[0]:
@@ -309,8 +307,8 @@ def _reach(node: fx.Node, known: dict[fx.Node, Reach], moving: set[fx.Node]) -> 
     # the others work on positions, so their argument must be the map itself
     if shape is None or _map_shape(sources[0]) != first.destination:
         return None
-    if name in ("native_batch_norm", "cudnn_batch_norm"):
-        return first if call.args[5] is False else None
+    if is_fixed_norm(call):
+        return first
     if name == "constant_pad_nd":
         pads = (*call.args[1], 0, 0)  # left, right, top, bottom, then those of the channels and of the batch
         return first.window(shape, (1, 1), (1, 1), (pads[2], pads[0]), (1, 1)) if len(pads) <= 8 else None
@@ -344,6 +342,26 @@ def _window(node: fx.Node, name: str) -> tuple[Pair, Pair, Pair, Pair] | None:
     return pairs
 
 
+def plain_convolution(node: fx.Node) -> tuple[Pair, Pair, Pair] | None:
+    """Stride, padding and dilation of a convolution that is neither transposed nor grouped; None of anything else."""
+    if name_of(node) == "convolution" and (node.args[6] or node.args[8] != 1):
+        return None
+    if name_of(node) != "convolution" and node.target is not convolution_by_products:
+        return None
+    geometry = _window(node, name_of(node))
+    return None if geometry is None else geometry[1:]
+
+
+def is_fixed_norm(node: fx.Node) -> bool:
+    """Whether it is a batch norm in eval mode, which scales each channel."""
+    return name_of(node) in ("native_batch_norm", "cudnn_batch_norm") and node.args[5] is False
+
+
+def is_first_item(node: fx.Node) -> bool:
+    """Whether it takes the result of an operation that returns several tensors, as batch norm and max-pool do."""
+    return bool(node.target is operator.getitem and node.args[1] == 0)
+
+
 def _map_shape(node: fx.Node) -> Map | None:
     shape = node.meta["shape"]
     return shape[1:] if shape is not None and len(shape) == 4 and shape[0] == 1 else None
@@ -351,7 +369,7 @@ def _map_shape(node: fx.Node) -> Map | None:
 
 def _items(node: fx.Node) -> int:
     # a view holds no numbers of its own, and a tuple's items are counted once they are taken out
-    if _name(node) in IDENTITY - {"clone"} or not _is_tensor(node):
+    if name_of(node) in IDENTITY - {"clone"} or not _is_tensor(node):
         return 0
     return math.prod(node.meta["shape"])
 
@@ -359,7 +377,7 @@ def _items(node: fx.Node) -> int:
 def _unfolded_items(node: fx.Node) -> int:
     if node.target is convolution_by_products:
         return products_items(node.all_input_nodes[0].meta["shape"], node.meta["shape"], node.args[3])  # type: ignore[arg-type]
-    if _name(node) != "convolution":
+    if name_of(node) != "convolution":
         return 0
     source, weight = node.all_input_nodes[0].meta["shape"], node.all_input_nodes[1].meta["shape"]
     taps = math.prod(weight[2:])
@@ -378,7 +396,8 @@ def _slope(node: fx.Node, value: Tensor) -> Tensor:
         return torch.func.jvp(call, (value,), (torch.ones_like(value),))[1]
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """The ATen operation of a node, without its overload; empty where it is none."""
     packet = getattr(node.target, "overloadpacket", None)
     return packet.__name__ if packet is not None else ""
 

@@ -22,10 +22,11 @@ from scipy.sparse import csc_array
 from torch import Tensor
 
 from stiffcore.errors import InputError
+from stiffcore.jacobian.accumulation import Accumulation, Steps
 from stiffcore.jacobian.colouring import Colouring, Integers, Reach, ReachError
 from stiffcore.jacobian.graph import FunctionGraph, Waist, by_position, live_items, reach_of
 from stiffcore.jacobian.linearise import Function, Linearisation
-from stiffcore.study import BlockFunction
+from stiffcore.study import BlockFunction, Build
 
 PROBES = 3
 # What random tangents may disagree by, relative to the largest entry of J t; rounding stays far below it.
@@ -79,6 +80,7 @@ class Reduction:
         tail: U, waist to sum (waist route only).
         mask: (n,) bool, S (waist route with shift only).
         coloured: which columns of M share products; None where that saves none, or the function is not local.
+        accumulation: M from the function's kernels; None where it has other operations than those known there.
     """
 
     jacobian: Linearisation
@@ -95,6 +97,7 @@ class Reduction:
     tail: Linearisation | None = None
     mask: Tensor | None = None
     coloured: Colouring | None = None
+    accumulation: Accumulation | None = None
 
     @property
     def n(self) -> int:
@@ -143,17 +146,41 @@ class Reduction:
         columns, rows = self._host_index(start, stop), self._host_index(0, self.k)
         return self._colouring.matrix(self._rows, columns, rows, chunk, self.jacobian.x, tell)
 
-    def sparse(self, chunk: int, tell: Callable[[int, int], None] = lambda done, total: None) -> csc_array:
-        """Build all of M as `columns_sparse` does."""
+    def sparse(
+        self, chunk: int, tell: Callable[[int, int], None] = lambda done, total: None, build: Build | None = None
+    ) -> csc_array:
+        """Build all of M: accumulated (see `Accumulation.matrix`), or as `columns_sparse` does.
+
+        Args:
+            chunk: as for `columns_sparse`.
+            tell: told of steps done and steps in all.
+            build: how; None: the first of `builds`.
+
+        Raises:
+            ValueError: where M cannot be built so.
+            ReachError: as for `columns_sparse`.
+        """
+        build = build or self.builds[0]
+        if build is Build.ACCUMULATED and self.accumulation is not None:
+            return self.accumulation.matrix(tell)
         return self.columns_sparse(0, self.k, chunk, tell)
+
+    @property
+    def builds(self) -> tuple[Build, ...]:
+        """The ways to build M, from the fastest."""
+        able = {Build.ACCUMULATED: self.accumulation, Build.SHARED: self.coloured, Build.COLUMNS: True}
+        return tuple(build for build, can in able.items() if can is not None)
 
     def products(self, start: int, stop: int) -> int:
         """How many forward-mode products `columns_sparse(start, stop)` takes."""
         return self._colouring.products(self._host_index(start, stop))
 
-    def nonzeros_bound(self, start: int, stop: int) -> int:
-        """How many entries of these columns of M are in reach, so that no more can be nonzero; cheap at any k."""
-        return self._colouring.entries(self._host_index(start, stop), self._host_index(0, self.k))
+    def nonzeros_bound(self) -> int:
+        """How many entries of M are in reach, so that no more can be nonzero, cheap at any k; 0 where unknown."""
+        if self.accumulation is not None:
+            return self.accumulation.entries
+        index = self._host_index(0, self.k)
+        return 0 if self.coloured is None else self.coloured.entries(index, index)
 
     def fill_bound(self) -> int:
         """How many entries the triangular factors of M have at most, from the reach alone; k^2 where not coloured."""
@@ -449,6 +476,11 @@ def _from_waist(
         tail=tail,
         mask=mask,
     )
+    before, after = Steps.of(out, head.value), Steps.of(into, x)
+    if before is not None and after is not None and before.destination == after.source:
+        if mask is not None:
+            before = before.masked(mask.to(x.dtype).numpy().reshape(before.destination))
+        found = _accumulated(found, before.then(after))
     first, second = reach_of(out), reach_of(into)
     if first is None or second is None or first.destination != second.source:
         return found
@@ -464,7 +496,7 @@ def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slop
     check = _difference(products * mask, products)
     if not check <= PROBE_TOLERANCE[jacobian.x.dtype]:
         return _full(jacobian, f"full matrix: {why}; rows of inactive outputs are not zero ({check:.1e})", graph)
-    items, reach = _structure(jacobian, graph)
+    items, reach, steps = _structure(jacobian, graph)
     found = Reduction(
         jacobian=jacobian,
         route=Route.ACTIVE,
@@ -477,11 +509,11 @@ def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slop
         column_items=items,
         kernel_items=0 if graph is None else graph.kernel_items,
     )
-    return _coloured(found, reach)
+    return _coloured(_accumulated(found, steps), reach)
 
 
 def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> Reduction:
-    items, reach = _structure(jacobian, graph)
+    items, reach, steps = _structure(jacobian, graph)
     found = Reduction(
         jacobian=jacobian,
         route=Route.FULL,
@@ -494,15 +526,23 @@ def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> 
         column_items=items,
         kernel_items=0 if graph is None else graph.kernel_items,
     )
-    return _coloured(found, reach)
+    return _coloured(_accumulated(found, steps), reach)
 
 
-def _structure(jacobian: Linearisation, graph: FunctionGraph | None) -> tuple[int, Reach | None]:
-    """Numbers alive while one column of J is computed, and the reach from its input to its output."""
+def _structure(jacobian: Linearisation, graph: FunctionGraph | None) -> tuple[int, Reach | None, Steps | None]:
+    """Numbers alive while one column of J is computed, the reach from its input to its output, and its steps."""
     if graph is None:  # no graph to count: eight copies of input and output hold any block seen so far
-        return 8 * (jacobian.n + jacobian.m), None
+        return 8 * (jacobian.n + jacobian.m), None, None
     module = graph.between(graph.input, [graph.output])
-    return live_items(module) + jacobian.n + jacobian.m, reach_of(module)
+    return live_items(module) + jacobian.n + jacobian.m, reach_of(module), Steps.of(module, jacobian.x)
+
+
+def _accumulated(reduction: Reduction, steps: Steps | None) -> Reduction:
+    """The reduction with its accumulation, where its steps lead from a map back to one of the same shape."""
+    if steps is None or steps.source != steps.destination or not reduction.k:
+        return reduction
+    index = reduction.index.numpy()
+    return replace(reduction, accumulation=Accumulation(steps, index, index))
 
 
 def _coloured(reduction: Reduction, reach: Reach | None) -> Reduction:
@@ -512,6 +552,8 @@ def _coloured(reduction: Reduction, reach: Reach | None) -> Reduction:
     found = replace(reduction, coloured=Colouring(reach))
     if found.products(0, found.k) >= found.k:
         return reduction
+    if found.accumulation is not None:  # every operation on the way is known
+        return found
     try:
         for column in (0, found.k // 2, found.k - 1):
             found.columns_sparse(column, column + 1, chunk=1)
