@@ -17,9 +17,9 @@ from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
 from stiffcore.networks.images import Images
 from stiffcore.plan import Machine, check_budget, make_plan
-from stiffcore.run import Run, carry_out_plan, prepare, stored_spectrum
+from stiffcore.run import Run, carry_out_plan, prepare
 from stiffcore.spectra import Spectrum
-from stiffcore.store import RunStore
+from stiffcore.store import RunStore, stored_spectrum
 from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Solver, Study, unit_key
 from stiffcore.survey import unit_facts
 from stiffcore.unit import carry_out

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -60,7 +61,13 @@ Index = Annotated[str | None, typer.Option(help="These images: 0,5,7")]
 PerLabel = Annotated[int | None, typer.Option(help="The first N images of each label.")]
 Blocks = Annotated[str | None, typer.Option(help="all | 1,2,16 | layer1.1,encoder.3 (any module path) [default: all]")]
 Function = Annotated[str | None, typer.Option(help="block | branch | block,branch [default: block]")]
-Kind = Annotated[str | None, typer.Option(help="matrix: the eigenvalues of the n x n Jacobian [default: matrix]")]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        help="matrix: the eigenvalues of the n x n Jacobian | tensor-slices: those of the Jacobian tensor's last two "
+        "axes, which the paper's tables show | both, with a comma [default: matrix]"
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="float64 | float32 [default: float64]")]
 Pool = Annotated[str | None, typer.Option(help="Max-pool of a ResNet's stem: auto | max | none [default: auto]")]
 ReduceOption = Annotated[
@@ -93,7 +100,7 @@ Memory = Annotated[
     str | None, typer.Option(help="What all processes may hold together, as 4GiB [default: 80 % of what is free]")
 ]
 Device = Annotated[str | None, typer.Option(help="auto | cpu | cuda [default: auto]")]
-Keep = Annotated[str | None, typer.Option(help="spectra | all (the matrices too) [default: spectra]")]
+Keep = Annotated[str | None, typer.Option(help="metrics | spectra | all (the matrices too) [default: spectra]")]
 Workers = Annotated[int | None, typer.Option(min=1, help="At most so many units side by side [default: one a core]")]
 
 
@@ -337,19 +344,21 @@ LISTED = 60
 
 def _show(run: Run, *, each: bool = False) -> None:
     rows = run.metrics()
-    if each or len(rows) <= LISTED:
-        out.print(tables.metrics_table(rows, out.width))
-    else:
+    listed = each or len(rows) <= LISTED
+    if not listed:
         _say(out, status_summary(run.records()) + "; --each lists every spectrum")
     images = rows["image"].nunique()
-    if images > 1:
-        out.print(tables.means_table(rows))
-        if rows["label"].nunique() > 1:
-            out.print(tables.means_table(rows, "label"))
-    if images >= FEWEST:
-        for function in sorted(set(rows["function"])):
-            out.print(tables.correlations_table(rows, function))
-    if (rows["zero"] > 0).any():
+    for kind, part in rows.groupby("kind", sort=False):
+        if listed:
+            out.print(tables.metrics_table(part, out.width, kind))
+        if images > 1:
+            out.print(tables.means_table(part))
+            if rows["label"].nunique() > 1:
+                out.print(tables.means_table(part, "label"))
+        if images >= FEWEST:
+            for function in sorted(set(part["function"])):
+                out.print(tables.correlations_table(part, function))
+    if np.isinf(rows["S"]).any():
         _say(
             out,
             "S = max Re / min Re (Eq. 10) is infinite where outputs held at zero by a ReLU are the smallest; "

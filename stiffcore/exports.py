@@ -106,7 +106,8 @@ def write_hdf5(run: Run, to: Path) -> str:
             group = file.create_group(f"spectra/{key}")
             group["real"], group["imag"] = spectrum.computed.real, spectrum.computed.imag
             group.attrs.update({name: row[name] for name in FACTS})
-            group.attrs.update({"complete": int(spectrum.ends is None), "certified": int(spectrum.certificate.passed)})
+            complete = spectrum.ends is None and spectrum.kept is None
+            group.attrs.update({"complete": int(complete), "certified": int(spectrum.certificate.passed)})
             written += 1
     return f"{written} spectra in {to}"
 
@@ -123,9 +124,9 @@ def to_xarray(run: Run) -> "xarray.Dataset":
     """All metrics of a run as a dataset over image, block, function and kind; nan where there is no spectrum.
 
     Returns:
-        Variables: `stiffcore.metrics.NAMES`, those of the certificate, `n`, `k`, `ones`, `zeros`, `certified`, `state`,
-        `basis`. Coordinates: `image` (position), `block` (module path), `function`, `kind`; along image `image_index`,
-        `label`, `prediction`, `loss`, `correct`; along block `number`.
+        Variables: `stiffcore.metrics.NAMES`, those of the certificate, `n`, `m`, `elements`, `eigenvalues`, `k`,
+        `ones`, `zeros`, `certified`, `state`, `basis`. Coordinates: `image` (position), `block` (module path),
+        `function`, `kind`; along image `image_index`, `label`, `prediction`, `loss`, `correct`; along block `number`.
 
     Raises:
         InputError: where xarray is not installed.
@@ -140,7 +141,8 @@ def to_xarray(run: Run) -> "xarray.Dataset":
     # as the run has them, which is by depth
     order = {name: list(dict.fromkeys(rows[name])) for name in dims}
     indexed = rows.set_index(dims)
-    names = [*NAMES, *CERTIFICATE_COLUMNS, "n", "k", "ones", "zeros", "certified", "state", "basis"]
+    sizes = ("n", "m", "elements", "eigenvalues", "k", "ones", "zeros")
+    names = [*NAMES, *CERTIFICATE_COLUMNS, *sizes, "certified", "state", "basis"]
     data = xarray.Dataset.from_dataframe(indexed[names]).reindex(order)
     by_image = rows.drop_duplicates("image").set_index("image").loc[order["image"]]
     for name in ("image_index", "label", "prediction", "loss", "correct"):

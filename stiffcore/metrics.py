@@ -6,7 +6,9 @@ has negative real part, so `S_active` gives the same ratio without them. The pap
 text and tables mean Re < 0: all three shares are given, and add up to 1.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +29,11 @@ NAMES = (
     "departure",
     "numerical_abscissa",
 )
+
+
+# Ten bins a decade on either side of 0, so that histograms of any spectra can be added; what is smaller than 1e-16 in
+# modulus is in the bin that holds 0, what is larger than 1e8 in the outermost ones.
+HISTOGRAM_EDGES = np.concatenate([[-np.inf], -np.logspace(8, -16, 241), np.logspace(-16, 8, 241), [np.inf]])
 
 
 def spectrum_metrics(
@@ -63,28 +70,108 @@ def spectrum_metrics(
         (1962); below 1e-8 |M|_F it is rounding), and `numerical_abscissa`, its logarithmic 2-norm: the initial growth
         rate of x' = M x.
     """
-    n = len(computed) + ones + zeros
-    active = np.concatenate([computed.real, np.ones(min(ones, 1))])
-    everything = np.concatenate([active, np.zeros(min(zeros, 1))])
-    modulus = np.concatenate([np.abs(computed), everything[len(computed) :]])
-    inside = int(np.count_nonzero(np.abs(1 + computed) <= 1)) + zeros
-    return {
-        "S": stiffness_index(everything),
-        "S_active": stiffness_index(active),
-        "negative": _share(np.count_nonzero(computed.real < 0), n),
-        "positive": _share(np.count_nonzero(computed.real > 0) + ones, n),
-        "zero": _share(np.count_nonzero(computed.real == 0) + zeros, n),
-        "abscissa": _largest(everything),
-        "min_re": -_largest(-everything) + 0.0,
-        "min_re_active": -_largest(-active) + 0.0,
-        "radius": _largest(modulus),
-        "max_im": _largest(np.concatenate([np.abs(computed.imag), np.zeros(min(ones + zeros, 1))])),
-        "euler_stable": _share(inside, n) if branch else float("nan"),
-        "decay_ratio": _decay_ratio(computed.real[computed.real < 0]),
-        "stable_step": _stable_step(computed[computed.real < 0]) if branch else float("nan"),
-        "departure": _departure(computed - shift, frobenius),
-        "numerical_abscissa": numerical_abscissa,
-    }
+    tally = Tally()
+    tally.add(computed, shift)
+    return tally.metrics(ones, zeros, branch=branch, frobenius=frobenius, numerical_abscissa=numerical_abscissa)
+
+
+@dataclass
+class Tally:
+    """What the metrics need of eigenvalues that come in parts, and need not be kept.
+
+    Attributes:
+        count: eigenvalues added.
+        negative: how many of them have Re < 0.
+        positive: how many have Re > 0.
+        inside: how many have |1 + l| <= 1.
+        histogram: (bins,) how many real parts lie in each bin of `HISTOGRAM_EDGES`, a bin without its right edge.
+    """
+
+    count: int = 0
+    negative: int = 0
+    positive: int = 0
+    inside: int = 0
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64))
+    _ends: dict[str, float] = field(default_factory=dict)
+    _scale: float = 0.0
+    _squares: float = 0.0
+
+    def add(self, values: np.ndarray, shift: int = 0) -> None:
+        """Count some more.
+
+        Args:
+            values: (m,) complex.
+            shift: of the matrix whose eigenvalues they are, as for `spectrum_metrics`.
+        """
+        if not len(values):
+            return
+        real, modulus = values.real, np.abs(values)
+        decaying = real < 0
+        self.count += len(values)
+        self.histogram += np.bincount(
+            np.searchsorted(HISTOGRAM_EDGES, real, side="right") - 1, minlength=len(self.histogram)
+        )
+        self.negative += int(np.count_nonzero(decaying))
+        self.positive += int(np.count_nonzero(real > 0))
+        self.inside += int(np.count_nonzero(np.abs(1 + values) <= 1))
+        found = {"max_re": real.max(), "-min_re": -real.min(), "radius": modulus.max(), "im": np.abs(values.imag).max()}
+        if decaying.any():
+            found["slowest"] = real[decaying].max()
+            found["-step"] = -_stable_step(values[decaying])
+        for name, value in found.items():
+            self._ends[name] = max(self._ends.get(name, -math.inf), float(value))
+        self._add_squares(np.abs(values.astype(np.complex128) - shift))
+
+    def _add_squares(self, modulus: np.ndarray) -> None:
+        """Scaled, so that squares of tiny or huge numbers keep (as BLAS' nrm2)."""
+        scale = max(self._scale, float(modulus.max()))
+        if 0 < scale < math.inf:
+            self._squares = self._squares * (self._scale / scale) ** 2 + float(((modulus / scale) ** 2).sum())
+            self._scale = scale
+
+    def metrics(
+        self,
+        ones: int,
+        zeros: int,
+        *,
+        branch: bool,
+        frobenius: float = float("nan"),
+        numerical_abscissa: float = float("nan"),
+    ) -> dict[str, float]:
+        """The metrics of all that was added, and so many exact ones and zeros; see `spectrum_metrics`."""
+        n = self.count + ones + zeros
+        exact = [1.0] * min(ones, 1)
+        ends = self._ends
+        computed = [ends["max_re"], -ends["-min_re"]] if ends else []
+        active = np.array(computed + exact)
+        everything = np.concatenate([active, np.zeros(min(zeros, 1))])
+        modulus = np.concatenate([[ends["radius"]] if ends else [], everything[len(computed) :]])
+        slowest, step = ends.get("slowest", math.nan), -ends.get("-step", -math.inf)
+        with np.errstate(over="ignore"):
+            decay = float(np.float64(-ends.get("-min_re", math.nan)) / np.float64(slowest))
+        return {
+            "S": stiffness_index(everything),
+            "S_active": stiffness_index(active),
+            "negative": _share(self.negative, n),
+            "positive": _share(self.positive + ones, n),
+            "zero": _share(self.count - self.negative - self.positive + zeros, n),
+            "abscissa": _largest(everything),
+            "min_re": -_largest(-everything) + 0.0,
+            "min_re_active": -_largest(-active) + 0.0,
+            "radius": _largest(modulus),
+            "max_im": _largest(np.array(([ends["im"]] if ends else []) + [0.0] * min(ones + zeros, 1))),
+            "euler_stable": _share(self.inside + zeros, n) if branch else float("nan"),
+            "decay_ratio": decay,
+            "stable_step": step if branch else float("nan"),
+            "departure": self._departure(frobenius),
+            "numerical_abscissa": numerical_abscissa,
+        }
+
+    def _departure(self, frobenius: float) -> float:
+        if not frobenius > 0:
+            return frobenius
+        share = (self._scale / frobenius) ** 2 * self._squares
+        return frobenius * math.sqrt(max(0.0, 1 - share))
 
 
 def extreme_metrics(
@@ -169,28 +256,11 @@ def stiffness_error(values: Mapping[str, float], error_max: float, error_min: fl
         return float((error_max + np.float64(top) / bottom * error_min) / np.float64(bottom - error_min))
 
 
-def _decay_ratio(negative: np.ndarray) -> float:
-    if not len(negative):
-        return float("nan")
-    with np.errstate(over="ignore"):
-        return float(np.float64(negative.min()) / np.float64(negative.max()))
-
-
 def _stable_step(decaying: np.ndarray) -> float:
-    if not len(decaying):
-        return float("inf")
     exactly = decaying.astype(np.complex128)
     with np.errstate(over="ignore", divide="ignore", under="ignore"):
         modulus = np.abs(exactly)
         return float((-2 * (exactly.real / modulus) / modulus).min())
-
-
-def _departure(m: np.ndarray, frobenius: float) -> float:
-    """From eigenvalues of M, scaled so that squares of tiny norms do not vanish."""
-    if not frobenius > 0:
-        return frobenius
-    share = float((np.abs(m.astype(np.complex128) / frobenius) ** 2).sum())
-    return frobenius * float(np.sqrt(max(0.0, 1 - share)))
 
 
 def _share(count: int | np.integer, n: int) -> float:

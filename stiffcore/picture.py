@@ -14,8 +14,9 @@ import scipy.sparse as sp
 from stiffcore.eigen.numerical_range import numerical_range
 from stiffcore.eigen.sparse import smallest_singular_value
 from stiffcore.errors import DamagedError, InputError
+from stiffcore.jacobian.reduction import Reduction
 from stiffcore.store import RunStore, TiledMatrix
-from stiffcore.unit import open_reduction, sparse_matrix
+from stiffcore.unit import open_operator, sparse_matrix
 
 ANGLES = 72
 # How far beyond the numerical range the grid reaches, relative to its size.
@@ -116,7 +117,8 @@ def shifted_matrix(store: RunStore, key: str, module: Any = None) -> sp.csc_arra
     if record.get("kept") and shift is not None and "matrix" in store.unit_group(key):
         matrix = TiledMatrix(store.unit_group(key), "matrix").read_sparse()
     else:
-        reduction = open_reduction(store, record, "cpu", module)
+        reduction = open_operator(store, record, "cpu", module)
+        assert isinstance(reduction, Reduction)
         shift, matrix = reduction.shift, sparse_matrix(reduction, record["plan"]["chunk"])
     exactly = matrix.astype(np.float64)
     return sp.csc_array(exactly + shift * sp.eye_array(record["k"], format="csc"))

@@ -22,7 +22,7 @@ from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
 from stiffcore.store import file_rows
-from stiffcore.study import BlockFunction, Build, Device, Keep, Solver, Study, Unit, format_bytes
+from stiffcore.study import BlockFunction, Build, Device, Keep, Kind, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
 # for the whole matrix, 64 take 38 s (2 cores, float64). Late layers have small columns and large weights, which every
@@ -57,6 +57,9 @@ PRODUCT_COST = 25
 WHOLE_SPECTRUM = "the whole spectrum takes no longer than its ends"
 # Of an accumulated matrix, beside its flops: to find an entry, and to put it in its place.
 ENTRY_SECONDS = 1e-7
+# Of tensor slices: a batch of squares with all that is made of it, and the time that an eigenvalue takes.
+SQUARES_BYTES = 96 << 20
+SQUARE_SECONDS = 6e-7
 KRYLOV_VECTORS = 320
 FOUND_MOST = 8
 
@@ -298,6 +301,8 @@ def _plan_unit(
     if unit.route == "none":
         return UnitPlan(unit, Solver.NONE, unit.reason)
     asked = LADDER if study.solver is None else (study.solver,)
+    if unit.kind is Kind.TENSOR_SLICES:
+        asked = (Solver.SLICES,)
     if recorded is None or recorded.solver is Solver.NONE:
         return _first_that_fits(unit, study, machine, data_bytes, asked)
     device_gone = recorded.device_bytes and (machine.device_bytes is None or study.device is Device.CPU)
@@ -462,6 +467,46 @@ def _matrix_only(
     return replace(base, why="as asked", disk_bytes=matrix, kept_bytes=matrix, moved_bytes=matrix), why_not
 
 
+def _slices(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
+) -> tuple[UnitPlan, str]:
+    """Squares as they come, and their eigenvalues (`eigen.windows`).
+
+    solve: blocks or a chunk of products, one position's squares twice, a batch with its eigenvalues, and the kernel's
+        copies; where spectra are kept, all eigenvalues four times (parts, whole, sorted, written):
+        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 24 MiB
+        + 3 * kernel_items * itemsize + 4 * 2 * itemsize * k.
+    moved: what is kept, once.
+    """
+    itemsize = np.dtype(study.dtype).itemsize
+    column_bytes = unit.column_items * itemsize
+    kept = 0 if study.keep is Keep.METRICS else 2 * itemsize * unit.k + METADATA_BYTES
+    chunk = max(1, min(BUILD_TARGET_BYTES // max(1, column_bytes), CHUNK_COLUMNS))
+    blocks = (unit.accumulated_items + 2 * unit.nonzeros) * itemsize or 2 * chunk * column_bytes
+    stages = _first_stages(unit, 0, column_bytes, itemsize, 1, 1)
+    del stages["build"]
+    stages["solve"] = blocks + SQUARES_BYTES + _operator_bytes(unit, column_bytes, itemsize) + 4 * kept
+    build = Build.ACCUMULATED if unit.accumulated_items else Build.COLUMNS
+    products = 0.0 if unit.accumulated_items else unit.column_s * unit.m
+    plan = UnitPlan(
+        unit,
+        Solver.SLICES,
+        unit.reason,
+        chunk=chunk,
+        build=build,
+        stages=stages,
+        flops=unit.accumulated_flops,
+        seconds=products + _seconds(unit.accumulated_flops, machine) + SQUARE_SECONDS * unit.k,
+        disk_bytes=kept,
+        kept_bytes=kept,
+        moved_bytes=kept,
+    )
+    if max(stages.values()) <= data_bytes:
+        return plan, ""
+    why = _too_small(Solver.SLICES, unit, stages, machine, data_bytes)
+    return plan, why + ("; --keep metrics needs less" if kept else "")
+
+
 def _rung(
     solver: Solver,
     unit: Unit,
@@ -501,6 +546,7 @@ RUNGS: dict[Solver, Rung] = {
     Solver.HOST_DENSE: _host_dense,
     Solver.EXTREMES: _extremes,
     Solver.MATRIX_ONLY: _matrix_only,
+    Solver.SLICES: _slices,
 }
 
 

@@ -20,8 +20,8 @@ from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputErro
 from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
-from stiffcore.spectra import Certificate, Count, Ends, Spectrum
-from stiffcore.store import SCRATCH, RunStore
+from stiffcore.spectra import Certificate, Count, Spectrum
+from stiffcore.store import SCRATCH, RunStore, stored_spectrum
 from stiffcore.study import (
     Device,
     Keep,
@@ -107,7 +107,7 @@ class Run:
             image: position among the run's images.
             block: module path, or number among the residual blocks.
             function: `block` or `branch`.
-            kind: `matrix`.
+            kind: see `Kind`.
 
         Raises:
             InputError: where there is no such unit, or it has no spectrum (yet), saying why.
@@ -229,6 +229,8 @@ class Run:
                 name: record[name]
                 for name in ("number", "block", "function", "kind", "m", "n", "k", "ones", "zeros", "route")
             },
+            "elements": record["m"] * record["n"],
+            "eigenvalues": record["k"] + record["ones"] + record["zeros"],
             "state": state_of(record),
             "solver": record["plan"]["solver"],
         }
@@ -269,38 +271,6 @@ def _certificate_row(certificate: Certificate) -> tuple[float, ...]:
         max((c.condition for c in certificate.certified), default=0.0),
         certificate.trace_error,
         certificate.square_error,
-    )
-
-
-def stored_spectrum(store: RunStore, key: str) -> Spectrum:
-    """The spectrum of a unit that is `done`.
-
-    Raises:
-        DamagedError: where its eigenvalues cannot be read.
-    """
-    record = store.record(key)
-    if "certificate" not in record:
-        raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
-    values = store.get_array(f"units/{key}", "eigenvalues")
-    expected = record.get("found", record["k"])  # fewer than k where only the ends were solved
-    if len(values) != expected:
-        raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {expected}")
-    return Spectrum(
-        computed=values,
-        ones=record["ones"],
-        zeros=record["zeros"],
-        k=record["k"],
-        kind=record["kind"],
-        function=record["function"],
-        name=record["block"],
-        solver=record["plan"]["solver"],
-        reason=record["reason"],
-        certificate=Certificate.from_json(record["certificate"]),
-        record=record,
-        ends=Ends.from_json(record["ends"]) if record.get("ends") else None,
-        shift=record["shift"],
-        frobenius=record["moments"]["frobenius"],
-        numerical_abscissa=record["shift"] + record.get("logarithmic_norm", float("nan")),
     )
 
 
@@ -675,16 +645,16 @@ def _settled(store: RunStore, key: str, study: Study, on_event: OnEvent) -> bool
         on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
         return False
     # matrices that were kept on request stay, whatever is asked of later units
-    if study.keep is Keep.SPECTRA and not store.record(key).get("kept"):
+    if study.keep is not Keep.ALL and not store.record(key).get("kept"):
         store.drop(key, *SCRATCH)
     return True
 
 
 def _carry_out(url: str, key: str, threads: int, module: Any, token: str, emit: OnEvent) -> str:
-    from stiffcore.unit import carry_out, open_reduction
+    from stiffcore.unit import carry_out, open_operator
 
     check = partial(RunStore(url).check_held, token)
-    return carry_out(url, key, threads=threads, emit=emit, opener=partial(open_reduction, module=module), check=check)
+    return carry_out(url, key, threads=threads, emit=emit, opener=partial(open_operator, module=module), check=check)
 
 
 def _failure(error: BaseException) -> str:

@@ -82,12 +82,12 @@ class Ends:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, infinities as strings."""
-        return _spelled(asdict(self))
+        return spelled(asdict(self))
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Ends":
         """The inverse of `to_json`."""
-        plain = _unspelled(fields)
+        plain = unspelled(fields)
         outside = plain["outside_disc"]
         counts = {"left_of_zero": Count(**plain["left_of_zero"]), "outside_disc": outside and Count(**outside)}
         return cls(**(plain | counts))
@@ -157,12 +157,12 @@ class Certificate:
         """As JSON values; complex as [re, im], infinities as strings."""
         fields = asdict(self)
         fields["certified"] = [{**c, "value": [c["value"].real, c["value"].imag]} for c in map(asdict, self.certified)]
-        return _spelled(fields)
+        return spelled(fields)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Certificate":
         """The inverse of `to_json`."""
-        plain = _unspelled(fields)
+        plain = unspelled(fields)
         plain["certified"] = tuple(Certified(**{**c, "value": complex(*c["value"])}) for c in plain["certified"])
         return cls(**{**plain, "failures": tuple(plain["failures"])})
 
@@ -177,7 +177,7 @@ class Spectrum:
         ones: exact eigenvalues 1 (outputs that only the identity skip reaches).
         zeros: exact structural zeros (outputs that the outer activation holds at zero, or the rank of the waist).
         k: the order of the matrix that was solved.
-        kind: `matrix`.
+        kind: `matrix` or `tensor-slices`; of these, k eigenvalues are not zero, and all are of many matrices.
         function: `block` or `branch`.
         name: of the block.
         solver: which solver computed it.
@@ -188,6 +188,7 @@ class Spectrum:
         shift: what was added to the eigenvalues of the matrix M that was solved.
         frobenius: norm of M; nan where unknown.
         numerical_abscissa: of shift I + M; nan where unknown.
+        kept: the metrics, where the run keeps no spectra; `computed` is then empty.
     """
 
     computed: np.ndarray
@@ -205,10 +206,11 @@ class Spectrum:
     shift: int = 0
     frobenius: float = float("nan")
     numerical_abscissa: float = float("nan")
+    kept: dict[str, float] | None = None
 
     @property
     def n(self) -> int:
-        """The order of J."""
+        """How many eigenvalues there are: the order of J, or those of all its slices."""
         return self.k + self.ones + self.zeros
 
     @cached_property
@@ -218,6 +220,8 @@ class Spectrum:
         Raises:
             InputError: where only the ends were computed.
         """
+        if self.kept is not None:
+            raise InputError(f"{self.name}: this run keeps metrics only, no spectra")
         if self.ends is not None:
             raise InputError(f"{self.name}: only the ends of the spectrum were computed (see `computed` and `ends`)")
         exact = np.repeat(np.array([0, 1], dtype=self.computed.dtype), [self.zeros, self.ones])
@@ -227,6 +231,8 @@ class Spectrum:
     @cached_property
     def metrics(self) -> dict[str, float]:
         """See `stiffcore.metrics.spectrum_metrics`; what the ends alone do not give is nan."""
+        if self.kept is not None:
+            return self.kept
         branch = self.function == "branch"
         if self.ends is None:
             return spectrum_metrics(
@@ -278,7 +284,7 @@ class Spectrum:
 
     def _repr_html_(self) -> str:
         m, c = self.metrics, self.certificate
-        found = f"{len(self.computed):,}" + ("" if self.ends is None else f" of {self.k:,}")
+        found = f"{self.k if self.kept else len(self.computed):,}" + ("" if self.ends is None else f" of {self.k:,}")
         lines = {
             "n": f"{self.n:,}: {found} computed, {self.ones:,} ones, {self.zeros:,} zeros",
             "S (Eq. 10)": spell(m["S"]),
@@ -303,18 +309,19 @@ class Spectrum:
         )
 
 
-def _spelled(value: Any) -> Any:
+def spelled(value: Any) -> Any:
+    """A value for strict JSON, which has no infinities and no nan: these become strings."""
     if isinstance(value, dict):
-        return {k: _spelled(v) for k, v in value.items()}
+        return {k: spelled(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_spelled(v) for v in value]
-    # strict JSON has no infinities
+        return [spelled(v) for v in value]
     return repr(float(value)) if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _unspelled(value: Any) -> Any:
+def unspelled(value: Any) -> Any:
+    """The inverse of `spelled`."""
     if isinstance(value, dict):
-        return {k: _unspelled(v) for k, v in value.items()}
+        return {k: unspelled(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_unspelled(v) for v in value]
+        return [unspelled(v) for v in value]
     return float(value) if value in ("inf", "-inf", "nan") else value

@@ -40,6 +40,7 @@ from zarr.errors import ContainsGroupError
 from zarr.storage import FsspecStore, LocalStore
 
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError, StiffcoreError
+from stiffcore.spectra import Certificate, Ends, Spectrum, unspelled
 
 FORMAT = 1
 # Arrays of a unit that are not needed once its spectrum is certified.
@@ -758,3 +759,40 @@ def _dead_here(holder: Mapping[str, Any]) -> bool:
         return process.create_time() > holder["since"] or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def stored_spectrum(store: RunStore, key: str) -> Spectrum:
+    """The spectrum of a unit that is `done`.
+
+    Raises:
+        DamagedError: where its eigenvalues cannot be read.
+    """
+    record = store.record(key)
+    if "certificate" not in record:
+        raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
+    kept = None
+    if record.get("values_kept", True):
+        values = store.get_array(f"units/{key}", "eigenvalues")
+    else:
+        values, kept = np.zeros(0, complex), unspelled(record["metrics"])
+    expected = record.get("found", record["k"])  # fewer than k where only the ends were solved
+    if kept is None and len(values) != expected:
+        raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {expected}")
+    return Spectrum(
+        computed=values,
+        ones=record["ones"],
+        zeros=record["zeros"],
+        k=record["k"],
+        kind=record["kind"],
+        function=record["function"],
+        name=record["block"],
+        solver=record["plan"]["solver"],
+        reason=record["reason"],
+        certificate=Certificate.from_json(record["certificate"]),
+        record=record,
+        ends=Ends.from_json(record["ends"]) if record.get("ends") else None,
+        shift=record["shift"],
+        frobenius=record.get("moments", {}).get("frobenius", float("nan")),
+        numerical_abscissa=record["shift"] + record.get("logarithmic_norm", float("nan")),
+        kept=kept,
+    )

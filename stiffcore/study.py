@@ -35,9 +35,14 @@ class BlockFunction(StrEnum):
 
 
 class Kind(StrEnum):
-    """Which spectrum: `matrix`, the eigenvalues of the n x n Jacobian."""
+    """Which spectrum.
+
+    `matrix`: the eigenvalues of the n x n Jacobian. `tensor-slices`: those of the last two axes of the Jacobian tensor,
+    all output units and input channels together, as the source paper's tables have them.
+    """
 
     MATRIX = "matrix"
+    TENSOR_SLICES = "tensor-slices"
 
 
 class Precision(StrEnum):
@@ -66,13 +71,14 @@ class Solver(StrEnum):
     """The rungs of the ladder, from the top; then those that are taken only where they are asked for.
 
     `extremes` finds the ends of the spectrum and proves how many eigenvalues are left of 0, without the rest;
-    `matrix-only` builds and keeps the matrix and solves nothing.
+    `matrix-only` builds and keeps the matrix and solves nothing. `slices` is the way of all tensor slices.
     """
 
     CUDA_DENSE = "cuda-dense"
     HOST_DENSE = "host-dense"
     EXTREMES = "extremes"
     MATRIX_ONLY = "matrix-only"
+    SLICES = "slices"
     NONE = "none"
 
 
@@ -89,8 +95,9 @@ class Build(StrEnum):
 
 
 class Keep(StrEnum):
-    """What stays in the store: the spectra, or the matrices too."""
+    """What stays in the store: the metrics with a histogram of real parts, the spectra, or the matrices too."""
 
+    METRICS = "metrics"
     SPECTRA = "spectra"
     ALL = "all"
 
@@ -168,8 +175,8 @@ class Study(BaseModel):
     @field_validator("solver", mode="before")
     @classmethod
     def _chosen(cls, value: Any) -> Any:
-        if value == Solver.NONE:
-            raise ValueError(f"Input should be 'auto', {', '.join(repr(str(s)) for s in list(Solver)[:-1])}")
+        if value in (Solver.NONE, Solver.SLICES):
+            raise ValueError(f"Input should be 'auto', {', '.join(repr(str(s)) for s in list(Solver)[:-2])}")
         return None if value == "auto" else value
 
     @field_validator("memory", "device_memory", mode="before")
@@ -273,7 +280,8 @@ class Unit(BaseModel):
         kind: see `Kind`.
         n: columns of J.
         m: rows of J.
-        k: order of the matrix to solve.
+        k: order of the matrix to solve; of tensor slices, how many eigenvalues are not zero (until they are found, at
+            most).
         ones: exact eigenvalues 1.
         zeros: exact eigenvalues 0.
         route: which matrix is solved (`waist`, `active`, `full`); `none` where there is no spectrum.

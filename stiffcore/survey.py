@@ -12,6 +12,7 @@ from torch import nn
 
 from stiffcore.errors import InputError, refuse
 from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual, reduce_jacobian
+from stiffcore.jacobian.slices import Slices, open_slices
 from stiffcore.networks.blocks import BlockCall, capture, choose_blocks, loss_and_prediction, residual_blocks
 from stiffcore.networks.images import Images, load_images, network_input
 from stiffcore.networks.zoo import Network, load_network, wrap_network
@@ -19,6 +20,7 @@ from stiffcore.study import (
     IN_MEMORY,
     BlockFunction,
     Device,
+    Kind,
     Reduce,
     Study,
     Survey,
@@ -187,17 +189,20 @@ def device_memory(device: Device, supposed: int | None = None) -> tuple[int, int
     return None
 
 
-def reduction_of(
+def operator_of(
     network: nn.Module,
     x: torch.Tensor,
     block: str,
     function: BlockFunction,
+    kind: Kind = Kind.MATRIX,
     reduce: Reduce = Reduce.AUTO,
     device: str = "cpu",
-) -> Reduction:
-    """The reduction of one block's function at one image; what it does not need of the network is let go."""
+) -> Reduction | Slices:
+    """The operator of one block's function at one image; what it does not need of the network is let go."""
     calls, _ = capture(network, x, [block])
     call = calls[block]
+    if kind is Kind.TENSOR_SLICES:
+        return open_slices(call.function, call.x, function, name=block)
     if device != "cpu":
         dict(network.named_modules())[block].to(device)
     return reduce_jacobian(call.function, call.x.to(device), function, reduce=reduce is Reduce.AUTO, name=block)
@@ -212,6 +217,8 @@ def _look(
 ) -> Unit:
     """The facts of one unit; `seconds` a column took at the first image are those of the others."""
     try:
+        if common["kind"] is Kind.TENSOR_SLICES:
+            return _slices_facts(open_slices(call.function, call.x, function, name=call.name), common)
         found = reduce_jacobian(call.function, call.x, function, reduce=reduce is Reduce.AUTO, name=call.name)
     except NoSpectrumError as error:
         return Unit(**common, n=error.n, m=error.m, route="none", reason=str(error))
@@ -219,6 +226,28 @@ def _look(
     if facts.column_s:
         seconds[call.name, function] = facts.column_s
     return facts
+
+
+def _slices_facts(slices: Slices, common: dict[str, Any]) -> Unit:
+    accumulation = slices.accumulation
+    start = time.perf_counter()
+    if accumulation is None:
+        slices.rows(np.arange(min(COLUMNS_TRIED, slices.jacobian.m)))
+    return Unit(
+        **common,
+        n=slices.jacobian.n,
+        m=slices.jacobian.m,
+        k=slices.bound,
+        zeros=slices.count - slices.bound,
+        route="windows" if accumulation else "rows",
+        reason=slices.reason,
+        column_items=slices.column_items,
+        kernel_items=slices.kernel_items,
+        column_s=(time.perf_counter() - start) / COLUMNS_TRIED,
+        accumulated_items=accumulation.items if accumulation else 0,
+        accumulated_flops=accumulation.flops if accumulation else 0,
+        nonzeros=slices.entries,
+    )
 
 
 def unit_facts(reduction: Reduction, common: dict[str, Any], column_s: float | None = None) -> Unit:

@@ -24,18 +24,21 @@ from stiffcore.eigen import certificate, dense, device
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.numerical_range import logarithmic_norm
+from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
+from stiffcore.jacobian.slices import Slices
 from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
+from stiffcore.metrics import HISTOGRAM_EDGES, Tally
 from stiffcore.plan import TILE_ROWS
-from stiffcore.spectra import Ends, certified_choice
-from stiffcore.store import SCRATCH, RunStore, TiledMatrix
-from stiffcore.study import BlockFunction, Build, Keep, Solver, Study, versions
-from stiffcore.survey import image_input, open_network, reduction_of
+from stiffcore.spectra import Ends, certified_choice, spelled
+from stiffcore.store import SCRATCH, RunStore, TiledMatrix, stored_spectrum
+from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, versions
+from stiffcore.survey import image_input, open_network, operator_of
 
 Emit = Callable[[dict[str, Any]], None]
-Opener = Callable[[RunStore, dict[str, Any], str], Reduction]
+Opener = Callable[[RunStore, dict[str, Any], str], Reduction | Slices]
 # From this order on, or with a network of this size, a unit's memory matters more than the 0.2 s that finding all of
 # it takes.
 LARGE_ORDER = 1000
@@ -44,7 +47,9 @@ CUDA = "cuda"
 STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
 
-def open_reduction(store: RunStore, record: dict[str, Any], device: str, module: nn.Module | None = None) -> Reduction:
+def open_operator(
+    store: RunStore, record: dict[str, Any], device: str, module: nn.Module | None = None
+) -> Reduction | Slices:
     """The operator of a stored unit, made again from the study's network and the stored image.
 
     Raises:
@@ -56,7 +61,8 @@ def open_reduction(store: RunStore, record: dict[str, Any], device: str, module:
     if network.weights_digest != header["identity"]["weights"]:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
     x = image_input(store.get_array("images", "x")[record["image"]], study)
-    return reduction_of(network.module, x, record["block"], BlockFunction(record["function"]), study.reduce, device)
+    function, kind = BlockFunction(record["function"]), Kind(record["kind"])
+    return operator_of(network.module, x, record["block"], function, kind, study.reduce, device)
 
 
 @dataclass
@@ -93,12 +99,28 @@ class UnitRun:
             StiffcoreError: where it is not the one planned.
         """
         reduction = self.opener(self.store, self.record, self.device)
+        assert isinstance(reduction, Reduction)
         planned = {name: self.record[name] for name in ("n", "k", "ones", "zeros")}
         found = {name: getattr(reduction, name) for name in planned}
         if found != planned:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
         self.release()  # of the network, only the block is still needed
         return reduction
+
+    @cached_property
+    def slices(self) -> Slices:
+        """The slices, checked against what was planned.
+
+        Raises:
+            StiffcoreError: where they are not those planned.
+        """
+        slices = self.opener(self.store, self.record, self.device)
+        assert isinstance(slices, Slices)
+        planned, found = (self.record["n"], self.record["m"]), (slices.jacobian.n, slices.jacobian.m)
+        if found != planned:
+            raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
+        self.release()
+        return slices
 
     @cached_property
     def sparse(self) -> csc_array | LinearOperator:
@@ -163,7 +185,7 @@ def carry_out(
     *,
     threads: int,
     emit: Emit,
-    opener: Opener = open_reduction,
+    opener: Opener = open_operator,
     check: Callable[[], None] = lambda: None,
 ) -> str:
     """Bring one unit to `done`, from wherever its record says it is.
@@ -197,12 +219,15 @@ def carry_out(
                     fields = work(run)
                 timing[stage] = timing.get(stage, 0.0) + time.perf_counter() - start
                 run.reach(stage, **fields, seconds=timing, **_measured(run, before))
-        if run.keep is Keep.SPECTRA and run.solver is not Solver.MATRIX_ONLY:
+        if run.solver is not Solver.MATRIX_ONLY:
+            _keep_metrics(run)
+        if run.keep is not Keep.ALL and run.solver is not Solver.MATRIX_ONLY:
             run.store.update(key, kept=False)
             run.store.drop(key, *SCRATCH)
         else:
             run.store.update(key, kept=True)
     run.drop("reduction")  # the next unit's plan counts on it
+    run.drop("slices")
     return key
 
 
@@ -218,6 +243,8 @@ _Stages = list[tuple[str, Callable[[UnitRun], dict[str, Any]]]]
 
 
 def _route(run: UnitRun) -> _Stages:
+    if run.solver is Solver.SLICES:
+        return [("done", _slice)]
     if run.solver is Solver.MATRIX_ONLY:
         return [("built", _build), ("done", _keep)] if run.record["k"] else [("done", _keep)]
     if run.record["k"] == 0:
@@ -228,6 +255,53 @@ def _route(run: UnitRun) -> _Stages:
     if run.solver is Solver.CUDA_DENSE:
         return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
     return [("built", _build), ("reduced", _reduce), ("solved", _solve), ("done", _certify)]
+
+
+def _keep_metrics(run: UnitRun) -> None:
+    """Of a study that keeps no spectra, what stands for them: metrics, and a histogram of real parts."""
+    if run.keep is not Keep.METRICS or not run.record.get("values_kept", True):
+        return
+    spectrum = stored_spectrum(run.store, run.key)
+    tally = Tally()
+    tally.add(spectrum.computed)
+    _store_histogram(run, tally)
+    run.store.update(run.key, metrics=spelled(spectrum.metrics), values_kept=False)
+    run.store.drop(run.key, "eigenvalues")
+
+
+def _store_histogram(run: UnitRun, tally: Tally) -> None:
+    where = f"units/{run.key}"
+    run.store.put_array(where, "histogram", tally.histogram, ("bin",), long_name="how many real parts are in each bin")
+    run.store.put_array(where, "histogram_edges", HISTOGRAM_EDGES, ("edge",))
+
+
+def _slice(run: UnitRun) -> dict[str, Any]:
+    """All eigenvalues of all tensor slices, and their certificate."""
+    slices, chunk = run.slices, run.record["plan"]["chunk"]
+    found = WindowSpectrum(keep=run.keep is not Keep.METRICS)
+    difference = 0.0
+    for i, squares in enumerate(slices.squares(chunk, run.step_seldom("done"))):
+        found.add(squares)
+        if slices.accumulation is not None and i & (i - 1) == 0:  # the first few, then ever fewer: 8 of 120
+            difference = max(difference, slices.difference(squares))
+    kept, zeros = found.tally.count, slices.count - found.tally.count
+    fields: dict[str, Any] = {"ends": None, "shift": 0, "found": kept, "k": kept, "zeros": zeros}
+    if found.keep:
+        run.store.put_array(
+            f"units/{run.key}",
+            "eigenvalues",
+            dense.sort_eigenvalues(found.values()),
+            ("eigenvalue",),
+            long_name="eigenvalues of the Jacobian tensor's slices that are not zero",
+            order="ascending real part, then imaginary part",
+            exact_zeros=zeros,
+        )
+    else:
+        _store_histogram(run, found.tally)
+        branch = run.record["function"] == BlockFunction.BRANCH
+        metrics = found.tally.metrics(0, zeros, branch=branch)
+        fields |= {"metrics": spelled(metrics), "values_kept": False}
+    return fields | {"certificate": found.certificate(slices, difference).to_json()}
 
 
 def _restart_if_foreign(run: UnitRun) -> None:

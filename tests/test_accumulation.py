@@ -31,7 +31,6 @@ BY_PRODUCTS = {
     "avg_pool",
     "padding",
     "crop",
-    "scale_by_map",
     "stride_and_back",
 }
 

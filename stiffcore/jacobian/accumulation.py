@@ -159,6 +159,10 @@ class Steps:
         """(C, H, W) of the input."""
         return self.steps[0].shape
 
+    def reached(self) -> Integers:
+        """(4, H, W of the result): the rectangle of the input (rows, columns) that reaches each position."""
+        return _reached(self.steps)[-1]
+
     @property
     def destination(self) -> Map:
         """(C, H, W) of the result."""
@@ -244,6 +248,7 @@ class Accumulation:
     Units are flat, row-major indices into the maps, ordered by position, then channel (`graph.by_position`).
 
     Attributes:
+        destination: (C, H, W) of the map that the rows belong to.
         items: numbers in all blocks that are alive at once, at most.
         entries: numbers in the result's blocks: no more of its entries can be nonzero.
         flops: of all products.
@@ -264,11 +269,12 @@ class Accumulation:
         """
         _check_order(rows, steps.destination)
         self._steps, self._rows = steps.steps, len(rows)
+        self.destination = steps.destination
         self._columns, self._column_units = _Columns(columns, steps.source), columns
         wanted = _mask(rows, steps.destination)
         self._wanted = _Positions(wanted)
         self._used = [_Positions(used) for used in self._needed(_mask(columns, steps.source), wanted)]
-        self._rectangles = self._reached()
+        self._rectangles = _reached(self._steps)
         if windows is not None:
             self._narrow(windows)
         self._last_use = {s: i for i, step in enumerate(self._steps) for s in step.sources}
@@ -294,18 +300,10 @@ class Accumulation:
                 need[step.sources[0]] |= _untap(step, np.any(wanted & alive, axis=0), need[step.sources[0]].shape[1:])
         return [a & b for a, b in zip(live, need, strict=True)]
 
-    def _reached(self) -> list[Integers]:
-        """(4, H, W) for each step: the smallest rectangle of the source that reaches each position."""
-        _, height, width = self._steps[0].shape
-        y, x = np.mgrid[:height, :width]
-        found = [np.stack([y, y, x, x])]
-        for step in self._steps[1:]:
-            parts = [found[s] for s in step.sources]
-            if step.kernel is not None:
-                nothing = np.array([height, -1, width, -1])
-                parts = [_tap(step, parts[0], tap, nothing[:, None, None]) for tap in _taps(step)]
-            found.append(np.stack([(np.max if i % 2 else np.min)([p[i] for p in parts], axis=0) for i in range(4)]))
-        return found
+    @property
+    def live_rows(self) -> Integers:
+        """(H, W) how many rows at each position depend on the columns."""
+        return self._used[-1].counts
 
     def _narrow(self, windows: Integers) -> None:
         """Ask for less of the result, and of what becomes it number by number."""
@@ -479,6 +477,20 @@ class _Positions:
     def channels(self, at: int) -> Integers:
         """Those at a position, ascending."""
         return self._channels[self.first[at] : self.first[at + 1]]
+
+
+def _reached(steps: tuple[Step, ...]) -> list[Integers]:
+    """(4, H, W) for each step: first and last row, first and last column of the input that reach each position."""
+    _, height, width = steps[0].shape
+    y, x = np.mgrid[:height, :width]
+    found = [np.stack([y, y, x, x])]
+    for step in steps[1:]:
+        parts = [found[s] for s in step.sources]
+        if step.kernel is not None:
+            nothing = np.array([height, -1, width, -1])
+            parts = [_tap(step, parts[0], tap, nothing[:, None, None]) for tap in _taps(step)]
+        found.append(np.stack([(np.max if i % 2 else np.min)([p[i] for p in parts], axis=0) for i in range(4)]))
+    return found
 
 
 _Read = tuple[Integers, Integers]

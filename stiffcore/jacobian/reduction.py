@@ -306,36 +306,56 @@ def reduce_jacobian(
         InputError: where f cannot be linearised, or its forward and reverse derivatives disagree.
     """
     function = BlockFunction(function)
+    jacobian, graph, untraced = open_function(f, x, function, name, square=True)
+    if not reduce:
+        return _full(jacobian, "full matrix, as asked", graph)
+    if graph is None:
+        return _active(jacobian, graph, untraced)
+    return _smallest(jacobian, graph, split_skip=function is BlockFunction.BLOCK)
+
+
+def open_function(
+    f: Function, x: Tensor, function: BlockFunction, name: str, *, square: bool = False
+) -> tuple[Linearisation, FunctionGraph | None, str]:
+    """Linearise f, or its branch, and trace it.
+
+    Args:
+        f: takes and returns one tensor.
+        x: the point.
+        function: which of both.
+        name: how errors call f.
+        square: refuse a rectangular Jacobian.
+
+    Returns:
+        The Jacobian, the graph, and why there is none.
+
+    Raises:
+        NoSpectrumError: where the Jacobian should be square and is not, or there is no branch.
+        InputError: where f cannot be linearised, or its forward and reverse derivatives disagree.
+    """
     if x.is_floating_point() and x.dtype not in PROBE_TOLERANCE:
         raise InputError(f"{name}: its input is {str(x.dtype).removeprefix('torch.')}; give it as float32 or float64")
     whole = Linearisation(f, x, name)
     graph, untraced = _trace(f, x)
-    if function is BlockFunction.BRANCH:
+    branch = function is BlockFunction.BRANCH
+    if branch:
         if graph is None:
             raise NoSpectrumError(
                 f"{name}: its graph could not be traced for the branch ({untraced})", whole.n, whole.m
             )
         _check_derivatives(whole)
-        jacobian = _branch(graph, whole)
-    else:
-        jacobian = whole
-    if jacobian.n != jacobian.m:
+    jacobian = _branch(graph, whole) if branch and graph is not None else whole
+    if square and jacobian.n != jacobian.m:
         raise NoSpectrumError(
             f"{jacobian.name} has a rectangular Jacobian ({jacobian.m} x {jacobian.n}), which has no eigenvalues",
             jacobian.n,
             jacobian.m,
         )
-    if function is BlockFunction.BLOCK:
-        _check_derivatives(whole)
-    if not reduce:
-        return _full(jacobian, "full matrix, as asked", graph)
-    if graph is None:
-        return _active(jacobian, graph, f"not traced ({untraced})")
-    if function is BlockFunction.BRANCH:
+    if branch:
         graph, untraced = _trace(jacobian.f, x)
-        if graph is None:
-            return _active(jacobian, graph, f"branch not traced ({untraced})")
-    return _smallest(jacobian, graph, split_skip=function is BlockFunction.BLOCK)
+    else:
+        _check_derivatives(whole)
+    return jacobian, graph, f"{'branch ' if branch else ''}not traced ({untraced})" if graph is None else ""
 
 
 def is_residual(f: Function, x: Tensor) -> bool:

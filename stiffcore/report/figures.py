@@ -16,6 +16,8 @@ from stiffcore.spectra import Spectrum
 
 INK, COMPUTED, EXACT, RANGE, PAPER = "#222222", "#1f5fa8", "#c2571a", "#3a8f6b", "#a8326b"
 COLUMNS = 4
+# Points of a spectrum in one picture.
+DRAWN_MOST = 20_000
 PANEL_INCHES = (3.1, 2.7)
 
 
@@ -46,7 +48,13 @@ def spectra(run: Run, image: int, function: str, kind: str = "matrix") -> Figure
 
 
 def _has_spectrum(run: Run, key: str) -> bool:
-    return state_of(run.store.record(key)) in DONE
+    record = run.store.record(key)
+    return state_of(record) in DONE and record.get("values_kept", True)
+
+
+def _drawn(z: np.ndarray) -> np.ndarray:
+    """Enough of very many eigenvalues: the outermost, and every so many-th of the others, which are in order."""
+    return np.unique(np.concatenate([z[:DRAWN_MOST:10], z[:: max(1, len(z) // DRAWN_MOST)], z[-100:], z[:100]]))
 
 
 def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
@@ -62,7 +70,7 @@ def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
             both = np.concatenate([values[:0:-1], values])
             levels = np.floor(np.log10(max(values.max(), 1e-300))) - np.arange(4)[::-1]
             axis.contour(picture.re, im, np.log10(np.maximum(both, 1e-300)), levels, colors=RANGE, linewidths=0.5)
-    z = spectrum.computed
+    z = _drawn(spectrum.computed)
     axis.plot(z.real, z.imag, ".", color=COMPUTED, markersize=2, rasterized=len(z) > 500)
     for value, count in ((1, spectrum.ones), (0, spectrum.zeros)):
         if count:
@@ -70,7 +78,10 @@ def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
             axis.annotate(f"{count:,}", (value, 0), xytext=(2, 5), textcoords="offset points", fontsize=7, color=EXACT)
     number = spectrum.record.get("number")
     title = f"{number} {spectrum.name}" if number else spectrum.name
-    only = "" if spectrum.ends is None else " (ends only)"
+    if spectrum.ends is not None:
+        only = " (ends only)"
+    else:
+        only = f" ({len(z):,} drawn)" if len(z) < len(spectrum.computed) else ""
     axis.set_title(f"{title}, n = {spectrum.n:,}{only}", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.set_xlabel("Re", fontsize=7)
@@ -82,7 +93,7 @@ def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None
     """S active and the negative share along depth: median, quartiles and range over images, the paper's values beside.
 
     Args:
-        rows: from `Run.metrics`.
+        rows: from `Run.metrics`, of one kind.
         function: block or branch.
         network: where the paper has it, its means of S and of the negative share are drawn; they are of tensor slices.
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -16,6 +17,8 @@ from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlat
 from stiffcore.report.tables import mean_cells, percent
 from stiffcore.run import DONE, Run, status_summary
 
+# A figure and its caption.
+Drawn = tuple[Figure, str]
 # Spectra of so many images are drawn.
 IMAGES_DRAWN = 1
 
@@ -51,14 +54,14 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
         if figures_folder is not None:
             figures_folder.mkdir(parents=True, exist_ok=True)
             for path in wanted:
-                drawn[path.stem].savefig(path, dpi=200)
+                drawn[path.stem][0].savefig(path, dpi=200)
     except OSError as error:
         raise InputError(f"--to {to}: {error}") from error
     more = f", {len(drawn)} figures in {figures_folder}" if figures_folder is not None else ""
     return f"report in {to}{more}"
 
 
-def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Figure]) -> str:
+def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
     """The page as text; `rows` from `Run.metrics`."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("stiffcore.report") / "page.html").read_text())
@@ -72,43 +75,37 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Figure]) -> str:
         functions=sorted(set(rows["function"])),
         kinds=sorted(set(rows["kind"])),
         images=rows["image"].nunique(),
-        figures={name: _svg(figure) for name, figure in drawn.items()},
-        captions={name: _caption(name, run) for name in drawn},
-        by_block=_means(rows, ["number", "block", "function"]),
-        by_label=_means(rows[rows["label"] >= 0], ["label", "function"]) if rows["label"].nunique() > 1 else [],
+        figures={name: _svg(figure) for name, (figure, _) in drawn.items()},
+        captions={name: text for name, (_, text) in drawn.items()},
+        by_block=_means(rows, ["number", "block", "kind", "function"]),
+        by_label=_means(rows[rows["label"] >= 0], ["label", "kind", "function"]) if rows["label"].nunique() > 1 else [],
         correlations=_correlations(rows) if rows["image"].nunique() >= FEWEST else [],
         units=[_unit(row) for row in rows.to_dict("records")],
         uncertified=has[~has["certified"].astype(bool)].to_dict("records"),
         failed=rows[rows["state"] == "failed"].to_dict("records"),
-        infinite=bool((has["zero"] > 0).any()),
+        infinite=bool(np.isinf(has["S"]).any()),
         ends=bool((has["solver"] == "extremes").any()),
         paper=figures.paper_values(run.header["study"]["network"]),
     )
 
 
-def _figures(run: Run, rows: pd.DataFrame) -> dict[str, Figure]:
-    drawn: dict[str, Figure | None] = {}
-    for function in sorted(set(rows["function"])):
+def _figures(run: Run, rows: pd.DataFrame) -> dict[str, Drawn]:
+    found: dict[str, tuple[Figure | None, str]] = {}
+    network, index = run.header["study"]["network"], run.store.get_array("images", "index")
+    for (kind, function), part in rows.groupby(["kind", "function"]):
+        what = f"{kind} of {function}"
         for image in sorted(set(rows["image"]))[:IMAGES_DRAWN]:
-            drawn[f"spectra-{function}-{image}"] = figures.spectra(run, image, function)
-        drawn[f"depth-{function}"] = figures.depth(rows, function, run.header["study"]["network"])
-        drawn[f"labels-{function}"] = figures.heat(rows, function)
-    return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def _caption(name: str, run: Run) -> str:
-    what, function, *_ = name.split("-")
-    if what == "spectra":
-        index = run.store.get_array("images", "index")
-        text = f"Spectra of {function} at image {index[int(name.split('-')[2])]}. Blue: computed eigenvalues; orange: "
-        text += "exact ones and zeros, with their number; the line is the imaginary axis"
-        return text + ("; dotted: where forward Euler with step 1 is stable." if function == "branch" else ".")
-    if what == "depth":
-        text = f"S active and the share of eigenvalues with negative real part, {function}, along depth: median, "
-        text += "quartiles (thick) and range (thin) over images"
-        published = function == "block" and figures.paper_values(run.header["study"]["network"])
-        return text + ("; crosses: the paper's means." if published else ".")
-    return f"S active, {function}, mean over the images of each label."
+            text = f"Spectra, {what}, at image {index[image]}. Blue: computed eigenvalues; orange: exact ones and "
+            text += "zeros, with their number; the line is the imaginary axis"
+            text += "; dotted: where forward Euler with step 1 is stable." if function == "branch" else "."
+            found[f"spectra-{kind}-{function}-{image}"] = figures.spectra(run, image, function, kind), text
+        text = f"S active and the share of eigenvalues with negative real part, {what}, along depth: median, quartiles "
+        text += "(thick) and range (thin) over images"
+        published = function == "block" and figures.paper_values(network)
+        text += "; crosses: the paper's means, of tensor slices." if published else "."
+        found[f"depth-{kind}-{function}"] = figures.depth(part, function, network), text
+        found[f"labels-{kind}-{function}"] = figures.heat(part, function), f"S active, {what}, mean over each label."
+    return {name: (figure, text) for name, (figure, text) in found.items() if figure is not None}
 
 
 def _svg(figure: Figure) -> str:
@@ -121,7 +118,8 @@ def _svg(figure: Figure) -> str:
 def _means(rows: pd.DataFrame, by: list[str]) -> list[dict[str, Any]]:
     return [
         {
-            "name": " ".join(map(str, group[:-1])),
+            "name": " ".join(map(str, group[:-2])),
+            "kind": group[-2],
             "function": group[-1],
             "images": part["image"].nunique(),
             "cells": mean_cells(part),
@@ -132,7 +130,7 @@ def _means(rows: pd.DataFrame, by: list[str]) -> list[dict[str, Any]]:
 
 def _correlations(rows: pd.DataFrame) -> list[dict[str, Any]]:
     found = []
-    for function, part in rows.groupby("function"):
+    for (kind, function), part in rows.groupby(["kind", "function"]):
         for row in correlations(part).to_dict("records"):
             cells = []
             for test in ("pearson", "spearman"):
@@ -146,7 +144,7 @@ def _correlations(rows: pd.DataFrame) -> list[dict[str, Any]]:
                         "bold": known and row[f"{test}_p"] < SIGNIFICANT,
                     }
                 )
-            found.append(row | {"function": function, "cells": cells})
+            found.append(row | {"kind": kind, "function": function, "cells": cells})
     return found
 
 

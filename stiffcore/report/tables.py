@@ -11,7 +11,7 @@ from stiffcore.metrics import spell
 from stiffcore.plan import Plan, UnitPlan
 from stiffcore.report.statistics import SIGNIFICANT, certified, correlations
 from stiffcore.run import DONE, Run, state_of
-from stiffcore.study import Solver, format_bytes
+from stiffcore.study import Kind, Solver, format_bytes
 
 
 def plan_table(plan: Plan) -> Table:
@@ -151,10 +151,13 @@ def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") ->
     """
     images = rows["image"].nunique() > 1
     functions = ", ".join(sorted(set(rows["function"])))
-    table = _table(f"{kind} spectra of {functions}", _images_caption(rows))
+    sliced = kind == Kind.TENSOR_SLICES
+    table = _table(f"{kind} spectra of {functions}", _images_caption(rows) + (SLICES_CAPTION if sliced else ""))
     for name in (["image"] if images else []) + ["block", "function"]:
         table.add_column(name, no_wrap=True)
     columns = [(header, show) for header, least, show in COLUMNS if width >= least]
+    if sliced:  # Tables 10 and 11 of the paper
+        columns[1:1] = [(name, _thousands(name)) for name in ("elements", "eigenvalues")]
     for header, _ in columns:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("certified", overflow="fold", min_width=len("no spectrum"))
@@ -171,10 +174,19 @@ def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") ->
     return table
 
 
+def _thousands(name: str) -> Callable[[pd.Series], str]:
+    return lambda row: f"{row[name]:,}"
+
+
 def percent(share: float) -> str:
     """A share for people, in per cent; `open` where it is not known."""
     return "open" if math.isnan(share) else f"{100 * share:.3f}"
 
+
+SLICES_CAPTION = (
+    "\neigenvalues = elements of the Jacobian / W: one W x W matrix for each output number and input channel; k of "
+    "them are not zero. They are no eigenvalues of the Jacobian itself (kind matrix)."
+)
 
 # Of the tables of means: header, metric, factor.
 MEANS = (

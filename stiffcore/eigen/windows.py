@@ -1,0 +1,223 @@
+"""All eigenvalues of very many very small matrices: counted, tallied, and their extremes checked.
+
+For the slices of a Jacobian (`stiffcore.jacobian.slices`): millions of squares of order 1 to 7, by LAPACK's geev in
+batches. What decides S is kept with its square, so that it can be checked on the original function.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stiffcore.jacobian.slices import Slices, Squares
+from stiffcore.metrics import Tally, stiffness_error
+from stiffcore.spectra import EACH_END, Certificate, Certified
+
+Array = NDArray[np.floating]
+BATCH = 1 << 16
+# A square's eigenvalues move by up to the w-th root of its rounding; those nearer to Re = 0 than that are looked at.
+SUSPICIOUS = 1e-5
+# What an entry may be off by, beside its square's rounding: sums over windows, in units of the largest entry there.
+ENTRY_ROUNDING = 4
+SUM_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
+# What squares may differ from products by, relative to the largest entry.
+PRODUCT_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """An eigenvalue at an end of the spectrum, and where it comes from.
+
+    Attributes:
+        value: the eigenvalue.
+        unit: flat index of the output unit.
+        channel: of the input.
+        first: first row and column of the square.
+        square: (w, w).
+    """
+
+    value: complex
+    unit: int
+    channel: int
+    first: int
+    square: Array
+
+
+@dataclass
+class WindowSpectrum:
+    """The eigenvalues of squares that come in parts.
+
+    Attributes:
+        keep: whether the values themselves are kept.
+        tally: of the eigenvalues that are not zero.
+        near_axis: how many of them have a real part within its error of 0.
+        axis_error: the largest of these errors.
+        frobenius: the root of the sum of all squared entries.
+    """
+
+    keep: bool
+    tally: Tally = field(default_factory=Tally)
+    near_axis: int = 0
+    axis_error: float = 0.0
+    _parts: list[np.ndarray] = field(default_factory=list)
+    _ends: dict[str, list[Extreme]] = field(default_factory=lambda: {"right": [], "left": []})
+    _sums: np.ndarray = field(default_factory=lambda: np.zeros(4))  # of values, squares, and their two traces
+    _frobenius: float = 0.0
+
+    @property
+    def frobenius(self) -> float:
+        """The Frobenius norm of all squares together."""
+        return float(np.sqrt(self._frobenius))
+
+    @property
+    def extremes(self) -> list[Extreme]:
+        """Those with the largest and the smallest real parts, a few at either end, each once."""
+        found = {(e.unit, e.channel, e.value): e for end in self._ends.values() for e in end}
+        return list(found.values())
+
+    def values(self) -> np.ndarray:
+        """(k,) complex, all eigenvalues that are not zero, where they were kept; gives them away."""
+        parts, self._parts = self._parts, []
+        return np.concatenate(parts) if parts else np.zeros(0, complex)
+
+    def add(self, squares: Squares) -> None:
+        """Find the eigenvalues of some more."""
+        w = squares.values.shape[-1]
+        flat = squares.values.reshape(-1, w, w)
+        present = np.flatnonzero(np.any(flat, axis=(1, 2)))
+        scale = float(np.abs(squares.values).max(initial=0))
+        for start in range(0, len(present), BATCH):
+            which = present[start : start + BATCH]
+            self._add(np.ascontiguousarray(flat[which]), squares, which, scale)
+
+    def _add(self, a: Array, squares: Squares, which: np.ndarray, scale: float) -> None:
+        values = torch.linalg.eigvals(torch.from_numpy(a)).numpy()
+        exactly, wide = a.astype(np.float64), values.astype(np.complex128)
+        self._sums += [
+            wide.real.sum(),
+            (wide.real**2 - wide.imag**2).sum(),
+            np.einsum("sii->", exactly),
+            np.einsum("sij,sji->", exactly, exactly),
+        ]
+        norms = np.einsum("sij,sij->s", exactly, exactly)
+        self._frobenius += float(norms.sum())
+        self._look_near_axis(exactly, wide, np.sqrt(norms), scale, float(np.finfo(a.dtype).eps))
+        nonzero = values != 0
+        kept = values[nonzero]
+        if not len(kept):
+            return
+        self.tally.add(kept)
+        if self.keep:
+            self._parts.append(kept)
+        row = np.nonzero(nonzero)[0]
+        few = min(EACH_END, len(kept))
+        ends = np.argpartition(-kept.real, few - 1)[:few], np.argpartition(kept.real, few - 1)[:few]
+        for end, chosen, sign in (("right", np.sort(ends[0]), -1), ("left", np.sort(ends[1]), 1)):
+            more = [self._extreme(kept[i], a[row[i]], squares, int(which[row[i]])) for i in chosen]
+            self._ends[end] = sorted([*self._ends[end], *more], key=lambda e: sign * e.value.real)[:EACH_END]
+
+    @staticmethod
+    def _extreme(value: complex, square: Array, squares: Squares, at: int) -> Extreme:
+        unit, channel = divmod(at, squares.values.shape[1])
+        return Extreme(complex(value), int(squares.units[unit]), channel, squares.first, square.copy())
+
+    def _look_near_axis(self, a: Array, values: np.ndarray, norms: Array, scale: float, eps: float) -> None:
+        """Count real parts whose sign is within the rounding of their square, by its eigenvalues' conditions."""
+        near = np.abs(values.real) <= np.maximum(SUSPICIOUS * norms, ENTRY_ROUNDING * eps * scale)[:, None]
+        near &= values != 0
+        rows = np.flatnonzero(near.any(axis=1))
+        if not len(rows):
+            return
+        # values by eig need not be those of eigvals to the last bit: each is given its nearest one's condition
+        again, vectors = torch.linalg.eig(torch.from_numpy(a[rows]))
+        inverse, _ = torch.linalg.inv_ex(vectors)
+        conditions = (vectors.norm(dim=1) * inverse.norm(dim=2)).nan_to_num(torch.inf, torch.inf).numpy()
+        nearest = np.abs(values[rows][:, :, None] - again.numpy()[:, None, :]).argmin(axis=2)
+        rounding = eps * (a.shape[1] * norms[rows] + ENTRY_ROUNDING * scale)
+        # a defective square's condition is infinite; its eigenvalues still move by the w-th root of rounding at most
+        most = norms[rows] * (rounding / norms[rows]) ** (1 / a.shape[1])
+        with np.errstate(invalid="ignore"):
+            errors = np.fmin(np.take_along_axis(conditions, nearest, 1) * rounding[:, None], most[:, None])
+        unsure = near[rows] & (np.abs(values[rows].real) <= errors)
+        self.near_axis += int(unsure.sum())
+        self.axis_error = max(self.axis_error, float(errors[unsure].max(initial=0.0)))
+
+    def certificate(self, slices: Slices, difference: float) -> Certificate:
+        """Check the sums, and the ends on the original function.
+
+        Args:
+            slices: what the squares are of.
+            difference: the largest found by `Slices.difference`.
+        """
+        dtype = np.dtype("f8" if slices.jacobian.x.dtype == torch.float64 else "f4")
+        eps = torch.finfo(slices.jacobian.x.dtype).eps
+        certified = tuple(_certified(slices, extreme, eps) for extreme in self.extremes)
+        value, square, trace, trace_square = self._sums
+        scale = max(self.frobenius, float(np.finfo(np.float64).tiny))
+        trace_error, square_error = abs(value - trace) / scale, abs(square - trace_square) / scale / scale
+        failures = [f"{c.value:.6g} is not an eigenvalue of its slice" for c in certified if not c.converged]
+        # sums over many squares: each rounds by itself
+        for name, error in (("sum", trace_error), ("sum of squares", square_error)):
+            if not error <= SUM_TOLERANCE[dtype]:
+                failures.append(f"the eigenvalues' {name} misses that of the traces by {error:.1e}")
+        if not difference <= PRODUCT_TOLERANCE[dtype]:
+            failures.append(f"the squares differ from products of the function by {difference:.1e}")
+        errors = {end: _largest_error(certified, found) for end, found in self._ends.items()}
+        real = [c.value.real for c in certified]
+        s_active_error = float("nan")
+        if real:
+            ends = {"max": max(real), "min": min(real)}
+            s_active_error = stiffness_error(ends, errors["right"], errors["left"])
+        zeros = slices.count > self.tally.count
+        # with structural zeros, and no eigenvalue left of them, S is infinite exactly
+        s_error = 0.0 if zeros and errors["left"] < min(real, default=1.0) else s_active_error
+        return Certificate(
+            certified=certified,
+            trace_error=trace_error,
+            square_error=square_error,
+            reduction_check=difference,
+            error=max((c.error for c in certified), default=0.0),
+            s_error=s_error,
+            s_active_error=s_active_error,
+            near_axis=self.near_axis,
+            axis_error=self.axis_error,
+            failures=tuple(failures),
+        )
+
+
+def _largest_error(certified: tuple[Certified, ...], found: list[Extreme]) -> float:
+    values = {e.value for e in found}
+    return max((c.error for c in certified if c.value in values), default=0.0)
+
+
+def _certified(slices: Slices, extreme: Extreme, eps: float) -> Certified:
+    """Check one eigenvalue on its whole slice, as a product of the original function gives it.
+
+    An eigenvector of the square is that of the slice, restricted to the square: A v / l is the rest of it.
+    """
+    whole = slices.rows(np.array([extreme.unit]))[0, extreme.channel].astype(np.float64)
+    square = extreme.square.astype(np.float64)
+    values, vectors = np.linalg.eig(square)
+    i = int(np.argmin(np.abs(values - extreme.value)))
+    others, lefts = np.linalg.eig(square.T)
+    j = int(np.argmin(np.abs(others - extreme.value)))
+    x, y = np.zeros(len(whole), complex), np.zeros(len(whole), complex)
+    inside = slice(extreme.first, extreme.first + len(square))
+    x[inside], y[inside] = vectors[:, i], lefts[:, j]
+    x, y = whole @ x / extreme.value, whole.T @ y / extreme.value
+    lengths = np.linalg.norm(x), np.linalg.norm(y)
+    with np.errstate(all="ignore"):
+        x, y = x / lengths[0], y / lengths[1]
+        residual = float(np.linalg.norm(whole @ x - extreme.value * x))
+        condition = float(1 / abs(y @ x))
+        norm = float(np.linalg.norm(whole))
+        error = condition * (residual + eps * norm)
+    good = residual <= 1e4 * eps * norm
+    return Certified(
+        value=extreme.value,
+        residual=residual if np.isfinite(residual) else float("inf"),
+        condition=condition if np.isfinite(condition) else float("inf"),
+        error=error if np.isfinite(error) else float("inf"),
+        converged=bool(good),
+    )
