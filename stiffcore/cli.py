@@ -65,7 +65,7 @@ Kind = Annotated[
     str | None,
     typer.Option(
         help="matrix: the eigenvalues of the n x n Jacobian | tensor-slices: those of the Jacobian tensor's last two "
-        "axes, which the paper's tables show | both, with a comma [default: matrix]"
+        "axes, which the paper's tables show | singular: singular values | several, with commas [default: matrix]"
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float64 | float32 [default: float64]")]
@@ -82,7 +82,8 @@ SolverOption = Annotated[
     typer.Option(
         "--solver",
         help="auto: the first that fits | cuda-dense | host-dense | extremes (S, and a proof of how many eigenvalues "
-        "are negative, without the others: seconds) | matrix-only (build and keep, solve nothing) [default: auto]",
+        "are negative, without the others: seconds) | matrix-only (build and keep, solve nothing); of singular values "
+        "svd | symmetric [default: auto]",
     ),
 ]
 DeviceMemory = Annotated[

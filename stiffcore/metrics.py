@@ -28,6 +28,10 @@ NAMES = (
     "stable_step",
     "departure",
     "numerical_abscissa",
+    "condition",
+    "effective_rank",
+    "nuclear_norm",
+    "frobenius_norm",
 )
 
 
@@ -165,7 +169,7 @@ class Tally:
             "stable_step": step if branch else float("nan"),
             "departure": self._departure(frobenius),
             "numerical_abscissa": numerical_abscissa,
-        }
+        } | dict.fromkeys(("condition", "effective_rank", "nuclear_norm", "frobenius_norm"), float("nan"))
 
     def _departure(self, frobenius: float) -> float:
         if not frobenius > 0:
@@ -214,6 +218,35 @@ def extreme_metrics(
     if branch and outside is not None:
         known["euler_stable"] = _share(n - outside - ones, n)
     return {name: known.get(name, float("nan")) for name in NAMES}
+
+
+def singular_metrics(values: np.ndarray, ones: int, zeros: int) -> dict[str, float]:
+    """The metrics of singular values; those of eigenvalues are nan.
+
+    Args:
+        values: (k,) those that were computed.
+        ones: how many more are exactly 1.
+        zeros: how many more are exactly 0.
+
+    Returns:
+        By name, see `NAMES`: `condition`, the largest over the smallest without the exact zeros; `effective_rank`, the
+        exponential of the entropy of their shares of the sum (Roy & Vetterli, EUSIPCO 2007); `nuclear_norm`, their
+        sum; `frobenius_norm`; `radius`, the largest; `positive` and `zero`, shares of all min(m, n).
+    """
+    total = len(values) + ones + zeros
+    active = np.concatenate([values, np.ones(ones)])
+    largest, scale = _largest(active), float(active.max(initial=0.0)) or 1.0
+    weights = active[active > 0] / active.sum() if active.sum() else np.zeros(0)
+    found = {
+        "condition": stiffness_index(active),
+        "effective_rank": float(np.exp(-(weights * np.log(weights)).sum())) if len(weights) else 0.0,
+        "nuclear_norm": float(active.sum()),
+        "frobenius_norm": scale * float(np.sqrt(((active / scale) ** 2).sum())),
+        "radius": largest,
+        "positive": _share(np.count_nonzero(active > 0), total),
+        "zero": _share(total - np.count_nonzero(active > 0), total),
+    }
+    return {name: found.get(name, float("nan")) for name in NAMES}
 
 
 def stiffness_index(real_parts: np.ndarray) -> float:

@@ -300,9 +300,12 @@ def _plan_unit(
 ) -> UnitPlan:
     if unit.route == "none":
         return UnitPlan(unit, Solver.NONE, unit.reason)
-    asked = LADDER if study.solver is None else (study.solver,)
+    asked: tuple[Solver, ...] = LADDER if study.solver is None else (study.solver,)
     if unit.kind is Kind.TENSOR_SLICES:
         asked = (Solver.SLICES,)
+    if unit.kind is Kind.SINGULAR:
+        able: tuple[Solver, ...] = (Solver.SYMMETRIC,) if unit.route == "factors" else (Solver.SVD, Solver.SYMMETRIC)
+        asked = (study.solver,) if study.solver in able else able
     if recorded is None or recorded.solver is Solver.NONE:
         return _first_that_fits(unit, study, machine, data_bytes, asked)
     device_gone = recorded.device_bytes and (machine.device_bytes is None or study.device is Device.CPU)
@@ -507,6 +510,65 @@ def _slices(
     return plan, why + ("; --keep metrics needs less" if kept else "")
 
 
+def _svd(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
+) -> tuple[UnitPlan, str]:
+    """gesdd, values only (`eigen.singular`): J, sparse, and one dense copy. 8/3 k^2 (3 width - k) / 2 flops."""
+    k, width = unit.k, unit.width
+    dense_bytes = 8 * k * width + 8 * 80 * (k + width)
+    return _singular(Solver.SVD, unit, study, machine, data_bytes, dense_bytes, 4 * k * k * (3 * width - k) // 3)
+
+
+def _symmetric(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
+) -> tuple[UnitPlan, str]:
+    """Eigenvalues of a symmetric matrix: of the Gram matrix, twice; or three matrices of the order of the factors."""
+    k = unit.k
+    if unit.route == "factors":
+        return _singular(Solver.SYMMETRIC, unit, study, machine, data_bytes, 4 * 8 * k * k, 7 * k**3)
+    flops = 4 * k**3 // 3 + k * k * unit.width
+    return _singular(Solver.SYMMETRIC, unit, study, machine, data_bytes, 3 * 8 * k * k, flops)
+
+
+def _singular(
+    solver: Solver, unit: Unit, study: Study, machine: Machine, data_bytes: int, dense_bytes: int, flops: int
+) -> tuple[UnitPlan, str]:
+    """What both ways to singular values share.
+
+    build: blocks or a chunk of products, and the sparse matrices twice:
+        accumulated_items * itemsize + 2 * nonzeros * (itemsize + 8), or chunk * column_bytes + 2 * nonzeros * ...
+    solve: the sparse matrices in float64, three times (products of them), and what is dense.
+    """
+    itemsize = np.dtype(study.dtype).itemsize
+    column_bytes = unit.column_items * itemsize
+    chunk = max(1, min(BUILD_TARGET_BYTES // max(1, column_bytes), CHUNK_COLUMNS))
+    operator = _operator_bytes(unit, column_bytes, itemsize)
+    stages = _first_stages(unit, 0, column_bytes, itemsize, 1, 1)
+    blocks = unit.accumulated_items * itemsize or chunk * column_bytes
+    stages["build"] = blocks + 2 * unit.nonzeros * (itemsize + 8) + operator + 6 * column_bytes
+    stages["solve"] = 3 * 16 * unit.nonzeros + dense_bytes + BLAS_BYTES + operator
+    stages["certify"] = 8 * 40 * min(unit.m, unit.n) + operator + 2 * column_bytes
+    kept = 8 * unit.k + METADATA_BYTES
+    build = Build.ACCUMULATED if unit.accumulated_items else Build.COLUMNS
+    plan = UnitPlan(
+        unit,
+        solver,
+        unit.reason,
+        chunk=chunk,
+        build=build,
+        stages=stages,
+        flops=flops,
+        seconds=_build_seconds(unit, build, machine) + _seconds(flops, machine),
+        disk_bytes=kept,
+        kept_bytes=kept,
+        moved_bytes=kept,
+    )
+    if max(unit.k, unit.width) > dense.LAPACK_MAX_ORDER:
+        return plan, f"{solver}: order {max(unit.k, unit.width):,} is over LAPACK's {dense.LAPACK_MAX_ORDER:,}"
+    why = _too_small(solver, unit, stages, machine, data_bytes)
+    return plan, "" if max(stages.values()) <= data_bytes else why
+
+
 def _rung(
     solver: Solver,
     unit: Unit,
@@ -547,6 +609,8 @@ RUNGS: dict[Solver, Rung] = {
     Solver.EXTREMES: _extremes,
     Solver.MATRIX_ONLY: _matrix_only,
     Solver.SLICES: _slices,
+    Solver.SVD: _svd,
+    Solver.SYMMETRIC: _symmetric,
 }
 
 

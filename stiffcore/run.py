@@ -119,11 +119,15 @@ class Run:
         return self.stored(key)
 
     def _key(self, image: int, block: str | int, function: str, kind: str) -> str:
-        for key, record in self.records().items():
-            names = (record["block"], str(record["number"])) if record["number"] else (record["block"],)
-            asked = (record["image"], record["function"], record["kind"]) == (image, function, kind)
-            if asked and str(block) in names:
-                return key
+        found = {
+            key: record
+            for key, record in self.records().items()
+            if (record["image"], record["function"], record["kind"]) == (image, function, kind)
+        }
+        paths = [key for key, record in found.items() if record["block"] == str(block)]
+        numbers = [key for key, record in found.items() if record["number"] and str(record["number"]) == str(block)]
+        for key in (*numbers, *paths):  # a module's path may be a number, too: then numbers count, as for --blocks
+            return key
         raise InputError(f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}")
 
     def stored(self, key: str) -> Spectrum:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stiffcore.errors import InputError
-from stiffcore.metrics import extreme_metrics, spectrum_metrics, spell
+from stiffcore.metrics import extreme_metrics, singular_metrics, spectrum_metrics, spell
 
 # An S whose error is more than this share of it is not determined.
 DOUBTFUL = 0.1
@@ -177,7 +177,8 @@ class Spectrum:
         ones: exact eigenvalues 1 (outputs that only the identity skip reaches).
         zeros: exact structural zeros (outputs that the outer activation holds at zero, or the rank of the waist).
         k: the order of the matrix that was solved.
-        kind: `matrix` or `tensor-slices`; of these, k eigenvalues are not zero, and all are of many matrices.
+        kind: `matrix`; `tensor-slices`, of which k eigenvalues are not zero, and all are of many matrices; `singular`:
+            real singular values, of which k are neither exactly 0 nor 1.
         function: `block` or `branch`.
         name: of the block.
         solver: which solver computed it.
@@ -233,6 +234,8 @@ class Spectrum:
         """See `stiffcore.metrics.spectrum_metrics`; what the ends alone do not give is nan."""
         if self.kept is not None:
             return self.kept
+        if self.kind == "singular":
+            return singular_metrics(self.computed, self.ones, self.zeros)
         branch = self.function == "branch"
         if self.ends is None:
             return spectrum_metrics(
@@ -266,6 +269,9 @@ class Spectrum:
     def doubts(self) -> tuple[str, ...]:
         """What a certified spectrum still leaves open: signs and an S that are within their errors."""
         certificate, lines = self.certificate, []
+        if self.kind == "singular":
+            within = f"{certificate.near_axis} singular values are within their error of 0"
+            return (within,) if certificate.near_axis else ()
         if self.ends is not None and self.ends.left_of_zero.count is None:
             lines.append("how many have negative real part is open: needs the spectrum")
         elif certificate.near_axis:

@@ -38,11 +38,13 @@ class Kind(StrEnum):
     """Which spectrum.
 
     `matrix`: the eigenvalues of the n x n Jacobian. `tensor-slices`: those of the last two axes of the Jacobian tensor,
-    all output units and input channels together, as the source paper's tables have them.
+    all output units and input channels together, as the source paper's tables have them. `singular`: the singular
+    values of the Jacobian, rectangular or not.
     """
 
     MATRIX = "matrix"
     TENSOR_SLICES = "tensor-slices"
+    SINGULAR = "singular"
 
 
 class Precision(StrEnum):
@@ -71,13 +73,16 @@ class Solver(StrEnum):
     """The rungs of the ladder, from the top; then those that are taken only where they are asked for.
 
     `extremes` finds the ends of the spectrum and proves how many eigenvalues are left of 0, without the rest;
-    `matrix-only` builds and keeps the matrix and solves nothing. `slices` is the way of all tensor slices.
+    `matrix-only` builds and keeps the matrix and solves nothing. `slices` is the way of all tensor slices;
+    `svd` and `symmetric` (eigenvalues of a symmetric matrix, the squares) are those of singular values.
     """
 
     CUDA_DENSE = "cuda-dense"
     HOST_DENSE = "host-dense"
     EXTREMES = "extremes"
     MATRIX_ONLY = "matrix-only"
+    SVD = "svd"
+    SYMMETRIC = "symmetric"
     SLICES = "slices"
     NONE = "none"
 
@@ -280,6 +285,7 @@ class Unit(BaseModel):
         kind: see `Kind`.
         n: columns of J.
         m: rows of J.
+        width: columns of the matrix to solve, where it is not square (singular values).
         k: order of the matrix to solve; of tensor slices, how many eigenvalues are not zero (until they are found, at
             most).
         ones: exact eigenvalues 1.
@@ -309,6 +315,7 @@ class Unit(BaseModel):
     kind: Kind
     n: int
     m: int
+    width: int = 0
     k: int = 0
     ones: int = 0
     zeros: int = 0

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stiffcore.errors import InputError, refuse
+from stiffcore.jacobian.factors import Factors, open_factors
 from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual, reduce_jacobian
 from stiffcore.jacobian.slices import Slices, open_slices
 from stiffcore.networks.blocks import BlockCall, capture, choose_blocks, loss_and_prediction, residual_blocks
@@ -197,12 +198,14 @@ def operator_of(
     kind: Kind = Kind.MATRIX,
     reduce: Reduce = Reduce.AUTO,
     device: str = "cpu",
-) -> Reduction | Slices:
+) -> Reduction | Slices | Factors:
     """The operator of one block's function at one image; what it does not need of the network is let go."""
     calls, _ = capture(network, x, [block])
     call = calls[block]
     if kind is Kind.TENSOR_SLICES:
         return open_slices(call.function, call.x, function, name=block)
+    if kind is Kind.SINGULAR:
+        return open_factors(call.function, call.x, function, name=block)
     if device != "cpu":
         dict(network.named_modules())[block].to(device)
     return reduce_jacobian(call.function, call.x.to(device), function, reduce=reduce is Reduce.AUTO, name=block)
@@ -219,6 +222,8 @@ def _look(
     try:
         if common["kind"] is Kind.TENSOR_SLICES:
             return _slices_facts(open_slices(call.function, call.x, function, name=call.name), common)
+        if common["kind"] is Kind.SINGULAR:
+            return _factors_facts(open_factors(call.function, call.x, function, name=call.name), common)
         found = reduce_jacobian(call.function, call.x, function, reduce=reduce is Reduce.AUTO, name=call.name)
     except NoSpectrumError as error:
         return Unit(**common, n=error.n, m=error.m, route="none", reason=str(error))
@@ -247,6 +252,31 @@ def _slices_facts(slices: Slices, common: dict[str, Any]) -> Unit:
         accumulated_items=accumulation.items if accumulation else 0,
         accumulated_flops=accumulation.flops if accumulation else 0,
         nonzeros=slices.entries,
+    )
+
+
+def _factors_facts(factors: Factors, common: dict[str, Any]) -> Unit:
+    rows, columns = len(factors.rows), len(factors.columns)
+    ones = rows - factors.order if factors.reduction is not None and factors.reduction.shift else 0
+    start = time.perf_counter()
+    if not factors.parts:
+        factors.jacobian.jvp(factors.jacobian.x.new_zeros((COLUMNS_TRIED, factors.jacobian.n)))
+    return Unit(
+        **common,
+        n=factors.jacobian.n,
+        m=factors.jacobian.m,
+        k=factors.order,
+        width=0 if factors.reduction is not None else max(rows, columns),
+        ones=ones,
+        zeros=factors.count - factors.order - ones,
+        route="factors" if factors.reduction is not None else "whole",
+        reason=factors.reason,
+        column_items=factors.column_items,
+        kernel_items=factors.kernel_items,
+        column_s=(time.perf_counter() - start) / COLUMNS_TRIED,
+        accumulated_items=max((part.items for part in factors.parts), default=0),
+        accumulated_flops=sum(part.flops for part in factors.parts),
+        nonzeros=sum(part.entries for part in factors.parts) or rows * columns,
     )
 
 

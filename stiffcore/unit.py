@@ -20,13 +20,14 @@ from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from stiffcore.eigen import certificate, dense, device
+from stiffcore.eigen import certificate, dense, device, singular
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.numerical_range import logarithmic_norm
 from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
+from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
 from stiffcore.jacobian.slices import Slices
 from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
@@ -38,7 +39,7 @@ from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, ver
 from stiffcore.survey import image_input, open_network, operator_of
 
 Emit = Callable[[dict[str, Any]], None]
-Opener = Callable[[RunStore, dict[str, Any], str], Reduction | Slices]
+Opener = Callable[[RunStore, dict[str, Any], str], Reduction | Slices | Factors]
 # From this order on, or with a network of this size, a unit's memory matters more than the 0.2 s that finding all of
 # it takes.
 LARGE_ORDER = 1000
@@ -49,7 +50,7 @@ STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
 def open_operator(
     store: RunStore, record: dict[str, Any], device: str, module: nn.Module | None = None
-) -> Reduction | Slices:
+) -> Reduction | Slices | Factors:
     """The operator of a stored unit, made again from the study's network and the stored image.
 
     Raises:
@@ -108,19 +109,19 @@ class UnitRun:
         return reduction
 
     @cached_property
-    def slices(self) -> Slices:
-        """The slices, checked against what was planned.
+    def function(self) -> Slices | Factors:
+        """What other kinds than `matrix` are computed from, checked against what was planned.
 
         Raises:
-            StiffcoreError: where they are not those planned.
+            StiffcoreError: where it is not the function planned.
         """
-        slices = self.opener(self.store, self.record, self.device)
-        assert isinstance(slices, Slices)
-        planned, found = (self.record["n"], self.record["m"]), (slices.jacobian.n, slices.jacobian.m)
+        opened = self.opener(self.store, self.record, self.device)
+        assert not isinstance(opened, Reduction)
+        planned, found = (self.record["n"], self.record["m"]), (opened.jacobian.n, opened.jacobian.m)
         if found != planned:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
         self.release()
-        return slices
+        return opened
 
     @cached_property
     def sparse(self) -> csc_array | LinearOperator:
@@ -227,7 +228,7 @@ def carry_out(
         else:
             run.store.update(key, kept=True)
     run.drop("reduction")  # the next unit's plan counts on it
-    run.drop("slices")
+    run.drop("function")
     return key
 
 
@@ -245,6 +246,8 @@ _Stages = list[tuple[str, Callable[[UnitRun], dict[str, Any]]]]
 def _route(run: UnitRun) -> _Stages:
     if run.solver is Solver.SLICES:
         return [("done", _slice)]
+    if run.solver in (Solver.SVD, Solver.SYMMETRIC):
+        return [("done", _find_singular)]
     if run.solver is Solver.MATRIX_ONLY:
         return [("built", _build), ("done", _keep)] if run.record["k"] else [("done", _keep)]
     if run.record["k"] == 0:
@@ -263,7 +266,7 @@ def _keep_metrics(run: UnitRun) -> None:
         return
     spectrum = stored_spectrum(run.store, run.key)
     tally = Tally()
-    tally.add(spectrum.computed)
+    tally.add(spectrum.computed.astype(complex))
     _store_histogram(run, tally)
     run.store.update(run.key, metrics=spelled(spectrum.metrics), values_kept=False)
     run.store.drop(run.key, "eigenvalues")
@@ -277,7 +280,8 @@ def _store_histogram(run: UnitRun, tally: Tally) -> None:
 
 def _slice(run: UnitRun) -> dict[str, Any]:
     """All eigenvalues of all tensor slices, and their certificate."""
-    slices, chunk = run.slices, run.record["plan"]["chunk"]
+    slices, chunk = run.function, run.record["plan"]["chunk"]
+    assert isinstance(slices, Slices)
     found = WindowSpectrum(keep=run.keep is not Keep.METRICS)
     difference = 0.0
     for i, squares in enumerate(slices.squares(chunk, run.step_seldom("done"))):
@@ -302,6 +306,33 @@ def _slice(run: UnitRun) -> dict[str, Any]:
         metrics = found.tally.metrics(0, zeros, branch=branch)
         fields |= {"metrics": spelled(metrics), "values_kept": False}
     return fields | {"certificate": found.certificate(slices, difference).to_json()}
+
+
+def _find_singular(run: UnitRun) -> dict[str, Any]:
+    """All singular values, and their certificate."""
+    factors, chunk = run.function, run.record["plan"]["chunk"]
+    assert isinstance(factors, Factors)
+    matrices = factors.matrices(chunk, run.step_seldom("done"))
+    if not all(np.isfinite(matrix.data).all() for matrix in matrices):
+        raise StiffcoreError(f"{run.key}: the Jacobian is not finite")
+    difference = factors.difference(matrices)
+    if factors.reduction is not None:
+        found = singular.by_waist(factors, *matrices)
+    else:
+        found = (singular.by_svd if run.solver is Solver.SVD else singular.by_gram)(factors, *matrices)
+    del matrices
+    run.store.put_array(
+        f"units/{run.key}",
+        "eigenvalues",
+        found.values,
+        ("value",),
+        long_name="computed singular values of the Jacobian",
+        order="ascending",
+        exact_ones=found.ones,
+        exact_zeros=found.zeros,
+    )
+    sizes = {"k": len(found.values), "found": len(found.values), "ones": found.ones, "zeros": found.zeros}
+    return {"ends": None, "shift": 0, **sizes, "certificate": singular.certify(factors, found, difference).to_json()}
 
 
 def _restart_if_foreign(run: UnitRun) -> None:

@@ -1,5 +1,7 @@
 """Claims about tensor slices: the eigenvalues, zeros counted, that torch finds in the Jacobian tensor."""
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -191,10 +193,10 @@ def test_a_histogram_counts_every_real_part_once():
 def both(tmp_path_factory):
     """A run of both kinds of spectra, of square and rectangular blocks."""
     torch.manual_seed(0)
-    network = nn.Sequential(Basic(3), Wide(), Basic(3)).double().eval()
+    network = nn.Sequential(OrderedDict(first=Basic(3), wide=Wide())).double().eval()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     where = tmp_path_factory.mktemp("slices") / "run"
-    options = {"blocks": "0,1", "kinds": "matrix,tensor-slices", "functions": "block,branch"}
+    options = {"blocks": "first,wide", "kinds": "matrix,tensor-slices", "functions": "block,branch"}
     return network, images, options, stiffcore.analyze(network, images, [0, 1], run=where, **options)
 
 
@@ -216,7 +218,7 @@ def test_a_run_holds_both_kinds(both):
     assert rows["certified"].all()
     sliced = rows[rows["kind"] == "tensor-slices"]
     assert (sliced["eigenvalues"] == sliced["elements"] // 8).all()
-    spectrum = run.spectrum(1, "0", "block", "tensor-slices")
+    spectrum = run.spectrum(1, "first", "block", "tensor-slices")
     expected = direct(network[0], images[1:2])
     assert spectrum.n == len(expected)
     assert matched(spectrum.values, expected) <= 1e-10
@@ -231,7 +233,7 @@ def test_metrics_alone_are_those_of_the_spectra(both, tmp_path):
     for name in stiffcore.metrics.NAMES:
         assert np.allclose(found[name], expected[name], rtol=1e-12, atol=0, equal_nan=True), name
     assert found["certified"].all()
-    spectrum = lean.spectrum(0, "0", "block", "tensor-slices")
+    spectrum = lean.spectrum(0, "first", "block", "tensor-slices")
     with pytest.raises(InputError, match="keeps metrics only"):
         _ = spectrum.values
     stored = {key: set(lean.store.unit_group(key)) for key in lean.records()}

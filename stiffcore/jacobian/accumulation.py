@@ -301,6 +301,13 @@ class Accumulation:
         return [a & b for a, b in zip(live, need, strict=True)]
 
     @property
+    def used_rows(self) -> Integers:
+        """(a,) the rows that depend on the columns, in order of position."""
+        used = self._used[-1]
+        position = np.repeat(np.arange(used.size), used.counts.reshape(-1))
+        return used.all_channels * used.size + position
+
+    @property
     def live_rows(self) -> Integers:
         """(H, W) how many rows at each position depend on the columns."""
         return self._used[-1].counts
@@ -465,6 +472,7 @@ class _Positions:
         counts: (H, W), how many at each.
         first: (H W + 1,), how many before each.
         size: H W.
+        all_channels: those at every position, one after another.
     """
 
     def __init__(self, mask: Array) -> None:
@@ -472,11 +480,11 @@ class _Positions:
         self.counts = mask.sum(axis=0)
         self.first = np.concatenate([[0], self.counts.reshape(-1).cumsum()])
         self.size = len(flat)
-        self._channels = np.nonzero(flat)[1]
+        self.all_channels = np.nonzero(flat)[1]
 
     def channels(self, at: int) -> Integers:
         """Those at a position, ascending."""
-        return self._channels[self.first[at] : self.first[at + 1]]
+        return self.all_channels[self.first[at] : self.first[at + 1]]
 
 
 def _reached(steps: tuple[Step, ...]) -> list[Integers]:

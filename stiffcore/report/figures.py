@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stiffcore.picture import Picture, stored_picture
-from stiffcore.report.statistics import certified, spread
+from stiffcore.report.statistics import METRICS, certified, metrics_of, spread
 from stiffcore.run import DONE, Run, state_of
 from stiffcore.spectra import Spectrum
 
@@ -58,7 +58,6 @@ def _drawn(z: np.ndarray) -> np.ndarray:
 
 
 def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
-    axis.axvline(0, color=INK, linewidth=0.8)
     if spectrum.function == "branch":
         t = np.linspace(0, 2 * np.pi, 181)
         axis.plot(np.cos(t) - 1, np.sin(t), color=INK, linewidth=0.8, linestyle=":")
@@ -70,6 +69,15 @@ def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
             both = np.concatenate([values[:0:-1], values])
             levels = np.floor(np.log10(max(values.max(), 1e-300))) - np.arange(4)[::-1]
             axis.contour(picture.re, im, np.log10(np.maximum(both, 1e-300)), levels, colors=RANGE, linewidths=0.5)
+    if spectrum.kind == "singular":
+        values = np.concatenate([spectrum.computed, np.ones(spectrum.ones)])
+        axis.semilogy(np.sort(values[values > 0])[::-1], color=COMPUTED)
+        axis.set_title(f"{spectrum.name}, {spectrum.n:,} values, {spectrum.zeros:,} zeros", fontsize=8)
+        axis.set_xlabel("index", fontsize=7)
+        axis.set_ylabel("singular value", fontsize=7)
+        axis.tick_params(labelsize=7)
+        return
+    axis.axvline(0, color=INK, linewidth=0.8)
     z = _drawn(spectrum.computed)
     axis.plot(z.real, z.imag, ".", color=COMPUTED, markersize=2, rasterized=len(z) > 500)
     for value, count in ((1, spectrum.ones), (0, spectrum.zeros)):
@@ -102,12 +110,17 @@ def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None
         return None
     figure = Figure(figsize=(9, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    table = spread(chosen, ["number", "block"])
+    names_of = {"S_active": ("S active", 1), "negative": ("Re < 0, %", 100)}
+    names_of |= {"condition": ("condition", 1), "effective_rank": ("effective rank", 1)}
+    shown = metrics_of(chosen)
+    table = spread(chosen, ["number", "block"], shown)
     unnumbered = bool((chosen["number"] == 0).any())  # blocks that are no residual ones
-    published = paper_values(network) if function == "block" and not unnumbered else []
+    stiffness = metrics_of(chosen) == METRICS
+    published = paper_values(network) if function == "block" and stiffness and not unnumbered else []
     first = chosen.drop_duplicates("block")
     place = {row["block"]: i + 1 if unnumbered else row["number"] for i, row in enumerate(first.to_dict("records"))}
-    for axis, metric, name, factor in ((upper, "S_active", "S active", 1), (lower, "negative", "Re < 0, %", 100)):
+    for axis, metric in zip((upper, lower), shown, strict=True):
+        name, factor = names_of[metric]
         part = table[table["metric"] == metric]
         part = part[part["values"] > 0]
         x, median = part["block"].map(place).to_numpy(), factor * part["median"].to_numpy()
@@ -129,11 +142,12 @@ def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None
     return figure
 
 
-def heat(rows: pd.DataFrame, function: str, metric: str = "S_active") -> Figure | None:
-    """Means of a metric by block and label; None where labels are unknown or there is only one."""
+def heat(rows: pd.DataFrame, function: str) -> Figure | None:
+    """Means of the first of `metrics_of` by block and label; None where labels are unknown or there is only one."""
     chosen = certified(rows[(rows["function"] == function) & (rows["label"] >= 0)])
     if chosen["label"].nunique() < 2:
         return None
+    metric = metrics_of(chosen)[0]
     table = spread(chosen, ["number", "block", "label"], [metric])
     names = [str(number) if number else block for number, block in zip(table["number"], table["block"], strict=True)]
     order = list(dict.fromkeys(names))

@@ -14,8 +14,9 @@ from stiffcore.errors import InputError
 from stiffcore.metrics import spell
 from stiffcore.report import figures
 from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations
-from stiffcore.report.tables import mean_cells, percent
+from stiffcore.report.tables import mean_cells, means_of, percent
 from stiffcore.run import DONE, Run, status_summary
+from stiffcore.study import Kind
 
 # A figure and its caption.
 Drawn = tuple[Figure, str]
@@ -77,8 +78,7 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         images=rows["image"].nunique(),
         figures={name: _svg(figure) for name, (figure, _) in drawn.items()},
         captions={name: text for name, (_, text) in drawn.items()},
-        by_block=_means(rows, ["number", "block", "kind", "function"]),
-        by_label=_means(rows[rows["label"] >= 0], ["label", "kind", "function"]) if rows["label"].nunique() > 1 else [],
+        means=_means(rows),
         correlations=_correlations(rows) if rows["image"].nunique() >= FEWEST else [],
         units=[_unit(row) for row in rows.to_dict("records")],
         uncertified=has[~has["certified"].astype(bool)].to_dict("records"),
@@ -99,12 +99,16 @@ def _figures(run: Run, rows: pd.DataFrame) -> dict[str, Drawn]:
             text += "zeros, with their number; the line is the imaginary axis"
             text += "; dotted: where forward Euler with step 1 is stable." if function == "branch" else "."
             found[f"spectra-{kind}-{function}-{image}"] = figures.spectra(run, image, function, kind), text
-        text = f"S active and the share of eigenvalues with negative real part, {what}, along depth: median, quartiles "
-        text += "(thick) and range (thin) over images"
-        published = function == "block" and figures.paper_values(network)
+        singular = kind == Kind.SINGULAR
+        text = "Condition number and effective rank" if singular else "S active and the share of negative real parts"
+        text += f", {what}, along depth: median, quartiles (thick) and range (thin) over images"
+        published = function == "block" and not singular and figures.paper_values(network)
         text += "; crosses: the paper's means, of tensor slices." if published else "."
         found[f"depth-{kind}-{function}"] = figures.depth(part, function, network), text
-        found[f"labels-{kind}-{function}"] = figures.heat(part, function), f"S active, {what}, mean over each label."
+        found[f"labels-{kind}-{function}"] = (
+            figures.heat(part, function),
+            f"{'Condition number' if singular else 'S active'}, {what}, mean over each label.",
+        )
     return {name: (figure, text) for name, (figure, text) in found.items() if figure is not None}
 
 
@@ -115,17 +119,21 @@ def _svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _means(rows: pd.DataFrame, by: list[str]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": " ".join(map(str, group[:-2])),
-            "kind": group[-2],
-            "function": group[-1],
-            "images": part["image"].nunique(),
-            "cells": mean_cells(part),
-        }
-        for group, part in certified(rows).groupby(by)
-    ]
+def _means(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Tables of means over images: by block and, where there are several labels, by label; kinds apart."""
+    found = []
+    for kind, part in certified(rows).groupby("kind", sort=False):
+        ways = [("block", ["number", "block", "function"], part)]
+        if rows["label"].nunique() > 1:
+            ways.append(("label", ["label", "function"], part[part["label"] >= 0]))
+        for first, by, chosen in ways:
+            groups = [
+                {"name": " ".join(map(str, group[:-1])), "function": group[-1], "cells": mean_cells(some)}
+                | {"images": some["image"].nunique()}
+                for group, some in chosen.groupby(by)
+            ]
+            found.append({"kind": kind, "first": first, "headers": [h for h, _, _ in means_of(part)], "groups": groups})
+    return found
 
 
 def _correlations(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -161,6 +169,9 @@ def _unit(row: dict[str, Any]) -> dict[str, Any]:
         "residual": spell(row["max_residual"], 2),
         "condition": spell(row["max_condition"], 3),
     }
+    if row["kind"] == Kind.SINGULAR:  # what it has no eigenvalues for
+        has = ("residual", "zero")
+        shown = {name: text if name in has else "-" for name, text in shown.items()}
     size = f"{row['n']:,}" if row["n"] == row["m"] else f"{row['m']:,} x {row['n']:,}"
     verdict = ("yes" if row["certified"] else "NO") if done else row["state"]
     return row | {"shown": shown if done else dict.fromkeys(shown, "-"), "size": size, "verdict": verdict}

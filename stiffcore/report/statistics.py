@@ -9,10 +9,16 @@ from scipy import stats
 from stiffcore.run import DONE
 
 METRICS = ("S_active", "negative")
+SINGULAR_METRICS = ("condition", "effective_rank")
 OUTCOMES = ("correct", "loss")
 # Below so many images a coefficient means nothing, and its p-value is not defined.
 FEWEST = 3
 SIGNIFICANT = 0.05
+
+
+def metrics_of(rows: pd.DataFrame) -> tuple[str, ...]:
+    """The metrics that a study of this kind is about: stiffness and signs, or of singular values the condition."""
+    return SINGULAR_METRICS if set(rows.get("kind", ())) == {"singular"} else METRICS
 
 
 def certified(rows: pd.DataFrame) -> pd.DataFrame:
@@ -56,7 +62,7 @@ def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRI
 
 
 def correlations(
-    rows: pd.DataFrame, metrics: Sequence[str] = METRICS, outcomes: Sequence[str] = OUTCOMES
+    rows: pd.DataFrame, metrics: Sequence[str] | None = None, outcomes: Sequence[str] = OUTCOMES
 ) -> pd.DataFrame:
     """Correlate each metric of each block with accuracy (an image classified correctly, 1 or 0) and loss.
 
@@ -66,7 +72,7 @@ def correlations(
 
     Args:
         rows: from `Run.metrics`, of one kind and one function.
-        metrics: names of `stiffcore.metrics.NAMES`.
+        metrics: names of `stiffcore.metrics.NAMES`; None: those of the kind, see `metrics_of`.
         outcomes: `correct`, `loss`.
 
     Returns:
@@ -76,7 +82,7 @@ def correlations(
     """
     found = []
     for (number, block), part in certified(rows).groupby(["number", "block"], sort=True):
-        for metric in metrics:
+        for metric in metrics or metrics_of(rows):
             for outcome in outcomes:
                 pair = part[[metric, outcome]].astype(float)
                 pair = pair[np.isfinite(pair).all(axis=1)]

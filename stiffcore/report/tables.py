@@ -141,6 +141,19 @@ COLUMNS: tuple[tuple[str, int, Callable[[pd.Series], str]], ...] = (
 )
 
 
+SINGULAR_COLUMNS: tuple[tuple[str, int, Callable[[pd.Series], str]], ...] = (
+    ("m x n", 0, lambda row: f"{row['m']:,} x {row['n']:,}"),
+    ("largest", 0, lambda row: spell(row["radius"], 7)),
+    ("condition", 0, lambda row: spell(row["condition"], 7)),
+    ("+-", 0, lambda row: spell(row["S_active_error"], 2)),
+    ("zero %", 100, lambda row: percent(row["zero"])),
+    ("effective rank", 100, lambda row: spell(row["effective_rank"])),
+    ("nuclear", 140, lambda row: spell(row["nuclear_norm"])),
+    ("Frobenius", 140, lambda row: spell(row["frobenius_norm"])),
+    ("error", 160, lambda row: spell(row["value_error"], 2)),
+)
+
+
 def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") -> Table:
     """One row a unit: S, S_active with its error, the shares by sign, the extremes, and whether it is certified.
 
@@ -155,7 +168,8 @@ def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") ->
     table = _table(f"{kind} spectra of {functions}", _images_caption(rows) + (SLICES_CAPTION if sliced else ""))
     for name in (["image"] if images else []) + ["block", "function"]:
         table.add_column(name, no_wrap=True)
-    columns = [(header, show) for header, least, show in COLUMNS if width >= least]
+    chosen = SINGULAR_COLUMNS if kind == Kind.SINGULAR else COLUMNS
+    columns = [(header, show) for header, least, show in chosen if width >= least]
     if sliced:  # Tables 10 and 11 of the paper
         columns[1:1] = [(name, _thousands(name)) for name in ("elements", "eigenvalues")]
     for header, _ in columns:
@@ -198,13 +212,27 @@ MEANS = (
 )
 
 
+SINGULAR_MEANS = (
+    ("condition", "condition", 1),
+    ("effective rank", "effective_rank", 1),
+    ("zero %", "zero", 100),
+    ("largest", "radius", 1),
+    ("nuclear", "nuclear_norm", 1),
+)
+
+
+def means_of(rows: pd.DataFrame) -> tuple[tuple[str, str, int], ...]:
+    """What the tables of means show of this kind: header, metric, factor."""
+    return SINGULAR_MEANS if set(rows["kind"]) == {str(Kind.SINGULAR)} else MEANS
+
+
 def means_table(rows: pd.DataFrame, by: str = "block") -> Table:
     """Mean and standard deviation over images of the certified spectra, by block and function, or by label."""
     title = f"Mean over images (standard deviation) by {by}, certified {_kind(rows)} spectra only"
     table = _table(title, "")
     for name in (by, "function"):
         table.add_column(name)
-    for name in ("images", *(header for header, _, _ in MEANS)):
+    for name in ("images", *(header for header, _, _ in means_of(rows))):
         table.add_column(name, justify="right")
     names = ["number", "block", "function"] if by == "block" else [by, "function"]
     for group, part in certified(rows).groupby(names):
@@ -214,12 +242,12 @@ def means_table(rows: pd.DataFrame, by: str = "block") -> Table:
 
 
 def mean_cells(rows: pd.DataFrame) -> list[str]:
-    """Of each of `MEANS`: mean (standard deviation) over rows, and how many of them are infinite or open."""
-    return [_mean(rows[name].to_numpy(float) * factor) for _, name, factor in MEANS]
+    """Of each of `means_of`: mean (standard deviation) over rows, and how many of them are infinite or open."""
+    return [_mean(rows[name].to_numpy(float) * factor) for _, name, factor in means_of(rows)]
 
 
 def correlations_table(rows: pd.DataFrame, function: str) -> Table:
-    """Correlations of S active and of the negative share with accuracy and loss, block by block; see `correlations`."""
+    """Correlations of the metrics of `metrics_of` with accuracy and loss, block by block; see `correlations`."""
     found = correlations(rows[rows["function"] == function])
     table = _table(
         f"Correlation over images, certified {_kind(rows)} spectra of {function}: coefficient (p; p by Holm)",

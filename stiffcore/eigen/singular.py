@@ -1,0 +1,201 @@
+"""Singular values of a Jacobian, from its factors: by an SVD, or from a symmetric matrix of their squares.
+
+With J = D (s I + U V) on the rows S, W = [U, V_S^T] and K = [[V V^T, I], [I, 0]] (V_S: the columns S of V), for s = 1,
+
+    J_S J_S^T = I + W K W^T,
+
+and with W^T W = R^T R the squares are 1 + eig(R K R^T), |S| - rank ones, and zeros; for s = 0 they are eig(R V V^T R^T)
+with U^T U = R^T R. R comes from Cholesky's factorisation with pivots (LAPACK's pstrf), since W may lack rank. Squares
+are right to eps |J|^2, so a value s is to eps |J|^2 / s: small ones lose digits, half of them where s is near
+sqrt(eps) |J|, which `errors` says.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+from scipy.sparse.linalg import ArpackError, LinearOperator, svds
+
+from stiffcore.jacobian.factors import Factors
+from stiffcore.jacobian.linearise import Linearisation
+from stiffcore.metrics import stiffness_error
+from stiffcore.spectra import Certificate, Certified
+
+Array = NDArray[np.float64]
+EPS = float(np.finfo(np.float64).eps)
+# Relative; in single precision only products and sums are.
+TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
+# What a square may be off by, in eps |J|^2: the sum of a Cholesky factorisation, two products and an eigensolver.
+SQUARE_ROUNDING = 16
+
+
+@dataclass(frozen=True)
+class SingularValues:
+    """Singular values that were computed, and how many more are exact.
+
+    Attributes:
+        values: (k,) float64, ascending.
+        ones: how many more are exactly 1.
+        zeros: how many more are exactly 0.
+        errors: (k,) estimates of how far each may be off.
+        squared: whether they are roots of computed squares.
+        sum_error: |sum of squares - |J|_F^2|, relative, of the matrix that was solved.
+        fourth_error: the same of the squares' squares; nan for an SVD.
+    """
+
+    values: Array
+    ones: int
+    zeros: int
+    errors: Array
+    squared: bool
+    sum_error: float
+    fourth_error: float
+
+
+def by_svd(factors: Factors, j: sp.csc_array) -> SingularValues:
+    """The singular values of J, by LAPACK's gesdd on its nonzero rows and columns.
+
+    Memory: one dense copy, and the workspace that gesdd asks for (a few vectors and blocks of them).
+    """
+    dense = np.asfortranarray(j.toarray().astype(np.float64))
+    squares = float(np.einsum("ij,ij->", dense, dense))
+    values = np.sort(scipy.linalg.svdvals(dense, overwrite_a=True)) if dense.size else np.zeros(0)
+    errors = np.full(len(values), SQUARE_ROUNDING * _eps(factors) * values.max(initial=0))
+    return SingularValues(
+        values, 0, factors.count - len(values), errors, False, _relative(float((values**2).sum()), squares), np.nan
+    )
+
+
+def by_gram(factors: Factors, j: sp.csc_array) -> SingularValues:
+    """The singular values of J, from the Gram matrix of its smaller side.
+
+    Memory: that matrix, dense, twice.
+    """
+    exactly = j.astype(np.float64)
+    gram = exactly @ exactly.T if j.shape[0] <= j.shape[1] else exactly.T @ exactly
+    return _from_squares(factors, gram.toarray(), 0, factors.count - gram.shape[0])
+
+
+def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValues:
+    """The singular values of J = D (s I + U V), see the module.
+
+    Memory: three dense matrices of order 2 k (s = 1) or k.
+    """
+    assert factors.reduction is not None
+    u, v, shift = u.astype(np.float64), v.astype(np.float64), factors.reduction.shift
+    outer = v @ v.T
+    gram = u.T @ u
+    inner: sp.csc_array = sp.csc_array(outer)
+    if shift:
+        inside = v[:, factors.rows]
+        m = inside @ u
+        gram = sp.block_array([[gram, m.T], [m, inside @ inside.T]], format="csc")
+        identity = sp.eye_array(v.shape[0], format="csc")
+        inner = sp.block_array([[outer, identity], [identity, None]], format="csc")
+    order = gram.shape[0]
+    # pstrf leaves what it found of R in the upper triangle, rows beyond the rank are to be dropped
+    r, pivots, rank, _ = lapack.dpstrf(np.asfortranarray(gram.toarray()), lower=0, overwrite_a=1)
+    r = np.triu(r)[:rank]
+    at = pivots - 1
+    inner = sp.csc_array(inner[at][:, at])
+    t = r @ (inner @ r.T)
+    del r
+    more = len(factors.rows) - rank
+    ones, zeros = (more, factors.count - len(factors.rows)) if shift else (0, factors.count - rank)
+    assert order >= rank
+    return _from_squares(factors, t, ones, zeros, shift)
+
+
+def _from_squares(factors: Factors, t: Array, ones: int, zeros: int, shift: int = 0) -> SingularValues:
+    t = (t + t.T) / 2
+    trace, norm_square = float(np.trace(t)), float(np.einsum("ij,ij->", t, t))
+    found = scipy.linalg.eigvalsh(t, overwrite_a=True) if len(t) else np.zeros(0)
+    sum_error = _relative(float(found.sum()), trace, float(np.abs(found).sum()))
+    fourth_error = _relative(float((found**2).sum()), norm_square)
+    squares = np.maximum(shift + found, 0.0)
+    largest = squares.max(initial=0)
+    values = np.sqrt(squares)
+    rounding = SQUARE_ROUNDING * _eps(factors) * largest
+    with np.errstate(divide="ignore"):
+        errors = np.minimum(np.sqrt(rounding), rounding / (2 * values)) if len(values) else values
+    return SingularValues(values, ones, zeros, errors, True, sum_error, fourth_error)
+
+
+def certify(factors: Factors, found: SingularValues, difference: float) -> Certificate:
+    """Check singular values: sums of their powers, and the largest by Lanczos on products of the original function.
+
+    Args:
+        factors: what they are of.
+        found: all of them.
+        difference: from `Factors.difference`.
+    """
+    dtype = np.dtype(str(factors.jacobian.x.dtype).removeprefix("torch."))
+    largest = max(float(found.values.max(initial=0)), 1.0 if found.ones else 0.0)
+    failures, certified = [], []
+    if largest > 0:
+        top = _largest(factors.jacobian)
+        certified.append(top)
+        if not abs(top.value.real - largest) <= TOLERANCE[dtype] * largest:
+            failures.append(f"the largest is {largest:.9g}, but Lanczos finds {top.value.real:.9g}")
+    for name, error in (("squares", found.sum_error), ("squares' squares", found.fourth_error)):
+        if error > TOLERANCE[dtype]:
+            failures.append(f"the sum of the {name} misses the matrix's by {error:.1e}")
+    if not difference <= TOLERANCE[dtype]:
+        failures.append(f"the matrix differs from products of the function by {difference:.1e}")
+    smallest = int(np.argmin(found.values)) if len(found.values) else 0
+    ends = {"max": largest, "min": min(float(found.values.min(initial=np.inf)), 1.0 if found.ones else np.inf)}
+    error = float(found.errors.max(initial=0))
+    near = int(np.count_nonzero(found.values <= found.errors))
+    condition_error = float("nan")
+    if len(found.values):
+        condition_error = stiffness_error(ends, float(found.errors[-1]), float(found.errors[smallest]))
+    return Certificate(
+        certified=tuple(certified),
+        trace_error=found.sum_error,
+        square_error=found.fourth_error,
+        reduction_check=difference,
+        error=error,
+        s_error=condition_error,
+        s_active_error=condition_error,
+        near_axis=near,
+        axis_error=float(found.errors[smallest]) if len(found.values) else 0.0,
+        failures=tuple(failures),
+    )
+
+
+def _largest(jacobian: Linearisation) -> Certified:
+    """The largest singular value, by Lanczos (ARPACK) on products with J and its transpose."""
+    import torch
+
+    x = jacobian.x
+
+    def forward(v: Array) -> Array:
+        return jacobian.jvp(torch.as_tensor(v.reshape(1, -1), dtype=x.dtype, device=x.device))[0].cpu().double().numpy()
+
+    def reverse(v: Array) -> Array:
+        return jacobian.vjp(torch.as_tensor(v.reshape(1, -1), dtype=x.dtype, device=x.device))[0].cpu().double().numpy()
+
+    shape = jacobian.m, jacobian.n
+    if min(shape) < 3:
+        value = np.linalg.norm(np.stack([forward(row) for row in np.eye(jacobian.n)], axis=1), 2)
+        return Certified(complex(value), 0.0, 1.0, 0.0, True)
+    operator = LinearOperator(shape, forward, rmatvec=reverse, dtype=np.dtype(np.float64))
+    start = np.random.default_rng(0).standard_normal(min(shape))
+    try:
+        left, value, right = svds(operator, k=1, v0=start, tol=0 if x.dtype == torch.float64 else 1e-5)
+    except ArpackError:
+        return Certified(complex("nan"), float("inf"), 1.0, float("inf"), False)
+    residual = float(np.linalg.norm(forward(right[0]) - value[0] * left[:, 0]))
+    return Certified(complex(value[0]), residual, 1.0, residual + torch.finfo(x.dtype).eps * float(value[0]), True)
+
+
+def _eps(factors: Factors) -> float:
+    return EPS if str(factors.jacobian.x.dtype) == "torch.float64" else float(np.finfo(np.float32).eps)
+
+
+def _relative(a: float, b: float, scale: float | None = None) -> float:
+    size = abs(b) if scale is None else scale
+    return abs(a - b) / size if size else abs(a - b)

@@ -1,0 +1,168 @@
+"""The nonzero part of a Jacobian, rectangular or not, as sparse matrices: for its singular values.
+
+Where the reduction has a waist that every path passes, J = D (s I + U V) on the rows S that the outer activation lets
+through (`stiffcore.jacobian.reduction`), and U (|S| x k) and V (k x n) are small. Else J itself, without its zero rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csc_array
+from torch import Tensor
+
+from stiffcore.jacobian.accumulation import Accumulation, Steps
+from stiffcore.jacobian.colouring import Integers
+from stiffcore.jacobian.graph import by_position, live_items
+from stiffcore.jacobian.linearise import Function, Linearisation
+from stiffcore.jacobian.reduction import Reduction, Route, open_function, reduce_jacobian
+from stiffcore.study import BlockFunction
+
+# Random vectors that a product is compared on.
+PROBES = 3
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A Jacobian J (m x n), by its rows that are not zero.
+
+    Attributes:
+        jacobian: J.
+        rows: (r,) units of the output, the others' rows are zero; in order of position.
+        columns: (c,) units of the input, the others' columns are zero.
+        reduction: with a waist, where J is built from U and V; None: J itself is built.
+        parts: accumulations of U (r x k) and V (k x n), or of J (r x c); empty where an operation is not known.
+        column_items: as `Reduction.column_items`.
+        kernel_items: as `Reduction.kernel_items`.
+        reason: one line for people.
+    """
+
+    jacobian: Linearisation
+    rows: Integers
+    columns: Integers
+    reduction: Reduction | None
+    parts: tuple[Accumulation, ...]
+    column_items: int
+    kernel_items: int
+    reason: str
+
+    @property
+    def count(self) -> int:
+        """Singular values of J: min(m, n)."""
+        return min(self.jacobian.m, self.jacobian.n)
+
+    @property
+    def order(self) -> int:
+        """Of the symmetric matrix whose eigenvalues give the squares: 2 k or k with a waist, else min(r, c)."""
+        if self.reduction is not None:
+            return self.reduction.k * (2 if self.reduction.shift else 1)
+        return min(len(self.rows), len(self.columns))
+
+    def matrices(self, chunk: int, tell: Callable[[int, int], None] = lambda done, total: None) -> list[csc_array]:
+        """U and V (its columns as they are in the input), or J without its zero rows and columns.
+
+        Args:
+            chunk: columns at once, where products build J.
+            tell: told of what is done and of how much there is.
+        """
+        if self.reduction is not None:
+            u, v = (part.matrix(tell) for part in self.parts)
+            return [u, v[:, np.argsort(self.columns)]]
+        if self.parts:
+            return [part.matrix(tell) for part in self.parts]
+        blocks = []
+        for start in range(0, len(self.columns), chunk):
+            at = self.columns[start : start + chunk]
+            tangents = self.jacobian.x.new_zeros((len(at), self.jacobian.n))
+            tangents[torch.arange(len(at)), torch.from_numpy(at).to(tangents.device)] = 1
+            products = self.jacobian.jvp(tangents)[:, torch.from_numpy(self.rows).to(tangents.device)]
+            blocks.append(csc_array(products.cpu().numpy().T))
+            tell(start + len(at), len(self.columns))
+        return [_hstacked(blocks, len(self.rows))]
+
+    def difference(self, matrices: list[csc_array]) -> float:
+        """Compare J J^T, on random vectors, with products of the function; the largest relative difference."""
+        x = self.jacobian.x
+        generator = torch.Generator().manual_seed(0)
+        inside = torch.zeros(PROBES, self.jacobian.m, dtype=x.dtype)
+        inside[:, self.rows] = torch.randn(PROBES, len(self.rows), generator=generator, dtype=x.dtype)
+        pulled = self.jacobian.vjp(inside.to(x.device))
+        expected = self.jacobian.jvp(pulled).cpu().double().numpy()
+        r = inside[:, self.rows].double().numpy().T
+        wide = [m.astype(np.float64) for m in matrices]
+        if self.reduction is None:
+            back = np.zeros((self.jacobian.n, PROBES))
+            back[self.columns] = wide[0].T @ r
+            found = wide[0] @ back[self.columns]
+        else:
+            u, v = wide
+            back = v.T @ (u.T @ r)
+            if self.reduction.shift:
+                back[self.rows] += r
+            found = u @ (v @ back) + (back[self.rows] if self.reduction.shift else 0)
+        zero = np.delete(expected, self.rows, axis=1)
+        scale = max(float(np.abs(expected).max(initial=0)), float(np.finfo(np.float64).tiny))
+        forward = np.abs(found.T - expected[:, self.rows]).max(initial=0)
+        reverse = np.abs(back.T - pulled.cpu().double().numpy()).max(initial=0)
+        return float(max(forward, reverse, np.abs(zero).max(initial=0))) / scale
+
+
+def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction.BLOCK, *, name: str = "f") -> Factors:
+    """What gives the singular values of the Jacobian of `f`, or of its branch, at `x`.
+
+    Args:
+        f: takes and returns one tensor; its Jacobian may be rectangular.
+        x: the point, any shape, floating.
+        function: as for `reduce_jacobian`.
+        name: how errors call f.
+
+    Raises:
+        NoSpectrumError: where there is no branch.
+        InputError: where f cannot be linearised, or its forward and reverse derivatives disagree.
+    """
+    jacobian, graph, untraced = open_function(f, x, function, name)
+    module = None if graph is None else graph.between(graph.input, [graph.output])
+    items = 8 * (jacobian.n + jacobian.m) if module is None else live_items(module) + jacobian.n + jacobian.m
+    kernels = 0 if graph is None else graph.kernel_items
+    steps = None if module is None else Steps.of(module, x)
+    if jacobian.n == jacobian.m and steps is not None:
+        found = _by_waist(f, x, function, name, items, kernels)
+        if found is not None:
+            return found
+    rows, columns = np.arange(jacobian.m), np.arange(jacobian.n)
+    if steps is None:
+        why = f"not traced ({untraced})" if graph is None else "an operation is not known"
+        return Factors(jacobian, rows, columns, None, (), items, kernels, f"J itself, by products: {why}")
+    rows = by_position(torch.from_numpy(rows), (1, *steps.destination)).numpy()
+    columns = by_position(torch.from_numpy(columns), (1, *steps.source)).numpy()
+    everything = Accumulation(steps, columns, rows)
+    used = everything.used_rows
+    part = Accumulation(steps, columns, used)
+    reason = f"J itself, {len(used)} of {jacobian.m} rows, which the rest of the outputs leave at zero"
+    return Factors(jacobian, used, columns, None, (part,), items, kernels, reason)
+
+
+def _by_waist(f: Function, x: Tensor, function: BlockFunction, name: str, items: int, kernels: int) -> Factors | None:
+    """Through the waist of the reduction, where that makes a matrix of less than half the order of J without zeros."""
+    reduction = reduce_jacobian(f, x, function, name=name)
+    if reduction.route is not Route.WAIST or reduction.head is None or reduction.tail is None:
+        return None
+    tail, head = (Steps.of(r.f, r.x) for r in (reduction.tail, reduction.head))  # type: ignore[arg-type]
+    if tail is None or head is None:
+        return None
+    n = reduction.n
+    rows = np.arange(n) if reduction.mask is None else torch.nonzero(reduction.mask).reshape(-1).numpy()
+    rows = by_position(torch.from_numpy(rows), (1, *tail.destination)).numpy()
+    columns = by_position(torch.arange(n), (1, *head.source)).numpy()
+    index = reduction.index.numpy()
+    parts = (Accumulation(tail, index, rows), Accumulation(head, columns, index))
+    reason = f"U ({len(rows)} x {len(index)}) and V ({len(index)} x {n}) of the {reduction.reason}"
+    found = Factors(reduction.jacobian, rows, columns, reduction, parts, items, kernels, reason)
+    return found if 2 * found.order <= len(rows) else None
+
+
+def _hstacked(blocks: list[csc_array], rows: int) -> csc_array:
+    from scipy.sparse import hstack
+
+    return csc_array(hstack(blocks, format="csc")) if blocks else csc_array((rows, 0))

@@ -1,0 +1,227 @@
+"""Claims about singular values: those of a dense SVD, exact ones and zeros counted, lost digits said."""
+
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ortho_group
+from torch import nn
+
+import stiffcore
+from stiffcore.eigen import singular
+from stiffcore.jacobian.factors import open_factors
+from stiffcore.metrics import singular_metrics
+from stiffcore.networks.blocks import capture
+from stiffcore.networks.images import load_images, network_input
+from stiffcore.networks.zoo import load_network
+from stiffcore.study import BlockFunction
+from tests.cases import (
+    Basic,
+    Bottleneck,
+    InvertedResidual,
+    PreActivation,
+    SqueezeExcite,
+    randomised,
+    seeded,
+    transformer,
+)
+from tests.reference import dense_jacobian
+from tests.test_accumulation import Projected
+
+CASES = {
+    "basic": (lambda: Basic(6), (1, 6, 9, 9)),
+    "bottleneck": (lambda: Bottleneck(16), (1, 16, 9, 9)),
+    "pre_activation": (PreActivation, (1, 4, 9, 9)),
+    "rectangular": (Projected, (1, 2, 9, 9)),
+    "depthwise": (lambda: InvertedResidual(4, 8), (1, 4, 5, 5)),
+    "not_local": (SqueezeExcite, (1, 4, 5, 5)),
+    "transformer": (lambda: transformer(True, "relu"), (1, 4, 8)),
+    "smooth": (lambda: Basic(4, act=nn.GELU), (1, 4, 6, 6)),
+    "dead": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Threshold(1e9, 0.0)), (1, 2, 5, 5)),
+    "one": (lambda: nn.Linear(1, 1), (1,)),
+    "wide": (lambda: nn.Linear(7, 2), (7,)),
+}
+BY_WAIST = {("basic", "branch"), ("bottleneck", "block"), ("bottleneck", "branch"), ("pre_activation", "branch")}
+
+
+def whole(found):
+    return np.sort(np.concatenate([found.values, np.ones(found.ones), np.zeros(found.zeros)]))
+
+
+def ways(factors):
+    matrices = factors.matrices(16)
+    if factors.reduction is not None:
+        return [singular.by_waist(factors, *matrices)], matrices
+    return [singular.by_svd(factors, *matrices), singular.by_gram(factors, *matrices)], matrices
+
+
+@pytest.mark.parametrize("function", ["block", "branch"])
+@pytest.mark.parametrize("name", CASES)
+def test_singular_values_are_those_of_a_dense_svd(name, function):
+    build, shape = CASES[name]
+    f, x = randomised(build()), seeded(shape, 1)
+    if function == "branch" and name in ("dead", "one", "wide", "transformer"):
+        return
+    factors = open_factors(f, x, BlockFunction(function))
+    true = np.sort(np.linalg.svd(dense_jacobian(factors.jacobian.f, x), compute_uv=False))
+    found, matrices = ways(factors)
+    difference = factors.difference(matrices)
+    for way in found:
+        values = whole(way)
+        assert len(values) == len(true) == factors.count
+        order = np.argsort(np.concatenate([way.values, np.ones(way.ones), np.zeros(way.zeros)]), kind="stable")
+        allowed = np.concatenate([way.errors, np.zeros(way.ones + way.zeros)])[order] + 1e-13
+        assert (np.abs(values - true) <= allowed).all()
+        certificate = singular.certify(factors, way, difference)
+        assert certificate.passed, certificate.failures
+    if name in ("basic", "bottleneck", "pre_activation"):
+        assert ((name, function) in BY_WAIST) == (factors.reduction is not None)
+
+
+def test_ones_and_zeros_are_counted_exactly():
+    factors = open_factors(randomised(Bottleneck(16)), seeded((1, 16, 9, 9), 1))
+    (found,), _ = ways(factors)
+    assert found.ones == len(factors.rows) - factors.order > 0
+    assert found.zeros == factors.count - len(factors.rows) > 0
+
+
+def test_a_waist_without_full_rank_loses_no_value():
+    f = randomised(Bottleneck(16)).eval()
+    with torch.no_grad():  # two channels of the waist do the same
+        for layer in f.body[:5]:
+            for values in (layer.state_dict().get(name) for name in ("weight", "bias", "running_mean", "running_var")):
+                if values is not None:
+                    values[1] = values[0]
+        f.body[6].weight[:, 1] = f.body[6].weight[:, 0]
+    x = seeded((1, 16, 9, 9), 1)
+    factors = open_factors(f, x)
+    assert factors.reduction is not None
+    (found,), matrices = ways(factors)
+    true = np.sort(np.linalg.svd(dense_jacobian(f, x), compute_uv=False))
+    assert np.abs(whole(found) - true).max() <= 1e-7  # near 1, where squares of W's null directions round
+    assert singular.certify(factors, found, factors.difference(matrices)).passed
+
+
+def test_small_values_from_squares_say_how_many_digits_are_left():
+    rng = np.random.default_rng(0)
+    true = np.array([1e-9, 1e-6, 1e-3, 1.0])
+    a = ortho_group.rvs(4, random_state=rng) * true @ ortho_group.rvs(4, random_state=rng)
+    layer = nn.Linear(4, 4, bias=False).double()
+    layer.weight = nn.Parameter(torch.from_numpy(a), requires_grad=False)
+    factors = open_factors(layer, seeded((4,), 1))
+    (svd, gram), _ = ways(factors)
+    assert np.abs(svd.values - true).max() <= svd.errors.max() < 1e-14
+    assert (np.abs(gram.values - true) <= gram.errors).all()
+    assert gram.errors[0] > true[0]
+    assert gram.errors[1] < 0.1 * true[1]
+
+
+def test_what_differs_from_the_function_is_not_certified(monkeypatch):
+    f, x = randomised(Bottleneck(16)), seeded((1, 16, 9, 9), 1)
+    factors = open_factors(f, x)
+    u, v = factors.matrices(8)
+    wrong = u.copy()
+    wrong.data[5] *= 1 + 1e-6
+    assert factors.difference([u, v]) <= 1e-13 < 1e-9 < factors.difference([wrong, v])
+    found = singular.by_waist(factors, u, v)
+    assert not singular.certify(factors, found, 1e-6).passed
+    scaled = singular.SingularValues(found.values * 1.001, found.ones, found.zeros, found.errors, True, 0.0, 0.0)
+    assert "Lanczos" in " ".join(singular.certify(factors, scaled, 0.0).failures)
+
+
+def test_metrics_of_singular_values():
+    found = singular_metrics(np.array([0.5, 4.0]), 1, 2)
+    assert found["condition"] == 8
+    assert found["nuclear_norm"] == 5.5
+    assert found["frobenius_norm"] == pytest.approx(np.sqrt(0.25 + 16 + 1))
+    shares = np.array([0.5, 4, 1]) / 5.5
+    assert found["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert (found["zero"], found["positive"]) == (0.4, 0.6)
+    assert np.isnan(found["S"])
+    nothing = singular_metrics(np.zeros(0), 0, 3)
+    assert (nothing["effective_rank"], nothing["frobenius_norm"], nothing["zero"]) == (0, 0, 1)
+    assert np.isnan(nothing["condition"])
+
+
+@pytest.mark.parametrize("block", ["layer4.0", "layer4.1"])
+def test_a_trained_block_has_the_singular_values_of_its_dense_jacobian(block):
+    opened = load_network("resnet18", None, torch.float64)
+    images = load_images("samples", index=[3])
+    call = capture(opened.module, network_input(images.x[0], opened.normalize, torch.float64), [block])[0][block]
+    factors = open_factors(call.function, call.x)
+    (found, _), matrices = ways(factors)
+    assert factors.difference(matrices) <= 1e-12
+    squares = (dense_jacobian(call.function, call.x, 128) ** 2).sum()
+    assert (found.values**2).sum() == pytest.approx(squares, rel=1e-12)
+    assert singular.certify(factors, found, 0.0).passed
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    network = nn.Sequential(OrderedDict(first=Basic(3), second=Projected2())).double().eval()
+    images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    where = tmp_path_factory.mktemp("singular") / "run"
+    options = {"blocks": "first,second", "kinds": "matrix,singular"}
+    return network, images, stiffcore.analyze(network, images, [0, 1, 0], run=where, **options)
+
+
+class Projected2(nn.Module):
+    """relu(F(x) + a projection of x), from three channels to four."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1))
+        self.shortcut = nn.Conv2d(3, 4, 1, 2)
+
+    def forward(self, x):
+        return torch.relu(self.f(x) + self.shortcut(x))
+
+
+def test_a_run_holds_singular_values_of_square_and_rectangular_blocks(run):
+    network, images, found = run
+    rows = found.metrics()
+    values = rows[rows["kind"] == "singular"]
+    assert values["certified"].all()
+    assert set(values["state"]) == {"done"}
+    spectrum = found.spectrum(0, "second", kind="singular")
+    true = np.sort(np.linalg.svd(dense_jacobian(network[1], network[0](images[:1])), compute_uv=False))
+    assert np.abs(spectrum.values - true).max() <= 1e-12
+    assert spectrum.metrics["condition"] == pytest.approx(true[true > 1e-12].max() / true[true > 1e-12].min(), rel=1e-9)
+    assert set(values["solver"]) <= {"svd", "symmetric"}
+
+
+def test_tables_and_the_report_show_condition_and_rank(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    from stiffcore.report import tables
+    from stiffcore.report.page import write_report
+    from stiffcore.report.statistics import correlations
+
+    rows = run[2].metrics()
+    part = rows[rows["kind"] == "singular"]
+    assert "condition" in [str(c.header) for c in tables.metrics_table(part, 200, "singular").columns]
+    assert "effective rank" in [str(c.header) for c in tables.means_table(part).columns]
+    assert set(correlations(part)["metric"]) == {"condition", "effective_rank"}
+    write_report(run[2], tmp_path / "page.html", tmp_path / "figures")
+    page = (tmp_path / "page.html").read_text()
+    assert "By block: singular" in page
+    assert "Condition number and effective rank" in page
+
+
+def test_the_plan_takes_squares_where_a_dense_copy_does_not_fit():
+    from stiffcore.plan import Machine, make_plan
+    from stiffcore.study import Kind, Study
+    from stiffcore.survey import _factors_facts
+
+    factors = open_factors(randomised(Basic(6)), seeded((1, 6, 9, 9), 1))
+    assert factors.reduction is None
+    common = {"key": "u", "image": 0, "label": 0, "number": 1, "block": "b", "fingerprint": ""}
+    facts = _factors_facts(factors, common | {"function": BlockFunction.BLOCK, "kind": Kind.SINGULAR})
+    facts = facts.model_copy(update={"k": 4000, "width": 16000, "nonzeros": 100_000})
+    for memory, solver in ((4 << 30, "svd"), (450 << 20, "symmetric"), (300 << 20, "none")):
+        plan = make_plan([facts], Study.ask({"network": "resnet18", "memory": memory}), Machine(1, 0, 0, None, 1e10))
+        assert str(plan.units[0].solver) == solver
+        assert plan.units[0].refused == (solver == "none")
+    asked = Study.ask({"network": "resnet18", "memory": 4 << 30, "solver": "symmetric"})
+    assert str(make_plan([facts], asked, Machine(1, 0, 0, None, 1e10)).units[0].solver) == "symmetric"
