@@ -61,13 +61,13 @@ def check_target(to: Path) -> None:
 def _write_csv(run: Run, to: Path) -> str:
     rows = run.metrics()
     rows.to_csv(to, index=False, na_rep="nan")
-    return f"{len(rows)} rows in {to}"
+    return f"{_counted(len(rows), 'row')} in {to}"
 
 
 def _write_parquet(run: Run, to: Path) -> str:
     rows = run.metrics()
     rows.to_parquet(to, index=False, engine="pyarrow")
-    return f"{len(rows)} rows in {to}"
+    return f"{_counted(len(rows), 'row')} in {to}"
 
 
 def write_hdf5(run: Run, to: Path) -> str:
@@ -109,7 +109,7 @@ def write_hdf5(run: Run, to: Path) -> str:
             complete = spectrum.ends is None and spectrum.kept is None
             group.attrs.update({"complete": int(complete), "certified": int(spectrum.certificate.passed)})
             written += 1
-    return f"{written} spectra in {to}"
+    return f"{_counted(written, 'spectrum', 'spectra')} in {to}"
 
 
 WRITERS: dict[str, Callable[[Run, Path], str]] = {
@@ -150,6 +150,10 @@ def to_xarray(run: Run) -> "xarray.Dataset":
     by_block = rows.drop_duplicates("block").set_index("block").loc[order["block"]]
     data = data.assign_coords(number=("block", by_block["number"].to_numpy()))
     return data.assign_attrs(description=run.header["description"], source=run.header["source"])
+
+
+def _counted(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _column(values: pd.Series) -> Any:

@@ -45,7 +45,8 @@ class Count:
         threshold: the line Re = threshold, or the circle's radius.
         count: how many are strictly on that side; None where it is open.
         basis: what the answer rests on, in a few words; `open` where there is none.
-        margin: every eigenvalue is at least that far from the boundary; 0 where it is open.
+        margin: every eigenvalue is at least that far from the boundary; 0 where one lies on it, as structural zeros do
+            where it is 0, and where the count is open.
         computed: whether it rests on Lanczos steps from a random start as well (each bound fails with a probability of
             1e-12), or, at small orders, on dense factorisations taken as backward stable; False for inertia alone.
         note: details, and why it is open.

@@ -144,6 +144,7 @@ def test_metrics_of_singular_values():
     assert np.isnan(nothing["condition"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", ["layer4.0", "layer4.1"])
 def test_a_trained_block_has_the_singular_values_of_its_dense_jacobian(block):
     opened = load_network("resnet18", None, torch.float64)

@@ -254,3 +254,19 @@ def test_a_report_shows_both_kinds(both, tmp_path):
     assert "Tensor slices" in page
     assert 'id="spectra-tensor-slices-branch-0"' in page
     assert (tmp_path / "figures" / "depth-matrix-block.png").exists()
+
+
+def test_slices_by_rows_are_carried_out_by_workers(tmp_path):
+    network = nn.Sequential(OrderedDict(first=SqueezeExcite())).double().eval()
+    images = torch.rand(1, 4, 8, 8, dtype=torch.float64)
+    options = {"blocks": "first", "kinds": "tensor-slices", "workers": 1}
+    events = []
+    run = stiffcore.analyze(network, images, run=tmp_path / "run", on_event=events.append, **options)
+    assert run.metrics()["state"].tolist() == ["done"]
+    assert run.metrics()["route"].tolist() == ["rows"]
+
+
+@pytest.mark.parametrize("side", [2, 4, 5])
+def test_a_branch_on_a_small_map_is_accumulated(side):
+    slices = open_slices(randomised(Basic(4)), seeded((1, 4, side, side), 1), BlockFunction.BRANCH)
+    assert slices.accumulation is not None

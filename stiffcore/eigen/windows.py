@@ -53,22 +53,17 @@ class WindowSpectrum:
         tally: of the eigenvalues that are not zero.
         near_axis: how many of them have a real part within its error of 0.
         axis_error: the largest of these errors.
-        frobenius: the root of the sum of all squared entries.
+        frobenius: the norm of all squares together.
     """
 
     keep: bool
     tally: Tally = field(default_factory=Tally)
     near_axis: int = 0
     axis_error: float = 0.0
+    frobenius: float = 0.0
     _parts: list[np.ndarray] = field(default_factory=list)
     _ends: dict[str, list[Extreme]] = field(default_factory=lambda: {"right": [], "left": []})
     _sums: np.ndarray = field(default_factory=lambda: np.zeros(4))  # of values, squares, and their two traces
-    _frobenius: float = 0.0
-
-    @property
-    def frobenius(self) -> float:
-        """The Frobenius norm of all squares together."""
-        return float(np.sqrt(self._frobenius))
 
     @property
     def extremes(self) -> list[Extreme]:
@@ -100,9 +95,10 @@ class WindowSpectrum:
             np.einsum("sii->", exactly),
             np.einsum("sij,sji->", exactly, exactly),
         ]
-        norms = np.einsum("sij,sij->s", exactly, exactly)
-        self._frobenius += float(norms.sum())
-        self._look_near_axis(exactly, wide, np.sqrt(norms), scale, float(np.finfo(a.dtype).eps))
+        largest = np.abs(exactly).max(axis=(1, 2))
+        norms = largest * np.sqrt(np.einsum("sij,sij->s", *2 * (exactly / largest[:, None, None],)))
+        self.frobenius = float(np.hypot(self.frobenius, np.linalg.norm(norms)))
+        self._look_near_axis(exactly, wide, norms, scale, float(np.finfo(a.dtype).eps))
         nonzero = values != 0
         kept = values[nonzero]
         if not len(kept):

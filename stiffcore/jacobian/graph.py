@@ -90,8 +90,18 @@ class FunctionGraph:
                 found.add(node)
         return frozenset(found)
 
-    def between(self, start: fx.Node, ends: Sequence[fx.Node]) -> fx.GraphModule:
-        """The function from the value of `start` to the sum of the values of `ends`, sharing all parameters."""
+    def between(self, start: fx.Node, ends: Sequence[fx.Node], *, fast: bool = True) -> fx.GraphModule:
+        """The function from the value of `start` to the sum of the values of `ends`, sharing all parameters.
+
+        Args:
+            start: the node whose value it takes.
+            ends: the nodes whose values it adds.
+            fast: take convolutions of small maps as products; not for what will be traced again, since these are then
+                no convolutions any more.
+
+        Raises:
+            ValueError: where an end depends on the input by another way than `start`.
+        """
         needed: set[fx.Node] = set()
         stack = list(ends)
         while stack:
@@ -108,7 +118,7 @@ class FunctionGraph:
             if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
                 copies[node].meta = dict(node.meta)
-                if name_of(node) == "convolution" and self._point.device.type == "cpu":
+                if fast and name_of(node) == "convolution" and self._point.device.type == "cpu":
                     use_products(copies[node])
         copies[start].meta = dict(start.meta)
         total = copies[ends[0]]

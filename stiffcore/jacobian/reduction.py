@@ -383,7 +383,8 @@ def _branch(graph: FunctionGraph, whole: Linearisation) -> Linearisation:
     at = 0 if identity else max(range(len(others)), key=lambda i: (-graph.depth(others[i]), i))
     terms = [*identity, *others]
     shortcut = terms.pop(at)
-    branch = Linearisation(graph.between(graph.input, terms), whole.x, f"the branch of {whole.name}")
+    # traced again, for its own waists
+    branch = Linearisation(graph.between(graph.input, terms, fast=False), whole.x, f"the branch of {whole.name}")
     rest = Linearisation(graph.between(graph.input, [shortcut]), whole.x, f"the shortcut of {whole.name}")
     with _derivatives_of(whole):
         tangents = _probes(whole.x, whole.n)

@@ -110,7 +110,7 @@ class Slices:
             for a, b in sorted({(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True) if a <= b}):
                 mine = (first == a) & (last == b)
                 yield Squares(units[mine], a, slices[mine][:, :, a : b + 1, a : b + 1])
-            tell(units[-1] + 1, m)
+            tell(int(units[-1]) + 1, m)
 
     def rows(self, units: Integers) -> Array:
         """(a, channels, H, W): the slices of some output units, by one reverse-mode product each."""

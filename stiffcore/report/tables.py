@@ -170,8 +170,9 @@ def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") ->
         table.add_column(name, no_wrap=True)
     chosen = SINGULAR_COLUMNS if kind == Kind.SINGULAR else COLUMNS
     columns = [(header, show) for header, least, show in chosen if width >= least]
-    if sliced:  # Tables 10 and 11 of the paper
-        columns[1:1] = [(name, _thousands(name)) for name in ("elements", "eigenvalues")]
+    if sliced:  # as Tables 10 and 11 of the paper; S is as S active wherever an eigenvalue is negative
+        sizes = [(name, _thousands(name)) for name in ("elements", "eigenvalues")]
+        columns = sizes + [(header, show) for header, show in columns if header not in ("n", "S")]
     for header, _ in columns:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("certified", overflow="fold", min_width=len("no spectrum"))
