@@ -31,15 +31,26 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
 
 
 def plain(app, what, name, obj, options, lines):
     """Docstrings are plain text with `code`: |x| is a modulus, not a substitution, and * is a product."""
+    if what == "property":
+        lines.insert(0, "")  # else napoleon takes what stands before a colon for a type
     for i, line in enumerate(lines):
         parts = re.split(r"(`[^`]*`)", line)
         lines[i] = "".join(part if part.startswith("`") else re.sub(r"([|*])", r"\\\1", part) for part in parts)
+
+
+def unsigned(app, what, name, obj, options, signature, returned):
+    """Classes are what comes back: nobody calls them, and their arguments are the attributes below."""
+    return ("", None) if what in ("class", "exception") else None
+
+
+def outward(app, docname, source):
+    """Links to Markdown files outside of this folder lead to copies of them, as links to other files do."""
+    source[0] = re.sub(r"\]\((\.\./[^)\s]+\.md)\)", r"](path:\1)", source[0])
 
 
 class Commands(SphinxDirective):
@@ -73,6 +84,8 @@ def escaped(text):
 
 
 def setup(app):
+    app.connect("source-read", outward)
     app.connect("autodoc-process-docstring", plain, priority=100)
+    app.connect("autodoc-process-signature", unsigned)
     app.add_directive("stiffcore-commands", Commands)
     return {"parallel_read_safe": True}
