@@ -45,7 +45,7 @@ def plain(app, what, name, obj, options, lines):
 
 def unsigned(app, what, name, obj, options, signature, returned):
     """Classes are what comes back: nobody calls them, and their arguments are the attributes below."""
-    return ("", None) if what in ("class", "exception") else None
+    return ("", None) if what == "class" else None
 
 
 def outward(app, docname, source):
@@ -61,7 +61,8 @@ class Commands(SphinxDirective):
 
         lines = []
         for name, command in typer.main.get_command(app).commands.items():
-            usage = " ".join(["stiffcore", name, *((p.metavar or p.name.upper()) for p in command.params if is_argument(p))])
+            arguments = [p.metavar or p.name.upper() for p in command.params if is_argument(p)]
+            usage = " ".join(["stiffcore", name, *arguments])
             lines += [f"## `{usage}`", "", escaped(command.help), ""]
             for parameter in command.params:
                 if not is_argument(parameter):
