@@ -26,6 +26,7 @@ myst_heading_anchors = 3
 nitpicky = False
 # as docstrings have it: `name` is code
 default_role = "code"
+smartquotes = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -36,11 +37,17 @@ autodoc_preserve_defaults = True
 
 def plain(app, what, name, obj, options, lines):
     """Docstrings are plain text with `code`: |x| is a modulus, not a substitution, and * is a product."""
-    if what == "property":
-        lines.insert(0, "")  # else napoleon takes what stands before a colon for a type
     for i, line in enumerate(lines):
         parts = re.split(r"(`[^`]*`)", line)
         lines[i] = "".join(part if part.startswith("`") else re.sub(r"([|*])", r"\\\1", part) for part in parts)
+
+
+def whole(app, what, name, obj, options, lines):
+    """Napoleon takes what stands before a colon in a property's first line for its type: put it back."""
+    types = [line for line in lines if line.startswith(":type: ")]
+    if what == "property" and types:
+        lines.remove(types[0])
+        lines[0] = f"{types[0].removeprefix(':type: ')}: {lines[0]}"
 
 
 def unsigned(app, what, name, obj, options, signature, returned):
@@ -87,6 +94,7 @@ def escaped(text):
 def setup(app):
     app.connect("source-read", outward)
     app.connect("autodoc-process-docstring", plain, priority=100)
+    app.connect("autodoc-process-docstring", whole, priority=900)
     app.connect("autodoc-process-signature", unsigned)
     app.add_directive("stiffcore-commands", Commands)
     return {"parallel_read_safe": True}

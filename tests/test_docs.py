@@ -106,6 +106,22 @@ def test_every_command_is_in_the_reference(by_name):
     assert [name for name in commands if f"stiffcore-{name}" not in text] == []
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS.glob("*.md")], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_line_names_commands_and_options_that_exist(path):
+    import typer
+
+    from stiffcore.cli import app
+
+    commands = typer.main.get_command(app).commands
+    text = path.read_text().replace("\\\n", " ")
+    wrong = []
+    for name, rest in re.findall(r"^(?:    )?stiffcore ([a-z]+)\b(.*)$", text, re.MULTILINE):
+        known = {option for p in commands[name].params for option in p.opts} if name in commands else set()
+        given = re.findall(r"(?<!\S)--[a-z-]+", rest.split("  #")[0])
+        wrong += [name] if name not in commands else [f"{name} {option}" for option in given if option not in known]
+    assert wrong == []
+
+
 def row_of(text):
     """The cells of the one block's row, without those that differ from machine to machine."""
     line = next(line for line in text.splitlines() if line.startswith("│ 8 layer4.1") and "yes" in line)
@@ -113,6 +129,7 @@ def row_of(text):
     return cells[:6] + cells[7:12] + cells[13:]
 
 
+@pytest.mark.slow
 def test_the_tutorial_works_as_written(tmp_path, monkeypatch):
     page, blocks = DOCS / "tutorial.md", []
     for block in fenced(page, "sh"):
