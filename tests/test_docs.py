@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -113,9 +114,9 @@ def test_every_command_line_names_commands_and_options_that_exist(path):
     from stiffcore.cli import app
 
     commands = typer.main.get_command(app).commands
-    text = path.read_text().replace("\\\n", " ")
+    text = path.read_text() + "".join(textwrap.indent(block, "    ") for block in fenced(path, "sh"))
     wrong = []
-    for name, rest in re.findall(r"^(?:    )?stiffcore ([a-z]+)\b(.*)$", text, re.MULTILINE):
+    for name, rest in re.findall(r"^    stiffcore ([a-z]+)\b(.*)$", text.replace("\\\n", " "), re.MULTILINE):
         known = {option for p in commands[name].params for option in p.opts} if name in commands else set()
         given = re.findall(r"(?<!\S)--[a-z-]+", rest.split("  #")[0])
         wrong += [name] if name not in commands else [f"{name} {option}" for option in given if option not in known]
@@ -149,6 +150,10 @@ def test_the_tutorial_works_as_written(tmp_path, monkeypatch):
     assert row_of(printed["3"]) == row_of(page.read_text())
     assert printed["4"] in page.read_text()
     assert {"metrics.csv", "first.h5", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    listed = next(block for block in fenced(DOCS / "store.md", "text") if block.startswith("store/first/"))
+    files = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "store/first").rglob("*") if p.is_file())
+    taken = re.compile("numerical_range|pseudospectrum")
+    assert [name for name in files if not taken.search(name)] == listed.split()
     monkeypatch.chdir(tmp_path)
     code = "\n".join(fenced(page, "pycon"))
     test = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), 0)
