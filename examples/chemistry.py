@@ -94,6 +94,7 @@ def study(name, reactions, names, start, times, axes):
     laws = null_space(net.T)
     drift = np.abs(laws.T @ (solution.y[:, -1] - start)).max()
     print(f"\n{name}: reference met to {off:.1e}; {laws.shape[1]} conservation laws, kept to {drift:.1e}")
+    print("y1, y2, y3 at the end:", *(f"{value:.10e}" for value in solution.y[:3, -1]))
     print(f"{'t':>9} {'fastest':>10} {'unsure':>6} {'decay_ratio':>11} {'sure ratio':>10}  verdict")
     for t, y in zip(times, solution.y.T, strict=True):
         s = stiffcore.spectrum(f, torch.from_numpy(y), name=f"{name} at t = {t:.3g}")

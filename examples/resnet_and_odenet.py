@@ -74,7 +74,10 @@ def show(branch, name, left, right):
         inside = np.mean([s.metrics["euler_stable"] for s in found])
         step = min(s.metrics["stable_step"] for s in found)
         verdicts = ", ".join(sorted({s.verdict for s in found}))
-        print(f"  t = {time}: Re from {values.real.min():.2f} to {values.real.max():.2f}, euler_stable {inside:.2f}, ", end="")
+        print(
+            f"  t = {time}: Re from {values.real.min():.2f} to {values.real.max():.2f}, euler_stable {inside:.2f}, ",
+            end="",
+        )
         print(f"stable_step {step:.3g} ({verdicts})")
     for h, style in ((1, "-"), (0.5, "--")):
         right.add_patch(plt.Circle((-1 / h, 0), 1 / h, fill=False, ls=style))

@@ -44,7 +44,7 @@ def main(to):
             axis.add_patch(plt.Circle((centre, 0), 1, fill=False, lw=0.8, ec="0.5"))
             axis.axvline(0, color="0.8", lw=0.5)
             title = name + (": Euler's disc |1 + l| = 1" if function == "branch" else ": unit circle")
-            axis.set(title=title, xlabel="Re", ylabel="Im", aspect="equal")
+            axis.set(title=title, xlabel="Re", ylabel="Im", xlim=(centre - 1.1, centre + 1.7), aspect="equal")
     figure.savefig(to, dpi=120)
 
 
