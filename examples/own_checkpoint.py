@@ -70,21 +70,9 @@ def main(to, quick):
             memory="2GiB",
         )
         table = run.metrics()
-    columns = [
-        "image",
-        "correct",
-        "number",
-        "block",
-        "function",
-        "n",
-        "k",
-        "S",
-        "S_active",
-        "negative",
-        "stable_step",
-        "certified",
-    ]
-    print(table[columns].to_string(index=False, float_format="{:.4g}".format))
+    what = ["image", "correct", "number", "block", "function", "n", "k"]
+    found = ["S", "S_active", "negative", "stable_step", "certified"]
+    print(table[what + found].to_string(index=False, float_format="{:.4g}".format))
     print(f"{int(table.certified.sum())} of {len(table)} spectra certified")
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -95,10 +83,9 @@ def main(to, quick):
     ):
         axis.plot(part.number, part[column], "o", color="tab:blue", alpha=0.6)
         axis.set(title=title, xlabel="block", xticks=np.unique(part.number))
-    axes[2].vlines(whole.number, whole.min_re_active, whole.abscissa, color="tab:blue", lw=6, alpha=0.4, label="block")
-    axes[2].vlines(
-        branch.number + 0.2, branch.min_re, branch.abscissa, color="tab:red", lw=6, alpha=0.4, label="branch"
-    )
+    style = {"lw": 6, "alpha": 0.4}
+    axes[2].vlines(whole.number, whole.min_re_active, whole.abscissa, color="tab:blue", label="block", **style)
+    axes[2].vlines(branch.number + 0.2, branch.min_re, branch.abscissa, color="tab:red", label="branch", **style)
     axes[2].axhline(0, color="0.6", lw=0.5)
     axes[2].set(title="from min Re to max Re", xlabel="block", xticks=np.unique(whole.number))
     axes[2].legend()
