@@ -54,7 +54,7 @@ def trained(branch, steps):
     return branch
 
 
-def show(branch, name, left, right):
+def show(branch, name, points, left, right):
     branch.requires_grad_(False)
     x, inner = data(60)
     end = odeint(lambda t, y: branch(y), x, torch.linspace(0, LAYERS, 101), rtol=1e-9, atol=1e-9)
@@ -68,17 +68,14 @@ def show(branch, name, left, right):
         left.plot(*x[number], "ko", ms=3)
     left.set(title=f"{name}: ODENet (lines), ResNet at h = 1 (dots)", xlabel="x1", ylabel="x2")
     for time in range(LAYERS + 1):
-        found = [spectrum(branch, point) for point in end[20 * time, :4]]
+        found = [spectrum(branch, point) for point in end[20 * time, :points]]
         values = np.concatenate([s.values for s in found])
         right.plot(values.real, values.imag, "o", ms=4, color=plt.cm.viridis(time / LAYERS), label=f"t = {time}")
         inside = np.mean([s.metrics["euler_stable"] for s in found])
         step = min(s.metrics["stable_step"] for s in found)
         verdicts = ", ".join(sorted({s.verdict for s in found}))
-        print(
-            f"  t = {time}: Re from {values.real.min():.2f} to {values.real.max():.2f}, euler_stable {inside:.2f}, ",
-            end="",
-        )
-        print(f"stable_step {step:.3g} ({verdicts})")
+        print(f"  t = {time}: Re from {values.real.min():.2f} to {values.real.max():.2f},", end=" ")
+        print(f"euler_stable {inside:.2f}, stable_step {step:.3g} ({verdicts})")
     for h, style in ((1, "-"), (0.5, "--")):
         right.add_patch(plt.Circle((-1 / h, 0), 1 / h, fill=False, ls=style))
     right.axvline(0, color="0.8", lw=0.5)
@@ -95,13 +92,14 @@ def main(to, quick):
     torch.set_default_dtype(torch.float64)
     untrained = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
-    show(untrained, "untrained", *axes[0])
-    show(trained(untrained.requires_grad_(True), 200 if quick else 1500), "trained", *axes[1])
+    points = 1 if quick else 4
+    show(untrained, "untrained", points, *axes[0])
+    show(trained(untrained.requires_grad_(True), 200 if quick else 1500), "trained", points, *axes[1])
     figure.savefig(to, dpi=120)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", default="resnet_and_odenet.png", help="the picture")
-    parser.add_argument("--quick", action="store_true", help="train for 200 steps, not 1500")
+    parser.add_argument("--quick", action="store_true", help="train for 200 steps, not 1500; spectra of one trajectory")
     main(**vars(parser.parse_args()))
