@@ -107,8 +107,8 @@ def study(name, reactions, times, axes):
         axes[0].loglog(np.full(s.n, t), np.where(sure, np.nan, np.abs(s.values)), "x", color="0.7", ms=3)
         axes[1].loglog(t, raw, "x", color="0.7", ms=4)
         axes[1].loglog(t, ratio, ".", color="tab:red")
-    axes[0].set(title=f"{name}: modulus of the eigenvalues (grey: sign unsure)")
-    axes[1].set(xlabel="t", title="max |Re| / min |Re|, Re < 0 (grey: with the unsure ones)")
+    axes[0].set(title=f"{name}: |eigenvalues| (grey: sign unsure)")
+    axes[1].set(xlabel="t", title="stiffness ratio (grey: with the unsure ones)")
 
 
 def main(to, quick):
