@@ -1,0 +1,90 @@
+"""The scripts in `examples/` run, make their picture, and say what is known to be true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytest.importorskip("matplotlib")
+
+
+def printed(name, folder, *options):
+    """What a script prints, once it has ended well and made a picture with something in it."""
+    picture = folder / "picture.png"
+    program = [sys.executable, str(EXAMPLES / name), "--to", str(picture), *options]
+    found = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    with Image.open(picture) as image:
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 1
+    return found.stdout
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?", text)]
+
+
+def line_with(start, text):
+    return next(line[len(start) :] for line in text.splitlines() if line.startswith(start))
+
+
+def test_every_example_is_in_the_table_and_in_this_file():
+    scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
+    assert scripts == sorted(re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|", (EXAMPLES / "README.md").read_text(), re.M))
+    assert scripts == sorted(re.findall(r'printed\("(\w+\.py)"', Path(__file__).read_text()))
+
+
+def test_the_textbook_ode_has_its_eigenvalues_and_euler_obeys_its_stable_step(tmp_path):
+    text = printed("stiff_ode.py", tmp_path)
+    assert numbers(line_with("eigenvalues:", text)) == [-1000, -1]
+    assert numbers(line_with("stable_step:", text)) == [0.002]
+    (_, _, under, _), (_, _, over, _) = (numbers(line) for line in text.splitlines() if line.startswith("h ="))
+    # the fast part starts at 1; each of the 101 or 99 steps takes it times -0.98 or -1.02
+    assert under == pytest.approx(0.98**101, rel=0.01)
+    assert over == pytest.approx(1.02**99, rel=0.01)
+
+
+def test_a_resnet_of_half_the_step_is_half_as_far_from_the_odenet(tmp_path):
+    pytest.importorskip("torchdiffeq")
+    text = printed("resnet_and_odenet.py", tmp_path, "--quick")
+    for part in text.split("trained: distance")[1:]:
+        far, near = (numbers(line_with(f"  h = 1/{m}:", part))[0] for m in (8, 16))
+        assert far / near == pytest.approx(2, rel=0.15)
+
+
+def test_rober_and_pollu_end_where_the_test_set_says(tmp_path):
+    text = printed("chemistry.py", tmp_path, "--quick")
+    rober, pollu = (numbers(line.split(":")[1]) for line in text.splitlines() if line.startswith("y1, y2, y3"))
+    assert sum(rober) == pytest.approx(1, abs=1e-9)
+    # Bari test set: ROBER at t = 1e11, POLLU at t = 60
+    np.testing.assert_allclose(rober, [0.2083340149701255e-07, 0.8333360770334713e-13, 0.9999999791665050], rtol=1e-4)
+    np.testing.assert_allclose(pollu, [0.5646255480022769e-01, 0.1342484130422339, 0.4139734331099427e-08], rtol=1e-4)
+    assert "1 conservation laws" in text
+    assert "3 conservation laws" in text
+    assert "the sign of 1 eigenvalues is within their error" in text
+
+
+def test_a_checkpoint_of_ones_own_gives_a_certified_spectrum_of_each_block_and_branch(tmp_path):
+    text = printed("own_checkpoint.py", tmp_path, "--quick")
+    assert "6 of 6 spectra certified" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_layernorm_leaves_a_transformer_one_zero_a_token_and_post_norm_no_branch(tmp_path):
+    text = printed("transformer_block.py", tmp_path)
+    zeros = {name: numbers(line_with(f"{name}:", text))[1] for name in ("pre-norm branch", "post-norm block")}
+    assert zeros == {"pre-norm branch": 6, "post-norm block": 6}
+    assert line_with("post-norm branch:", text).startswith(" refused")
+    block, branch = (numbers(line_with(f"pre-norm {f}:", text)) for f in ("block", "branch"))
+    assert np.subtract(block[3:5], branch[3:5]) == pytest.approx([1, 1], abs=2e-3)  # x + F(x)
+
+
+def test_a_cluster_of_two_workers_takes_every_unit(tmp_path):
+    text = printed("dask_cluster.py", tmp_path, "--quick")
+    assert "2 workers" in text
+    assert len(re.findall(r"\bdone\s+True$", text, re.M)) == 4
+    assert re.search(r"^4 units in", text, re.M)
