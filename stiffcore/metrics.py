@@ -49,6 +49,7 @@ def spectrum_metrics(
     shift: int = 0,
     frobenius: float = float("nan"),
     numerical_abscissa: float = float("nan"),
+    axis_error: float = 0.0,
 ) -> dict[str, float]:
     """The metrics of one spectrum.
 
@@ -61,20 +62,21 @@ def spectrum_metrics(
         shift: what was added to the eigenvalues of M, the matrix that was solved.
         frobenius: norm of M; nan where unknown.
         numerical_abscissa: of that matrix, shifted as its eigenvalues are; nan where unknown.
+        axis_error: eigenvalues that are nearer to Re = 0 may be on either side of it, or on it.
 
     Returns:
         By name, see `NAMES`: `S` and `S_active` (may be inf, -inf or nan); `negative`, `positive`, `zero` (shares of
         all n eigenvalues); `abscissa` (max Re), `min_re`, `min_re_active` (without structural zeros), `radius`
         (max |l|), `max_im` (max |Im|); `euler_stable` (share with |1 + l| <= 1, forward Euler's stability disc
-        at step 1; nan where not `branch`). Empty sets give nan. Of the eigenvalues with negative real part alone:
-        `decay_ratio`, max |Re| / min |Re|, the stiffness ratio of textbooks (Lambert, Numerical Methods for Ordinary
-        Differential Systems, 1991, section 6.2), and `stable_step`, the largest step at which forward Euler damps them
-        all, min -2 Re / |l|^2 (nan where not `branch`, inf where there are none). Of the matrix that was solved, which
+        at step 1; nan where not `branch`). Empty sets give nan. Of the eigenvalues with negative real part alone,
+        beyond `axis_error`: `decay_ratio`, max |Re| / min |Re|, the stiffness ratio of textbooks (Lambert, Numerical
+        Methods for Ordinary Differential Systems, 1991, section 6.2), and `stable_step`, the largest step at which
+        forward Euler damps them all, min -2 Re / |l|^2 (nan where not `branch`, inf where there are none). Of the matrix that was solved, which
         has another basis than J: `departure` from normality, sqrt(|M|_F^2 - sum |l|^2) (Henrici, Numer. Math. 4
         (1962); below 1e-8 |M|_F it is rounding), and `numerical_abscissa`, its logarithmic 2-norm: the initial growth
         rate of x' = M x.
     """
-    tally = Tally()
+    tally = Tally(axis_error)
     tally.add(computed, shift)
     return tally.metrics(ones, zeros, branch=branch, frobenius=frobenius, numerical_abscissa=numerical_abscissa)
 
@@ -84,6 +86,7 @@ class Tally:
     """What the metrics need of eigenvalues that come in parts, and need not be kept.
 
     Attributes:
+        axis_error: as for `spectrum_metrics`.
         count: eigenvalues added.
         negative: how many of them have Re < 0.
         positive: how many have Re > 0.
@@ -91,6 +94,7 @@ class Tally:
         histogram: (bins,) how many real parts lie in each bin of `HISTOGRAM_EDGES`, a bin without its right edge.
     """
 
+    axis_error: float = 0.0
     count: int = 0
     negative: int = 0
     positive: int = 0
@@ -110,12 +114,12 @@ class Tally:
         if not len(values):
             return
         real, modulus = values.real, np.abs(values)
-        decaying = real < 0
+        decaying = real < -self.axis_error
         self.count += len(values)
         self.histogram += np.bincount(
             np.searchsorted(HISTOGRAM_EDGES, real, side="right") - 1, minlength=len(self.histogram)
         )
-        self.negative += int(np.count_nonzero(decaying))
+        self.negative += int(np.count_nonzero(real < 0))
         self.positive += int(np.count_nonzero(real > 0))
         self.inside += int(np.count_nonzero(np.abs(1 + values) <= 1))
         found = {"max_re": real.max(), "-min_re": -real.min(), "radius": modulus.max(), "im": np.abs(values.imag).max()}

@@ -199,6 +199,7 @@ class Machine:
         gpus: CUDA devices, of one worker each.
         free_bytes: what may be used where no budget is given; None: see `default_allowed_bytes`.
         separate: how many workers there are, of a cluster that is not ours; None: as many as fit, on this machine.
+        most_threads: of a unit, where the environment names a number (OMP_NUM_THREADS).
     """
 
     cores: int
@@ -210,6 +211,7 @@ class Machine:
     gpus: int = 1
     free_bytes: int | None = None
     separate: int | None = None
+    most_threads: int | None = None
 
 
 def make_plan(
@@ -243,7 +245,7 @@ def make_plan(
     busy = [p for p in plans if p.works]
     if machine.separate is None:
         count = _workers(busy, machine, single, workers or machine.cores)
-        threads = max(1, machine.cores // count)
+        threads = max(1, min(machine.cores // count, machine.most_threads or machine.cores))
     else:
         count, threads = max(1, min(machine.separate, workers or machine.separate)), max(1, machine.cores)
     kept = sum(p.kept_bytes for p in plans)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -452,8 +453,9 @@ def _machine(
             separate=len(found),
             **common,
         )
-    cores = len(psutil.Process().cpu_affinity())
+    cores, threads = len(psutil.Process().cpu_affinity()), os.environ.get("OMP_NUM_THREADS", "")
     return Machine(
+        most_threads=int(threads) if threads.isdecimal() and int(threads) else None,
         cores=min(cores, workers or cores),
         reserved_bytes=tree_bytes() - sum(w.reserved_bytes for w in found[1:]),
         worker_bytes=max((w.reserved_bytes for w in found), default=0),

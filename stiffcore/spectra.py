@@ -247,6 +247,7 @@ class Spectrum:
                 shift=self.shift,
                 frobenius=self.frobenius,
                 numerical_abscissa=self.numerical_abscissa,
+                axis_error=self.certificate.axis_error if self.certificate.near_axis else 0.0,
             )
         outside = self.ends.outside_disc
         return extreme_metrics(
@@ -276,7 +277,8 @@ class Spectrum:
         if self.ends is not None and self.ends.left_of_zero.count is None:
             lines.append("how many have negative real part is open: needs the spectrum")
         elif certificate.near_axis:
-            lines.append(f"the sign of {certificate.near_axis} eigenvalues is within their error")
+            without = ", and they are left out of the decay ratio" if self.metrics["decay_ratio"] > 0 else ""
+            lines.append(f"the sign of {certificate.near_axis} eigenvalues is within their error{without}")
         s = abs(self.metrics["S_active"])
         if not (certificate.s_active_error <= DOUBTFUL * s or np.isnan(s)):
             lines.append("S active is within its error")

@@ -206,8 +206,9 @@ def carry_out(
         DeviceFullError: where the device is out of memory; the matrix is built, and another rung may take it.
         StiffcoreError: where it cannot be done; what is recorded stays.
     """
+    before_all = torch.get_num_threads()
     torch.set_num_threads(threads)
-    with threadpool_limits(threads):
+    with threadpool_limits(threads), _restored(before_all):
         run = UnitRun(RunStore(url), key, emit, opener, check)
         _restart_if_foreign(run)
         timing = dict(run.record.get("seconds", {}))
@@ -230,6 +231,15 @@ def carry_out(
     run.drop("reduction")  # the next unit's plan counts on it
     run.drop("function")
     return key
+
+
+@contextmanager
+def _restored(threads: int) -> Iterator[None]:
+    """Leave torch, after a unit in the caller's own process, with as many threads as it had."""
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _measured(run: UnitRun, before: int | None) -> dict[str, int]:

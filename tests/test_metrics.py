@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import stiffcore
 from stiffcore.metrics import NAMES, spectrum_metrics, spell, stiffness_error, stiffness_index
 from stiffcore.spectra import Certificate, Certified, Spectrum
 
@@ -262,3 +264,22 @@ def test_numpy_infinities_survive_json_too():
     after = Certificate.from_json(json.loads(json.dumps(before.to_json(), allow_nan=False)))
     assert after.s_error == math.inf
     assert math.isnan(after.error)
+
+
+def test_a_decay_ratio_is_of_eigenvalues_whose_sign_is_certain():
+    values = np.array([-4.0, -2.0, -1e-18, 1e-19], complex)
+    assert spectrum_metrics(values, 0, 0, branch=True)["decay_ratio"] == 4e18
+    found = spectrum_metrics(values, 0, 0, branch=True, axis_error=1e-15)
+    assert found["decay_ratio"] == 2
+    assert found["negative"] == 0.75
+    assert math.isnan(spectrum_metrics(values, 0, 0, branch=True, axis_error=5)["decay_ratio"])
+
+
+def test_the_decay_ratio_of_a_conserving_system_leaves_its_zero_out():
+    a = torch.tensor([[-2.0, 3.0, 0.0], [2.0, -3.5, 0.0], [0.0, 0.5, 0.0]], dtype=torch.float64) + 0.0
+    mixed = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    a = mixed @ a @ mixed.T
+    found = stiffcore.spectrum(lambda y: a @ y, torch.zeros(3, dtype=torch.float64))
+    true = np.sort(np.linalg.eigvals(a.numpy()).real)
+    assert found.metrics["decay_ratio"] == pytest.approx(true[0] / true[1], rel=1e-12)
+    assert "left out of the decay ratio" in found.verdict

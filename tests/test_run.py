@@ -22,6 +22,7 @@ import stiffcore
 from stiffcore.cluster import InProcess, local_workers
 from stiffcore.memory import tree_bytes
 from stiffcore.run import carry_out_plan, prepare, state_of
+from tests.cases import Basic
 
 OPTIONS = {"network": "smallnet:make", "images": "six.npz", "normalize": "cifar10", "functions": "block,branch"}
 
@@ -566,3 +567,16 @@ def test_a_disk_that_is_full_half_way_ends_the_session_and_the_run_continues_to_
     for part in (0.5, 0.7, 0.9):
         execute(small / f"run{part}", KILL_OPTIONS)
         assert spectra_bytes(small / f"run{part}") == spectra_bytes(small / "whole")
+
+
+def test_a_unit_leaves_the_callers_threads_as_they_were(tmp_path, monkeypatch):
+    network, images = nn.Sequential(Basic(3)).double().eval(), torch.rand(1, 3, 4, 4).double()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        run = stiffcore.analyze(network, images, run=tmp_path / "run", blocks="0")
+        assert torch.get_num_threads() == 3
+        assert run.header["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
