@@ -71,10 +71,10 @@ def spectrum_metrics(
         at step 1; nan where not `branch`). Empty sets give nan. Of the eigenvalues with negative real part alone,
         beyond `axis_error`: `decay_ratio`, max |Re| / min |Re|, the stiffness ratio of textbooks (Lambert, Numerical
         Methods for Ordinary Differential Systems, 1991, section 6.2), and `stable_step`, the largest step at which
-        forward Euler damps them all, min -2 Re / |l|^2 (nan where not `branch`, inf where there are none). Of the matrix that was solved, which
-        has another basis than J: `departure` from normality, sqrt(|M|_F^2 - sum |l|^2) (Henrici, Numer. Math. 4
-        (1962); below 1e-8 |M|_F it is rounding), and `numerical_abscissa`, its logarithmic 2-norm: the initial growth
-        rate of x' = M x.
+        forward Euler damps them all, min -2 Re / |l|^2 (nan where not `branch`, inf where there are none). Of the
+        matrix that was solved, which has another basis than J: `departure` from normality, sqrt(|M|_F^2 - sum |l|^2)
+        (Henrici, Numer. Math. 4 (1962); below 1e-8 |M|_F it is rounding), and `numerical_abscissa`, its logarithmic
+        2-norm: the initial growth rate of x' = M x. nan: `condition` and the norms, see `singular_metrics`.
     """
     tally = Tally(axis_error)
     tally.add(computed, shift)

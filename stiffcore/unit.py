@@ -206,9 +206,7 @@ def carry_out(
         DeviceFullError: where the device is out of memory; the matrix is built, and another rung may take it.
         StiffcoreError: where it cannot be done; what is recorded stays.
     """
-    before_all = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    with threadpool_limits(threads), _restored(before_all):
+    with _threads(threads), threadpool_limits(threads):
         run = UnitRun(RunStore(url), key, emit, opener, check)
         _restart_if_foreign(run)
         timing = dict(run.record.get("seconds", {}))
@@ -234,12 +232,14 @@ def carry_out(
 
 
 @contextmanager
-def _restored(threads: int) -> Iterator[None]:
-    """Leave torch, after a unit in the caller's own process, with as many threads as it had."""
+def _threads(threads: int) -> Iterator[None]:
+    """Threads of torch for a unit; the caller's own process has as many afterwards as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _measured(run: UnitRun, before: int | None) -> dict[str, int]:
