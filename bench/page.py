@@ -95,9 +95,44 @@ def imagenet_extremes(f: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def builds(f: dict[str, Any]) -> str:
+    parts = []
+    for network, blocks in f.items():
+        rows = []
+        for b in blocks:
+            s = b["seconds"]
+            row = [b["block"], f"{b['k']:,}", f"{b['nonzeros']:,}", f"{s['accumulated']:.2f}"]
+            row += [f"{s['shared']:.1f}" if "shared" in s else "-", seconds(s["columns"])]
+            row += [f"{s['columns'] / s['accumulated']:.0f}", f"{b['largest_difference']:.0e}"]
+            rows.append([*row, f"{b['largest_entry']:.2f}"])
+        header = ["block", "k", "nonzeros", "accumulated, s", "shared products, s", "columns, s"]
+        header += ["columns / accumulated", "largest difference", "largest entry"]
+        parts += [f"{network}:", table(header, rows)]
+    return "\n\n".join(parts)
+
+
+def slices(f: dict[str, Any]) -> str:
+    parts = []
+    for network, blocks in f.items():
+        rows, spent = [], sum(total(b["seconds"]) for b in blocks)
+        for b in blocks:
+            row = [b["block"], f"{b['elements']:,}", f"{b['eigenvalues']:,}", f"{b['not_zero']:,}", f"{b['S']:.4f}"]
+            row += [f"{100 * b['negative']:.3f}"]
+            row += [f"{b['seconds'][name]:.2f}" for name in ("squares", "eigenvalues")]
+            if "direct_s" in b:
+                row += [seconds(b["direct_s"]), f"{b['direct_not_zero']:,}", f"{b['largest_difference']:.0e}"]
+            rows.append(row + ["-"] * (11 - len(row)))
+        header = ["block", "elements", "eigenvalues", "not zero", "S", "Re<0 %", "squares, s", "eigenvalues, s"]
+        header += ["direct, s", "not zero there", "largest difference"]
+        parts += [f"{network}, {len(blocks)} blocks: {seconds(spent)} s.", table(header, rows)]
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "builds": builds,
     "extremes": extremes,
     "imagenet_extremes": imagenet_extremes,
+    "slices": slices,
     "workers": workers,
     "unreduced": unreduced,
     "imagenet_plan": imagenet_plan,

@@ -496,7 +496,7 @@ def _slices(
     plan = UnitPlan(
         unit,
         Solver.SLICES,
-        unit.reason,
+        "squares fit the host budget" if unit.accumulated_items else "rows fit the host budget",
         chunk=chunk,
         build=build,
         stages=stages,
@@ -555,7 +555,7 @@ def _singular(
     plan = UnitPlan(
         unit,
         solver,
-        unit.reason,
+        "a dense copy fits the host budget" if solver is Solver.SVD else "the squares fit the host budget",
         chunk=chunk,
         build=build,
         stages=stages,
@@ -565,8 +565,9 @@ def _singular(
         kept_bytes=kept,
         moved_bytes=kept,
     )
-    if max(unit.k, unit.width) > dense.LAPACK_MAX_ORDER:
-        return plan, f"{solver}: order {max(unit.k, unit.width):,} is over LAPACK's {dense.LAPACK_MAX_ORDER:,}"
+    largest = max(unit.k, unit.width) if solver is Solver.SVD else unit.k
+    if largest > dense.LAPACK_MAX_ORDER:
+        return plan, f"{solver}: order {largest:,} is over LAPACK's {dense.LAPACK_MAX_ORDER:,}"
     why = _too_small(solver, unit, stages, machine, data_bytes)
     return plan, "" if max(stages.values()) <= data_bytes else why
 

@@ -139,7 +139,7 @@ def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction
     everything = Accumulation(steps, columns, rows)
     used = everything.used_rows
     part = Accumulation(steps, columns, used)
-    reason = f"J itself, {len(used)} of {jacobian.m} rows, which the rest of the outputs leave at zero"
+    reason = f"J itself: {len(used)} of {jacobian.m} rows are not zero"
     return Factors(jacobian, used, columns, None, (part,), items, kernels, reason)
 
 
