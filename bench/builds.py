@@ -8,13 +8,10 @@ import time
 
 import numpy as np
 import torch
-from common import write
+from common import block_calls, write
 from threadpoolctl import threadpool_limits
 
-from stiffcore.jacobian.reduction import NoSpectrumError, is_residual, reduce_jacobian
-from stiffcore.networks.blocks import capture, residual_blocks
-from stiffcore.networks.images import load_images, network_input
-from stiffcore.networks.zoo import load_network
+from stiffcore.jacobian.reduction import NoSpectrumError, reduce_jacobian
 
 CHUNK_BYTES = 32 << 20
 
@@ -52,14 +49,10 @@ if __name__ == "__main__":
     figures = {}
     with threadpool_limits(1):
         for network in ("resnet18", "resnet50"):
-            opened = load_network(network, None, torch.float64)
-            x = network_input(load_images("samples").x[0], opened.normalize, torch.float64)
-            blocks = residual_blocks(opened.module, x, is_residual)
-            calls, _ = capture(opened.module, x, blocks)
             figures[network] = []
-            for block in blocks:
+            for block, call in block_calls(network).items():
                 try:
-                    reduction = reduce_jacobian(calls[block].function, calls[block].x, name=block)
+                    reduction = reduce_jacobian(call.function, call.x, name=block)
                 except NoSpectrumError:
                     continue
                 figures[network].append({"block": block, **compared(reduction)})

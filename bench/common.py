@@ -9,7 +9,12 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 
+from stiffcore.jacobian.reduction import is_residual
+from stiffcore.networks.blocks import capture, residual_blocks
+from stiffcore.networks.images import load_images, network_input
+from stiffcore.networks.zoo import load_network
 from stiffcore.study import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +39,13 @@ def stiffcore(*args):
     start = time.perf_counter()
     found = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True)
     return found.stdout, time.perf_counter() - start
+
+
+def block_calls(network):
+    """Every residual block of a bundled network at the first sample image, in float64, by name."""
+    opened = load_network(network, None, torch.float64)
+    x = network_input(load_images("samples").x[0], opened.normalize, torch.float64)
+    return capture(opened.module, x, residual_blocks(opened.module, x, is_residual))[0]
 
 
 def write(script, figures):

@@ -10,15 +10,11 @@ import time
 
 import numpy as np
 import torch
-from common import write
+from common import block_calls, write
 from threadpoolctl import threadpool_limits
 
 from stiffcore.eigen.windows import WindowSpectrum
-from stiffcore.jacobian.reduction import is_residual
 from stiffcore.jacobian.slices import open_slices
-from stiffcore.networks.blocks import capture, residual_blocks
-from stiffcore.networks.images import load_images, network_input
-from stiffcore.networks.zoo import load_network
 
 
 def by_windows(call):
@@ -70,15 +66,11 @@ if __name__ == "__main__":
     figures = {}
     with threadpool_limits(1):
         for network in ("resnet18", "resnet50"):
-            opened = load_network(network, None, torch.float64)
-            x = network_input(load_images("samples").x[0], opened.normalize, torch.float64)
-            blocks = residual_blocks(opened.module, x, is_residual)
-            calls, _ = capture(opened.module, x, blocks)
             figures[network] = []
-            for block in blocks:
-                found, values = by_windows(calls[block])
+            for call in block_calls(network).values():
+                found, values = by_windows(call)
                 if found["elements"] <= most:
-                    found |= direct(calls[block], values)
+                    found |= direct(call, values)
                 figures[network].append(found)
                 print(found, flush=True)
     write(__file__, figures)

@@ -597,3 +597,15 @@ CASES = {
 def clamped_by_itself(h):
     """An elementwise operation by name, yet of one tensor three times."""
     return torch.clamp(h, h, h)
+
+
+class Projected(nn.Module):
+    """relu(F(x) + a projection of x), rectangular: half the height and width, more channels."""
+
+    def __init__(self, inside=2, outside=4):
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(inside, outside, 3, 2, 1), nn.ReLU(), nn.Conv2d(outside, outside, 3, 1, 1))
+        self.shortcut = nn.Conv2d(inside, outside, 1, 2)
+
+    def forward(self, x):
+        return F.relu(self.f(x) + self.shortcut(x))

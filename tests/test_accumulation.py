@@ -5,7 +5,6 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +18,7 @@ from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
 from stiffcore.study import Build
 from stiffcore.unit import checked_sparse, sparse_matrix
-from tests.cases import Basic, randomised, seeded
+from tests.cases import Basic, Projected, randomised, seeded
 from tests.reference import dense_jacobian
 from tests.test_colouring import LOCAL, MAP, NOT_LOCAL, plain, reduced
 
@@ -52,23 +51,11 @@ FUNCTIONS = {
     "relu_between": lambda: nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=2)
     ),
-    "projection": lambda: Projected(),
+    "projection": Projected,
     "two_ways": Squared,
     "only_pointwise": lambda: nn.Tanh(),
     "nothing": nn.Identity,
 }
-
-
-class Projected(nn.Module):
-    """relu(F(x) + a projection of x)."""
-
-    def __init__(self):
-        super().__init__()
-        self.f = nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1))
-        self.shortcut = nn.Conv2d(2, 4, 1, 2)
-
-    def forward(self, x):
-        return F.relu(self.f(x) + self.shortcut(x))
 
 
 def steps_between(f, x):

@@ -21,13 +21,13 @@ from tests.cases import (
     Bottleneck,
     InvertedResidual,
     PreActivation,
+    Projected,
     SqueezeExcite,
     randomised,
     seeded,
     transformer,
 )
 from tests.reference import dense_jacobian
-from tests.test_accumulation import Projected
 
 CASES = {
     "basic": (lambda: Basic(6), (1, 6, 9, 9)),
@@ -161,23 +161,11 @@ def test_a_trained_block_has_the_singular_values_of_its_dense_jacobian(block):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     torch.manual_seed(0)
-    network = nn.Sequential(OrderedDict(first=Basic(3), second=Projected2())).double().eval()
+    network = nn.Sequential(OrderedDict(first=Basic(3), second=Projected(3))).double().eval()
     images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
     where = tmp_path_factory.mktemp("singular") / "run"
     options = {"blocks": "first,second", "kinds": "matrix,singular"}
     return network, images, stiffcore.analyze(network, images, [0, 1, 0], run=where, **options)
-
-
-class Projected2(nn.Module):
-    """relu(F(x) + a projection of x), from three channels to four."""
-
-    def __init__(self):
-        super().__init__()
-        self.f = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1))
-        self.shortcut = nn.Conv2d(3, 4, 1, 2)
-
-    def forward(self, x):
-        return torch.relu(self.f(x) + self.shortcut(x))
 
 
 def test_a_run_holds_singular_values_of_square_and_rectangular_blocks(run):

@@ -23,12 +23,12 @@ from tests.cases import (
     Bottleneck,
     InvertedResidual,
     PreActivation,
+    Projected,
     SqueezeExcite,
     randomised,
     seeded,
     transformer,
 )
-from tests.test_accumulation import Projected
 
 MAP = (1, 4, 9, 9)
 CASES = {

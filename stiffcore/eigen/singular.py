@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
+import torch
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 from scipy.sparse.linalg import ArpackError, LinearOperator, svds
@@ -25,7 +26,6 @@ from stiffcore.metrics import stiffness_error
 from stiffcore.spectra import Certificate, Certified
 
 Array = NDArray[np.float64]
-EPS = float(np.finfo(np.float64).eps)
 # Relative; in single precision only products and sums are.
 TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
 # What a square may be off by, in eps |J|^2: the sum of a Cholesky factorisation, two products and an eigensolver.
@@ -168,8 +168,6 @@ def certify(factors: Factors, found: SingularValues, difference: float) -> Certi
 
 def _largest(jacobian: Linearisation) -> Certified:
     """The largest singular value, by Lanczos (ARPACK) on products with J and its transpose."""
-    import torch
-
     x = jacobian.x
 
     def forward(v: Array) -> Array:
@@ -193,7 +191,7 @@ def _largest(jacobian: Linearisation) -> Certified:
 
 
 def _eps(factors: Factors) -> float:
-    return EPS if str(factors.jacobian.x.dtype) == "torch.float64" else float(np.finfo(np.float32).eps)
+    return torch.finfo(factors.jacobian.x.dtype).eps
 
 
 def _relative(a: float, b: float, scale: float | None = None) -> float:

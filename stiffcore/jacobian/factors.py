@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csc_array
+from scipy.sparse import csc_array, hstack
 from torch import Tensor
 
 from stiffcore.jacobian.accumulation import Accumulation, Steps
 from stiffcore.jacobian.colouring import Integers
-from stiffcore.jacobian.graph import by_position, live_items
+from stiffcore.jacobian.graph import by_position
 from stiffcore.jacobian.linearise import Function, Linearisation
-from stiffcore.jacobian.reduction import Reduction, Route, open_function, reduce_jacobian
+from stiffcore.jacobian.reduction import Reduction, Route, open_function, reduce_jacobian, structure
 from stiffcore.study import BlockFunction
 
 # Random vectors that a product is compared on.
@@ -122,10 +122,8 @@ def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction
         InputError: where f cannot be linearised, or its forward and reverse derivatives disagree.
     """
     jacobian, graph, untraced = open_function(f, x, function, name)
-    module = None if graph is None else graph.between(graph.input, [graph.output])
-    items = 8 * (jacobian.n + jacobian.m) if module is None else live_items(module) + jacobian.n + jacobian.m
-    kernels = 0 if graph is None else graph.kernel_items
-    steps = None if module is None else Steps.of(module, x)
+    known = structure(jacobian, graph)
+    steps, items, kernels = known.steps, known.column_items, known.kernel_items
     if jacobian.n == jacobian.m and steps is not None:
         found = _by_waist(f, x, function, name, items, kernels)
         if found is not None:
@@ -163,6 +161,4 @@ def _by_waist(f: Function, x: Tensor, function: BlockFunction, name: str, items:
 
 
 def _hstacked(blocks: list[csc_array], rows: int) -> csc_array:
-    from scipy.sparse import hstack
-
     return csc_array(hstack(blocks, format="csc")) if blocks else csc_array((rows, 0))

@@ -517,7 +517,7 @@ def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slop
     check = _difference(products * mask, products)
     if not check <= PROBE_TOLERANCE[jacobian.x.dtype]:
         return _full(jacobian, f"full matrix: {why}; rows of inactive outputs are not zero ({check:.1e})", graph)
-    items, reach, steps = _structure(jacobian, graph)
+    known = structure(jacobian, graph)
     found = Reduction(
         jacobian=jacobian,
         route=Route.ACTIVE,
@@ -527,14 +527,14 @@ def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slop
         zeros=jacobian.n - len(index),
         reason=f"active outputs, {len(index)} of {jacobian.n}: {why}",
         check=check,
-        column_items=items,
-        kernel_items=0 if graph is None else graph.kernel_items,
+        column_items=known.column_items,
+        kernel_items=known.kernel_items,
     )
-    return _coloured(_accumulated(found, steps), reach)
+    return _coloured(_accumulated(found, known.steps), known.reach)
 
 
 def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> Reduction:
-    items, reach, steps = _structure(jacobian, graph)
+    known = structure(jacobian, graph)
     found = Reduction(
         jacobian=jacobian,
         route=Route.FULL,
@@ -544,18 +544,36 @@ def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> 
         zeros=0,
         reason=reason,
         check=0.0,
-        column_items=items,
-        kernel_items=0 if graph is None else graph.kernel_items,
+        column_items=known.column_items,
+        kernel_items=known.kernel_items,
     )
-    return _coloured(_accumulated(found, steps), reach)
+    return _coloured(_accumulated(found, known.steps), known.reach)
 
 
-def _structure(jacobian: Linearisation, graph: FunctionGraph | None) -> tuple[int, Reach | None, Steps | None]:
-    """Numbers alive while one column of J is computed, the reach from its input to its output, and its steps."""
-    if graph is None:  # no graph to count: eight copies of input and output hold any block seen so far
-        return 8 * (jacobian.n + jacobian.m), None, None
+@dataclass(frozen=True)
+class Structure:
+    """What a function's graph says of its Jacobian.
+
+    Attributes:
+        column_items: numbers alive while one product is computed.
+        kernel_items: numbers in its largest kernel.
+        reach: from its input to its output; None where that is not known.
+        steps: the same, for accumulation.
+    """
+
+    column_items: int
+    kernel_items: int
+    reach: Reach | None
+    steps: Steps | None
+
+
+def structure(jacobian: Linearisation, graph: FunctionGraph | None) -> Structure:
+    """Read the structure of a function from its graph, where there is one."""
+    if graph is None:  # nothing to count: eight copies of input and output hold any block seen so far
+        return Structure(8 * (jacobian.n + jacobian.m), 0, None, None)
     module = graph.between(graph.input, [graph.output])
-    return live_items(module) + jacobian.n + jacobian.m, reach_of(module), Steps.of(module, jacobian.x)
+    items = live_items(module) + jacobian.n + jacobian.m
+    return Structure(items, graph.kernel_items, reach_of(module), Steps.of(module, jacobian.x))
 
 
 def _accumulated(reduction: Reduction, steps: Steps | None) -> Reduction:

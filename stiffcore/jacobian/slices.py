@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stiffcore.jacobian.accumulation import Accumulation, Steps
+from stiffcore.jacobian.accumulation import Accumulation
 from stiffcore.jacobian.colouring import Integers
-from stiffcore.jacobian.graph import by_position, live_items
+from stiffcore.jacobian.graph import by_position
 from stiffcore.jacobian.linearise import Function, Linearisation
-from stiffcore.jacobian.reduction import NoSpectrumError, open_function
+from stiffcore.jacobian.reduction import NoSpectrumError, open_function, structure
 from stiffcore.study import BlockFunction
 
 Array = NDArray[np.floating]
@@ -163,10 +163,8 @@ def open_slices(f: Function, x: Tensor, function: BlockFunction = BlockFunction.
             jacobian.m,
         )
     side, channels = x.shape[-1], x.numel() // x.shape[-1] ** 2
-    module = None if graph is None else graph.between(graph.input, [graph.output])
-    items = 8 * (jacobian.n + jacobian.m) if module is None else live_items(module) + jacobian.n + jacobian.m
-    kernels = 0 if graph is None else graph.kernel_items
-    steps = None if module is None else Steps.of(module, x)
+    known = structure(jacobian, graph)
+    steps, items, kernels = known.steps, known.column_items, known.kernel_items
     if steps is None:
         why = f"not traced ({untraced})" if graph is None else "an operation has no window that is known"
         bound = jacobian.m * channels * side
