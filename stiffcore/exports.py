@@ -106,7 +106,7 @@ def write_hdf5(run: Run, to: Path) -> str:
             group = file.create_group(f"spectra/{key}")
             group["real"], group["imag"] = spectrum.computed.real, spectrum.computed.imag
             group.attrs.update({name: row[name] for name in FACTS})
-            complete = spectrum.ends is None and spectrum.kept is None
+            complete = spectrum.ends is None and spectrum.has_values
             group.attrs.update({"complete": int(complete), "certified": int(spectrum.certificate.passed)})
             written += 1
     return f"{_counted(written, 'spectrum', 'spectra')} in {to}"

@@ -104,17 +104,20 @@ class Tally:
     _scale: float = 0.0
     _squares: float = 0.0
 
-    def add(self, values: np.ndarray, shift: int = 0) -> None:
+    def add(self, values: np.ndarray, shift: int = 0, unsure: np.ndarray | None = None) -> None:
         """Count some more.
 
         Args:
             values: (m,) complex.
             shift: of the matrix whose eigenvalues they are, as for `spectrum_metrics`.
+            unsure: (m,) bool, those that may be on either side of Re = 0, beside those within `axis_error`.
         """
         if not len(values):
             return
         real, modulus = values.real, np.abs(values)
         decaying = real < -self.axis_error
+        if unsure is not None:
+            decaying &= ~unsure
         self.count += len(values)
         self.histogram += np.bincount(
             np.searchsorted(HISTOGRAM_EDGES, real, side="right") - 1, minlength=len(self.histogram)

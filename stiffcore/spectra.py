@@ -190,7 +190,9 @@ class Spectrum:
         shift: what was added to the eigenvalues of the matrix M that was solved.
         frobenius: norm of M; nan where unknown.
         numerical_abscissa: of shift I + M; nan where unknown.
-        kept: the metrics, where the run keeps no spectra; `computed` is then empty.
+        given: the metrics, where the values alone do not say them: of tensor slices (which signs are unsure), and where
+            the run keeps no values.
+        has_values: whether `computed` has all that was computed; else it is empty.
     """
 
     computed: np.ndarray
@@ -208,7 +210,8 @@ class Spectrum:
     shift: int = 0
     frobenius: float = float("nan")
     numerical_abscissa: float = float("nan")
-    kept: dict[str, float] | None = None
+    given: dict[str, float] | None = None
+    has_values: bool = True
 
     @property
     def n(self) -> int:
@@ -222,8 +225,8 @@ class Spectrum:
         Raises:
             InputError: where only the ends were computed.
         """
-        if self.kept is not None:
-            raise InputError(f"{self.name}: this run keeps metrics only, no spectra")
+        if not self.has_values:
+            raise InputError(f"{self.name}: this run keeps metrics only; a new run with --keep spectra has the values")
         if self.ends is not None:
             raise InputError(f"{self.name}: only the ends of the spectrum were computed (see `computed` and `ends`)")
         exact = np.repeat(np.array([0, 1], dtype=self.computed.dtype), [self.zeros, self.ones])
@@ -233,8 +236,8 @@ class Spectrum:
     @cached_property
     def metrics(self) -> dict[str, float]:
         """See `stiffcore.metrics.spectrum_metrics`; what the ends alone do not give is nan."""
-        if self.kept is not None:
-            return self.kept
+        if self.given is not None:
+            return self.given
         if self.kind == "singular":
             return singular_metrics(self.computed, self.ones, self.zeros)
         branch = self.function == "branch"
@@ -293,7 +296,8 @@ class Spectrum:
 
     def _repr_html_(self) -> str:
         m, c = self.metrics, self.certificate
-        found = f"{self.k if self.kept else len(self.computed):,}" + ("" if self.ends is None else f" of {self.k:,}")
+        found = f"{len(self.computed) if self.has_values else self.k:,}"
+        found += "" if self.ends is None else f" of {self.k:,}"
         lines = {
             "n": f"{self.n:,}: {found} computed, {self.ones:,} ones, {self.zeros:,} zeros",
             "S (Eq. 10)": spell(m["S"]),

@@ -770,13 +770,10 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
     record = store.record(key)
     if "certificate" not in record:
         raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
-    kept = None
-    if record.get("values_kept", True):
-        values = store.get_array(f"units/{key}", "eigenvalues")
-    else:
-        values, kept = np.zeros(0, complex), unspelled(record["metrics"])
+    has_values = record.get("values_kept", True)
+    values = store.get_array(f"units/{key}", "eigenvalues") if has_values else np.zeros(0, complex)
     expected = record.get("found", record["k"])  # fewer than k where only the ends were solved
-    if kept is None and len(values) != expected:
+    if has_values and len(values) != expected:
         raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {expected}")
     return Spectrum(
         computed=values,
@@ -794,5 +791,6 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         shift=record["shift"],
         frobenius=record.get("moments", {}).get("frobenius", float("nan")),
         numerical_abscissa=record["shift"] + record.get("logarithmic_norm", float("nan")),
-        kept=kept,
+        given=unspelled(record["metrics"]) if record.get("metrics") else None,
+        has_values=has_values,
     )

@@ -234,6 +234,8 @@ class Study(BaseModel):
         given = [name for name in ("count", "index", "per_label") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {', '.join('--' + g.replace('_', '-') for g in given)}, not several")
+        if self.solver in (Solver.SVD, Solver.SYMMETRIC) and self.kinds != (Kind.SINGULAR,):
+            raise ValueError(f"--solver {self.solver} is for --kind singular alone")
         return self
 
     @classmethod

@@ -29,7 +29,7 @@ from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
 from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
-from stiffcore.jacobian.slices import Slices
+from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
 from stiffcore.plan import TILE_ROWS
@@ -45,6 +45,7 @@ Opener = Callable[[RunStore, dict[str, Any], str], Reduction | Slices | Factors]
 LARGE_ORDER = 1000
 LARGE_NETWORK_BYTES = 16 << 20
 CUDA = "cuda"
+HISTOGRAM = ("histogram", "histogram_edges")
 STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
 
@@ -116,7 +117,8 @@ class UnitRun:
             StiffcoreError: where it is not the function planned.
         """
         opened = self.opener(self.store, self.record, self.device)
-        assert not isinstance(opened, Reduction)
+        if isinstance(opened, Reduction):
+            raise StiffcoreError(f"{self.key}: kind {self.record['kind']} was opened as a matrix")
         planned, found = (self.record["n"], self.record["m"]), (opened.jacobian.n, opened.jacobian.m)
         if found != planned:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
@@ -209,6 +211,10 @@ def carry_out(
     with _threads(threads), threadpool_limits(threads):
         run = UnitRun(RunStore(url), key, emit, opener, check)
         _restart_if_foreign(run)
+        if run.record["stage"] != "done" and run.record.get("metrics"):  # of an earlier solve
+            run.store.drop(key, *HISTOGRAM)
+            run.store.update(key, metrics=None, values_kept=True)
+            run.record = run.store.record(key)
         timing = dict(run.record.get("seconds", {}))
         before = reset_peak()
         for stage, work in _route(run):
@@ -284,8 +290,9 @@ def _keep_metrics(run: UnitRun) -> None:
 
 def _store_histogram(run: UnitRun, tally: Tally) -> None:
     where = f"units/{run.key}"
-    run.store.put_array(where, "histogram", tally.histogram, ("bin",), long_name="how many real parts are in each bin")
-    run.store.put_array(where, "histogram_edges", HISTOGRAM_EDGES, ("edge",))
+    counts, edges = HISTOGRAM
+    run.store.put_array(where, counts, tally.histogram, ("bin",), long_name="how many real parts are in each bin")
+    run.store.put_array(where, edges, HISTOGRAM_EDGES, ("edge",))
 
 
 def _slice(run: UnitRun) -> dict[str, Any]:
@@ -293,11 +300,13 @@ def _slice(run: UnitRun) -> dict[str, Any]:
     slices, chunk = run.function, run.record["plan"]["chunk"]
     assert isinstance(slices, Slices)
     found = WindowSpectrum(keep=run.keep is not Keep.METRICS)
-    difference = 0.0
-    for i, squares in enumerate(slices.squares(chunk, run.step_seldom("done"))):
+    check = None if slices.accumulation is None else RandomCheck(slices)  # rows are products themselves
+    for squares in slices.squares(chunk, run.step_seldom("done")):
         found.add(squares)
-        if slices.accumulation is not None and i & (i - 1) == 0:  # the first few, then ever fewer: 8 of 120
-            difference = max(difference, slices.difference(squares))
+        if check is not None:
+            check.add(squares)
+    difference = 0.0 if check is None else check.difference()
+    branch = run.record["function"] == BlockFunction.BRANCH
     kept, zeros = found.tally.count, slices.count - found.tally.count
     fields: dict[str, Any] = {"ends": None, "shift": 0, "found": kept, "k": kept, "zeros": zeros}
     if found.keep:
@@ -312,9 +321,9 @@ def _slice(run: UnitRun) -> dict[str, Any]:
         )
     else:
         _store_histogram(run, found.tally)
-        branch = run.record["function"] == BlockFunction.BRANCH
-        metrics = found.tally.metrics(0, zeros, branch=branch)
-        fields |= {"metrics": spelled(metrics), "values_kept": False}
+        fields["values_kept"] = False
+    # which signs are unsure is known here alone
+    fields["metrics"] = spelled(found.tally.metrics(0, zeros, branch=branch))
     return fields | {"certificate": found.certificate(slices, difference).to_json()}
 
 

@@ -5,17 +5,21 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import ortho_group
 from torch import nn
 
 import stiffcore
 from stiffcore.eigen import singular
+from stiffcore.errors import InputError
 from stiffcore.jacobian.factors import open_factors
 from stiffcore.metrics import singular_metrics
 from stiffcore.networks.blocks import capture
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
-from stiffcore.study import BlockFunction
+from stiffcore.plan import Machine, make_plan
+from stiffcore.study import BlockFunction, Kind, Study
+from stiffcore.survey import _factors_facts
 from tests.cases import (
     Basic,
     Bottleneck,
@@ -199,10 +203,6 @@ def test_tables_and_the_report_show_condition_and_rank(run, tmp_path):
 
 
 def test_the_plan_takes_squares_where_a_dense_copy_does_not_fit():
-    from stiffcore.plan import Machine, make_plan
-    from stiffcore.study import Kind, Study
-    from stiffcore.survey import _factors_facts
-
     factors = open_factors(randomised(Basic(6)), seeded((1, 6, 9, 9), 1))
     assert factors.reduction is None
     common = {"key": "u", "image": 0, "label": 0, "number": 1, "block": "b", "fingerprint": ""}
@@ -212,5 +212,65 @@ def test_the_plan_takes_squares_where_a_dense_copy_does_not_fit():
         plan = make_plan([facts], Study.ask({"network": "resnet18", "memory": memory}), Machine(1, 0, 0, None, 1e10))
         assert str(plan.units[0].solver) == solver
         assert plan.units[0].refused == (solver == "none")
-    asked = Study.ask({"network": "resnet18", "memory": 4 << 30, "solver": "symmetric"})
+    asked = Study.ask({"network": "resnet18", "memory": 4 << 30, "solver": "symmetric", "kinds": "singular"})
     assert str(make_plan([facts], asked, Machine(1, 0, 0, None, 1e10)).units[0].solver) == "symmetric"
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4, 1e8])
+def test_a_waist_whose_sides_have_different_sizes_loses_no_value(scale):
+    first, second = randomised(nn.Conv2d(8, 1, 1)), randomised(nn.Conv2d(1, 8, 3, padding=1))
+
+    def f(x):
+        return F.relu(F.conv2d(F.relu(first(x) * scale), second.weight / scale, padding=1) + x)
+
+    x = seeded((1, 8, 5, 5), 3)
+    factors = open_factors(f, x)
+    assert factors.reduction is not None
+    (found,), matrices = ways(factors)
+    true = np.sort(np.linalg.svd(dense_jacobian(f, x), compute_uv=False))
+    assert np.abs(whole(found) - true).max() <= 1e-13
+    assert found.ones == len(factors.rows) - factors.order
+    certificate = singular.certify(factors, found, factors.difference(matrices))
+    assert certificate.passed, certificate.failures
+    assert certificate.s_error < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e10])
+def test_what_a_large_branch_leaves_uncertain_is_said(scale):
+    first, second = randomised(nn.Conv2d(8, 1, 1)), randomised(nn.Conv2d(1, 8, 3, padding=1))
+
+    def f(x):
+        return F.relu(second(F.relu(first(x))) * scale + x)
+
+    x = seeded((1, 8, 5, 5), 3)
+    factors = open_factors(f, x)
+    (found,), _ = ways(factors)
+    true = np.sort(np.linalg.svd(dense_jacobian(f, x), compute_uv=False))
+    true = true[true > 1e-12 * true.max()]
+    condition = singular_metrics(found.values, found.ones, found.zeros)["condition"]
+    certificate = singular.certify(factors, found, 0.0)
+    assert abs(condition - true.max() / true.min()) <= certificate.s_error
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e-9, 1e9])
+def test_small_and_large_jacobians_are_not_refused(scale):
+    layers = randomised(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3, padding=1)))
+    factors = open_factors(lambda x: layers(x) * scale, seeded((1, 2, 5, 5), 1))
+    found, matrices = ways(factors)
+    difference = factors.difference(matrices)
+    assert difference <= 1e-12
+    assert singular.certify(factors, found[0], difference).passed
+
+
+def test_a_zero_jacobian_has_zeros_only():
+    factors = open_factors(lambda x: x - x, seeded((1, 2, 3, 3), 1))
+    found, matrices = ways(factors)
+    for way in found:
+        assert not whole(way).any()
+        assert not np.isnan(way.errors).any()
+        assert singular.certify(factors, way, factors.difference(matrices)).passed
+
+
+def test_solvers_of_singular_values_are_refused_for_other_kinds():
+    with pytest.raises(InputError, match="--kind singular alone"):
+        Study.ask({"network": "resnet18", "solver": "svd", "kinds": "matrix,singular"})

@@ -7,7 +7,7 @@ With J = D (s I + U V) on the rows S, W = [U, V_S^T] and K = [[V V^T, I], [I, 0]
 and with W^T W = R^T R the squares are 1 + eig(R K R^T), |S| - rank ones, and zeros; for s = 0 they are eig(R V V^T R^T)
 with U^T U = R^T R. R comes from Cholesky's factorisation with pivots (LAPACK's pstrf), since W may lack rank. Squares
 are right to eps |J|^2, so a value s is to eps |J|^2 / s: small ones lose digits, half of them where s is near
-sqrt(eps) |J|, which `errors` says.
+sqrt(eps) |J|, which `errors` says. Values near 1 that come through W are right to the root of its rounding.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import lapack
-from scipy.sparse.linalg import ArpackError, LinearOperator, svds
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh, svds
 
 from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.linearise import Linearisation
@@ -86,6 +86,9 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
     """
     assert factors.reduction is not None
     u, v, shift = u.astype(np.float64), v.astype(np.float64), factors.reduction.shift
+    # U d and V / d have the same product; of equal columns and rows, neither half of W drowns the other
+    balance = np.sqrt(_safe(sp.linalg.norm(v, axis=1)) / _safe(sp.linalg.norm(u, axis=0)))
+    u, v = sp.csc_array(u * balance), sp.csc_array((v.T / balance).T)
     outer = v @ v.T
     gram = u.T @ u
     inner: sp.csc_array = sp.csc_array(outer)
@@ -95,7 +98,7 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
         gram = sp.block_array([[gram, m.T], [m, inside @ inside.T]], format="csc")
         identity = sp.eye_array(v.shape[0], format="csc")
         inner = sp.block_array([[outer, identity], [identity, None]], format="csc")
-    order = gram.shape[0]
+    size, weight, order = _norm(gram), _norm(inner), gram.shape[0]  # |W|^2, |K|
     # pstrf leaves what it found of R in the upper triangle, rows beyond the rank are to be dropped
     r, pivots, rank, _ = lapack.dpstrf(np.asfortranarray(gram.toarray()), lower=0, overwrite_a=1)
     r = np.triu(r)[:rank]
@@ -103,24 +106,55 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
     inner = sp.csc_array(inner[at][:, at])
     t = r @ (inner @ r.T)
     del r
-    more = len(factors.rows) - rank
-    ones, zeros = (more, factors.count - len(factors.rows)) if shift else (0, factors.count - rank)
-    assert order >= rank
-    return _from_squares(factors, t, ones, zeros, shift)
+    ones = len(factors.rows) - order if shift else 0
+    # a value of W K W^T that is near 0 may move by the root of the rounding of W^T W, others by less; pstrf drops what
+    # is below `order` times that
+    most = 2 * weight * size * np.sqrt(_eps(factors) * (order if rank < order else 1))
+    return _from_squares(factors, t, ones, factors.count - order - ones, shift, missing=order - rank, most=most)
 
 
-def _from_squares(factors: Factors, t: Array, ones: int, zeros: int, shift: int = 0) -> SingularValues:
+def _norm(a: sp.csc_array) -> float:
+    """The 2-norm of a symmetric matrix, to a few per cent."""
+    if a.shape[0] < 20:
+        return float(np.linalg.norm(a.toarray(), 2)) if a.shape[0] else 0.0
+    start = np.random.default_rng(0).standard_normal(a.shape[0])
+    try:
+        return float(np.abs(eigsh(a, k=1, which="LM", tol=1e-2, v0=start, return_eigenvectors=False)[0]))
+    except ArpackError:  # a zero matrix, for one
+        return float(abs(a).sum(axis=0).max())
+
+
+def _safe(norms: Array) -> Array:
+    return np.where(norms > 0, norms, 1.0)
+
+
+def _from_squares(
+    factors: Factors,
+    t: Array,
+    ones: int,
+    zeros: int,
+    shift: int = 0,
+    *,
+    missing: int = 0,
+    most: float = 0.0,
+) -> SingularValues:
+    """Roots of shift + eig(T), and of `missing` more whose part of T is rounding; squares are off by `most` at most."""
     t = (t + t.T) / 2
     trace, norm_square = float(np.trace(t)), float(np.einsum("ij,ij->", t, t))
     found = scipy.linalg.eigvalsh(t, overwrite_a=True) if len(t) else np.zeros(0)
     sum_error = _relative(float(found.sum()), trace, float(np.abs(found).sum()))
     fourth_error = _relative(float((found**2).sum()), norm_square)
+    found = np.sort(np.concatenate([found, np.zeros(missing)]))
     squares = np.maximum(shift + found, 0.0)
-    largest = squares.max(initial=0)
+    rounding = SQUARE_ROUNDING * _eps(factors) * squares.max(initial=0)
+    off = np.full(len(squares), rounding)
+    if most:
+        # to first order |W|^4 |K|^2 / |value|, see `most`; in terms of `most`, which is its root
+        with np.errstate(divide="ignore"):
+            off += np.minimum(most, most**2 / np.abs(found))
     values = np.sqrt(squares)
-    rounding = SQUARE_ROUNDING * _eps(factors) * largest
-    with np.errstate(divide="ignore"):
-        errors = np.minimum(np.sqrt(rounding), rounding / (2 * values)) if len(values) else values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = np.fmin(np.sqrt(off), off / (2 * values))
     return SingularValues(values, ones, zeros, errors, True, sum_error, fourth_error)
 
 
@@ -145,13 +179,15 @@ def certify(factors: Factors, found: SingularValues, difference: float) -> Certi
             failures.append(f"the sum of the {name} misses the matrix's by {error:.1e}")
     if not difference <= TOLERANCE[dtype]:
         failures.append(f"the matrix differs from products of the function by {difference:.1e}")
-    smallest = int(np.argmin(found.values)) if len(found.values) else 0
     ends = {"max": largest, "min": min(float(found.values.min(initial=np.inf)), 1.0 if found.ones else np.inf)}
     error = float(found.errors.max(initial=0))
     near = int(np.count_nonzero(found.values <= found.errors))
     condition_error = float("nan")
     if len(found.values):
-        condition_error = stiffness_error(ends, float(found.errors[-1]), float(found.errors[smallest]))
+        # how far beyond an end a value may lie
+        above = float((found.values + found.errors).max()) - ends["max"]
+        below = ends["min"] - float((found.values - found.errors).min())
+        condition_error = stiffness_error(ends, max(above, 0.0), max(below, 0.0))
     return Certificate(
         certified=tuple(certified),
         trace_error=found.sum_error,
@@ -161,7 +197,7 @@ def certify(factors: Factors, found: SingularValues, difference: float) -> Certi
         s_error=condition_error,
         s_active_error=condition_error,
         near_axis=near,
-        axis_error=float(found.errors[smallest]) if len(found.values) else 0.0,
+        axis_error=float(found.errors[found.values <= found.errors].max(initial=0)),
         failures=tuple(failures),
     )
 

@@ -16,8 +16,6 @@ from stiffcore.spectra import EACH_END, Certificate, Certified
 
 Array = NDArray[np.floating]
 BATCH = 1 << 16
-# A square's eigenvalues move by up to the w-th root of its rounding; those nearer to Re = 0 than that are looked at.
-SUSPICIOUS = 1e-5
 # What an entry may be off by, beside its square's rounding: sums over windows, in units of the largest entry there.
 ENTRY_ROUNDING = 4
 SUM_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
@@ -98,12 +96,12 @@ class WindowSpectrum:
         largest = np.abs(exactly).max(axis=(1, 2))
         norms = largest * np.sqrt(np.einsum("sij,sij->s", *2 * (exactly / largest[:, None, None],)))
         self.frobenius = float(np.hypot(self.frobenius, np.linalg.norm(norms)))
-        self._look_near_axis(exactly, wide, norms, scale, float(np.finfo(a.dtype).eps))
+        unsure = self._unsure(exactly, wide, norms, scale, float(np.finfo(a.dtype).eps))
         nonzero = values != 0
         kept = values[nonzero]
         if not len(kept):
             return
-        self.tally.add(kept)
+        self.tally.add(kept, unsure=unsure[nonzero])
         if self.keep:
             self._parts.append(kept)
         row = np.nonzero(nonzero)[0]
@@ -118,33 +116,34 @@ class WindowSpectrum:
         unit, channel = divmod(at, squares.values.shape[1])
         return Extreme(complex(value), int(squares.units[unit]), channel, squares.first, square.copy())
 
-    def _look_near_axis(self, a: Array, values: np.ndarray, norms: Array, scale: float, eps: float) -> None:
-        """Count real parts whose sign is within the rounding of their square, by its eigenvalues' conditions."""
-        near = np.abs(values.real) <= np.maximum(SUSPICIOUS * norms, ENTRY_ROUNDING * eps * scale)[:, None]
-        near &= values != 0
+    def _unsure(self, a: Array, values: np.ndarray, norms: Array, scale: float, eps: float) -> np.ndarray:
+        """Find and count real parts whose sign is within the rounding of their square, by its values' conditions."""
+        w = a.shape[1]
+        rounding = eps * (w * norms + ENTRY_ROUNDING * scale)
+        # whatever its condition, an eigenvalue moves by the w-th root of rounding at most
+        most = norms * (rounding / norms) ** (1 / w)
+        near = (np.abs(values.real) <= most[:, None]) & (values != 0)
         rows = np.flatnonzero(near.any(axis=1))
         if not len(rows):
-            return
+            return near
         # values by eig need not be those of eigvals to the last bit: each is given its nearest one's condition
         again, vectors = torch.linalg.eig(torch.from_numpy(a[rows]))
         inverse, _ = torch.linalg.inv_ex(vectors)
         conditions = (vectors.norm(dim=1) * inverse.norm(dim=2)).nan_to_num(torch.inf, torch.inf).numpy()
         nearest = np.abs(values[rows][:, :, None] - again.numpy()[:, None, :]).argmin(axis=2)
-        rounding = eps * (a.shape[1] * norms[rows] + ENTRY_ROUNDING * scale)
-        # a defective square's condition is infinite; its eigenvalues still move by the w-th root of rounding at most
-        most = norms[rows] * (rounding / norms[rows]) ** (1 / a.shape[1])
         with np.errstate(invalid="ignore"):
-            errors = np.fmin(np.take_along_axis(conditions, nearest, 1) * rounding[:, None], most[:, None])
-        unsure = near[rows] & (np.abs(values[rows].real) <= errors)
-        self.near_axis += int(unsure.sum())
-        self.axis_error = max(self.axis_error, float(errors[unsure].max(initial=0.0)))
+            errors = np.fmin(np.take_along_axis(conditions, nearest, 1) * rounding[rows, None], most[rows, None])
+        near[rows] &= np.abs(values[rows].real) <= errors
+        self.near_axis += int(near.sum())
+        self.axis_error = max(self.axis_error, float(errors[near[rows]].max(initial=0.0)))
+        return near
 
     def certificate(self, slices: Slices, difference: float) -> Certificate:
         """Check the sums, and the ends on the original function.
 
         Args:
             slices: what the squares are of.
-            difference: the largest found by `Slices.difference`.
+            difference: from `RandomCheck`; 0 where each row is a product.
         """
         dtype = np.dtype("f8" if slices.jacobian.x.dtype == torch.float64 else "f4")
         eps = torch.finfo(slices.jacobian.x.dtype).eps
@@ -194,6 +193,10 @@ def _certified(slices: Slices, extreme: Extreme, eps: float) -> Certified:
     """
     whole = slices.rows(np.array([extreme.unit]))[0, extreme.channel].astype(np.float64)
     square = extreme.square.astype(np.float64)
+    norm = float(np.linalg.norm(whole))
+    bound = norm * (len(square) * eps) ** (1 / len(square))
+    if abs(extreme.value) <= bound and abs(extreme.value) <= 1e4 * eps * norm:  # rounding of an eigenvalue 0
+        return Certified(extreme.value, abs(extreme.value), float("inf"), bound, True)
     values, vectors = np.linalg.eig(square)
     i = int(np.argmin(np.abs(values - extreme.value)))
     others, lefts = np.linalg.eig(square.T)
@@ -207,7 +210,6 @@ def _certified(slices: Slices, extreme: Extreme, eps: float) -> Certified:
         x, y = x / lengths[0], y / lengths[1]
         residual = float(np.linalg.norm(whole @ x - extreme.value * x))
         condition = float(1 / abs(y @ x))
-        norm = float(np.linalg.norm(whole))
         error = condition * (residual + eps * norm)
     good = residual <= 1e4 * eps * norm
     return Certified(

@@ -89,7 +89,7 @@ class _Recorder(fx.Interpreter):
         elif name in POINTWISE or is_fixed_norm(n):
             self.at[n] = self._add(self._sum(n, args, value, moving))
         elif isinstance(value, Tensor) and not value.is_floating_point():
-            return  # a mask of numbers: known by what uses it
+            return  # what uses it is not known
         else:
             raise _UnknownError
 

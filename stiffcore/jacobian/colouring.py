@@ -110,8 +110,8 @@ class Colouring:
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
         _, height, width = reach.destination
-        self._y, self._y_owner = _colour(reach.y, height)
-        self._x, self._x_owner = _colour(reach.x, width)
+        self._y, self._y_owner = colour_intervals(reach.y, height)
+        self._x, self._x_owner = colour_intervals(reach.x, width)
 
     def products(self, columns: Integers) -> int:
         """How many products it takes to build these columns.
@@ -241,8 +241,12 @@ def _within(before: Integers, first: Integers, last: Integers, size: int) -> Int
     return np.stack([np.where(empty, size, first), np.where(empty, -1, last)])
 
 
-def _colour(ends: Integers, size: int) -> tuple[Integers, Integers]:
-    """Colour intervals so that those of one colour are disjoint.
+def colour_intervals(ends: Integers, size: int) -> tuple[Integers, Integers]:
+    """Colour intervals so that those of one colour are disjoint, with the fewest colours.
+
+    Args:
+        ends: (2, intervals) int64, first and last place of each; first > last where it is empty.
+        size: places.
 
     Returns:
         (intervals,) the colours, and (colours, size) the interval of each colour that holds each place, or -1.

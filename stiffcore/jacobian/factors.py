@@ -101,11 +101,10 @@ class Factors:
             if self.reduction.shift:
                 back[self.rows] += r
             found = u @ (v @ back) + (back[self.rows] if self.reduction.shift else 0)
-        zero = np.delete(expected, self.rows, axis=1)
-        scale = max(float(np.abs(expected).max(initial=0)), float(np.finfo(np.float64).tiny))
-        forward = np.abs(found.T - expected[:, self.rows]).max(initial=0)
-        reverse = np.abs(back.T - pulled.cpu().double().numpy()).max(initial=0)
-        return float(max(forward, reverse, np.abs(zero).max(initial=0))) / scale
+        everywhere = np.zeros_like(expected)
+        everywhere[:, self.rows] = found.T
+        pairs = ((everywhere, expected), (back.T, pulled.cpu().double().numpy()))
+        return float(np.max([_relative(a, b) for a, b in pairs]))  # nan stays
 
 
 def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction.BLOCK, *, name: str = "f") -> Factors:
@@ -158,6 +157,10 @@ def _by_waist(f: Function, x: Tensor, function: BlockFunction, name: str, items:
     reason = f"U ({len(rows)} x {len(index)}) and V ({len(index)} x {n}) of the {reduction.reason}"
     found = Factors(reduction.jacobian, rows, columns, reduction, parts, items, kernels, reason)
     return found if 2 * found.order <= len(rows) else None
+
+
+def _relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max(initial=0) / (np.abs(b).max(initial=0) or 1.0))
 
 
 def _hstacked(blocks: list[csc_array], rows: int) -> csc_array:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stiffcore.jacobian.accumulation import Accumulation
-from stiffcore.jacobian.colouring import Integers
+from stiffcore.jacobian.colouring import Integers, colour_intervals
 from stiffcore.jacobian.graph import by_position
 from stiffcore.jacobian.linearise import Function, Linearisation
 from stiffcore.jacobian.reduction import NoSpectrumError, open_function, structure
@@ -56,6 +56,7 @@ class Slices:
         column_items: numbers alive while one product is computed.
         kernel_items: as `Reduction.kernel_items`.
         reason: one line for people.
+        reached: (4, H, W of the output) the rectangle of the input that reaches each position; None: not known.
     """
 
     jacobian: Linearisation
@@ -66,6 +67,7 @@ class Slices:
     column_items: int
     kernel_items: int
     reason: str
+    reached: Integers | None = None
 
     @property
     def channels(self) -> int:
@@ -119,27 +121,54 @@ class Slices:
         cotangents[torch.arange(len(units)), torch.from_numpy(units).to(x.device)] = 1
         return self.jacobian.vjp(cotangents).reshape(len(units), -1, self.side, self.side).cpu().numpy()
 
-    def difference(self, squares: Squares, seed: int = 0) -> float:
-        """Compare squares with one reverse-mode product of their units, weighted at random.
 
-        Returns:
-            The largest difference, relative to the largest entry; also of what should be zero beside the square: in
-            its rows and columns nothing may reach further along the diagonal.
-        """
-        rng = np.random.default_rng([seed, squares.first, *squares.units[:1]])
-        weights = rng.standard_normal(len(squares.units))
-        cotangent = torch.zeros((1, self.jacobian.m), dtype=self.jacobian.value.dtype)
-        cotangent[0, torch.from_numpy(squares.units)] = torch.as_tensor(weights, dtype=cotangent.dtype)
-        row = self.jacobian.vjp(cotangent.to(self.jacobian.x.device))[0].reshape(-1, self.side, self.side).cpu().numpy()
-        stop = squares.first + squares.values.shape[-1]
-        found = np.tensordot(weights, squares.values, 1)
-        expected = row[:, squares.first : stop, squares.first : stop]
-        # a row and a column of one number, both there, outside of the square would make it larger
-        both: NDArray[np.bool_] = np.logical_and(np.any(row, axis=(0, 2)), np.any(row, axis=(0, 1)))
-        both[squares.first : stop] = False
-        beyond = np.abs(row[:, both]).max(initial=0) if both.any() else 0.0
-        scale = float(np.abs(row).max(initial=0)) or 1.0
-        return float(max(np.abs(found - expected).max(initial=0), beyond)) / scale
+class RandomCheck:
+    """Squares by windows, weighted at random, against reverse-mode products of the function: all of them.
+
+    Positions of the output that are reached from disjoint rectangles of the input share a product, so that few products
+    cover every position and every channel, also those that the accumulation takes to be zero.
+    """
+
+    def __init__(self, slices: Slices) -> None:
+        """For slices that are accumulated."""
+        self._slices = slices
+        self._weights = np.random.default_rng(0).standard_normal(slices.jacobian.m)
+        self._sums: dict[int, Array] = {}
+
+    def add(self, squares: Squares) -> None:
+        """Take the squares of one position."""
+        assert self._slices.reached is not None
+        position = int(squares.units[0]) % self._slices.reached[0].size
+        self._sums[position] = np.tensordot(self._weights[squares.units], squares.values, 1)
+
+    def difference(self) -> float:
+        """The largest difference, where squares are and where nothing reaches, relative to the largest entry."""
+        slices, reached = self._slices, self._slices.reached
+        assert reached is not None
+        _, height, width = reached.shape
+        (row_colour, _), (column_colour, _) = (
+            colour_intervals(reached[i : i + 2, *at], slices.side)
+            for i, at in ((0, (slice(None), 0)), (2, (0, slice(None))))
+        )
+        weights = self._weights.reshape(-1, height, width)
+        worst = largest = 0.0
+        for y, x in np.ndindex(row_colour.max(initial=-1) + 1, column_colour.max(initial=-1) + 1):
+            chosen = np.outer(row_colour == y, column_colour == x)
+            cotangent = torch.as_tensor((weights * chosen).reshape(1, -1), dtype=slices.jacobian.value.dtype)
+            row = slices.jacobian.vjp(cotangent.to(slices.jacobian.x.device))[0]
+            found = row.reshape(-1, slices.side, slices.side).cpu().double().numpy()
+            expected, known = np.zeros_like(found), np.ones(found.shape[1:], dtype=bool)
+            for position in np.flatnonzero(chosen):
+                top, bottom, left, right = reached.reshape(4, -1)[:, position]
+                known[top : bottom + 1, left : right + 1] = False
+                both = slice(max(top, left), min(bottom, right) + 1)
+                known[both, both] = True
+                if (square := self._sums.get(int(position))) is not None:
+                    expected[:, both, both] = square
+            # nan stays, unlike with max()
+            worst = float(np.maximum(worst, np.abs((found - expected)[:, known]).max(initial=0)))
+            largest = float(np.maximum(largest, np.abs(found).max(initial=0)))
+        return worst / (largest or 1.0)
 
 
 def open_slices(f: Function, x: Tensor, function: BlockFunction = BlockFunction.BLOCK, *, name: str = "f") -> Slices:
@@ -187,4 +216,5 @@ def open_slices(f: Function, x: Tensor, function: BlockFunction = BlockFunction.
         items,
         kernels,
         f"squares of up to {int(width.max(initial=0))} x {int(width.max(initial=0))} where windows meet the diagonal",
+        reached,
     )
