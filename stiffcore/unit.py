@@ -2,8 +2,8 @@
 
 Stages, as the unit's record names the last one done: `planned`, `built` (matrix in the store), `reduced` (Hessenberg
 form in the store), `solved` (its eigenvalues in the store), `counted` (where only the ends were solved: what is proved
-of the rest), `done` (those of J, and the certificate). A stage begins from what the store holds and writes
-its arrays first, its record last; killed anywhere, it is begun again.
+of the rest), `done` (those of J, and the certificate). Tensor slices and singular values have one stage. A stage begins
+from what the store holds and writes its arrays first, its record last; killed anywhere, it is begun again.
 """
 
 import time

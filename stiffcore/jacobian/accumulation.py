@@ -249,7 +249,7 @@ class Accumulation:
 
     Attributes:
         destination: (C, H, W) of the map that the rows belong to.
-        items: numbers in all blocks that are alive at once, at most.
+        items: numbers in slopes, and in all blocks that are alive at once, at most.
         entries: numbers in the result's blocks: no more of its entries can be nonzero.
         flops: of all products.
     """
@@ -338,7 +338,8 @@ class Accumulation:
             else:
                 most = max(most, held + new - (freed if len(step.sources) == 1 else 0))
             held += totals[i] - freed
-        return most, totals[-1], flops
+        slopes = sum(slope.size for step in self._steps for slope in step.slopes)
+        return most + slopes, totals[-1], flops
 
     def blocks(
         self, tell: Callable[[int, int], None] = lambda done, total: None
