@@ -31,7 +31,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_has_every_part(run, small):
     assert not re.findall(r"url\((?!#|['\"]?data:)", text)
     for title in ("By block", "By label", "Correlations with accuracy and loss", "Certificates", "What made this run"):
         assert f"<h2>{title}" in text
-    for figure in ("spectra-block-0", "spectra-branch-0", "depth-block", "depth-branch", "labels-block"):
+    for figure in ("spectra-matrix-block-0", "spectra-matrix-branch-0", "depth-matrix-block", "depth-matrix-branch", "labels-matrix-block"):
         assert f'id="{figure}"' in text
         assert Image.open(small / f"figures/{figure}.png").size[0] > 300
         assert "<svg" in (small / f"figures/{figure}.svg").read_text()
@@ -103,4 +103,4 @@ def test_blocks_that_are_no_residual_ones_and_images_without_labels_are_shown(sm
     labelled = stiffcore.analyze(network, images, [0, 1, 0, 1], run=small / "b", blocks="0.0,0.2")
     labelled.picture(block="0.0", grid=2, module=network)
     write_report(labelled, small / "b.html")
-    assert 'id="labels-block"' in (small / "b.html").read_text()
+    assert 'id="labels-matrix-block"' in (small / "b.html").read_text()
