@@ -1,18 +1,13 @@
 """Sphinx settings: Markdown pages, an API page from docstrings, the commands from their own help. No network."""
 
 import re
-import sys
-from pathlib import Path
 
 import typer
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from stiffcore.version import __version__  # noqa: E402
+from stiffcore.version import __version__
 
 project = "stiffcore"
 author = "The stiffcore developers"

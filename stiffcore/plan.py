@@ -486,7 +486,7 @@ def _slices(
     itemsize = np.dtype(study.dtype).itemsize
     column_bytes = unit.column_items * itemsize
     kept = 0 if study.keep is Keep.METRICS else 2 * itemsize * unit.k + METADATA_BYTES
-    chunk = max(1, min(BUILD_TARGET_BYTES // max(1, column_bytes), CHUNK_COLUMNS))
+    chunk = _products_at_once(column_bytes)
     blocks = (unit.accumulated_items + 2 * unit.nonzeros) * itemsize or 2 * chunk * column_bytes
     stages = _first_stages(unit, 0, column_bytes, itemsize, 1, 1)
     del stages["build"]
@@ -510,6 +510,11 @@ def _slices(
         return plan, ""
     why = _too_small(Solver.SLICES, unit, stages, machine, data_bytes)
     return plan, why + ("; --keep metrics needs less" if kept else "")
+
+
+def _products_at_once(column_bytes: int) -> int:
+    """Where nothing is built column by column into the store, so that only the cache counts."""
+    return max(1, min(BUILD_TARGET_BYTES // max(1, column_bytes), CHUNK_COLUMNS))
 
 
 def _svd(
@@ -543,7 +548,7 @@ def _singular(
     """
     itemsize = np.dtype(study.dtype).itemsize
     column_bytes = unit.column_items * itemsize
-    chunk = max(1, min(BUILD_TARGET_BYTES // max(1, column_bytes), CHUNK_COLUMNS))
+    chunk = _products_at_once(column_bytes)
     operator = _operator_bytes(unit, column_bytes, itemsize)
     stages = _first_stages(unit, 0, column_bytes, itemsize, 1, 1)
     blocks = unit.accumulated_items * itemsize or chunk * column_bytes

@@ -120,15 +120,14 @@ class Run:
         return self.stored(key)
 
     def _key(self, image: int, block: str | int, function: str, kind: str) -> str:
-        found = {
-            key: record
-            for key, record in self.records().items()
-            if (record["image"], record["function"], record["kind"]) == (image, function, kind)
-        }
-        paths = [key for key, record in found.items() if record["block"] == str(block)]
-        numbers = [key for key, record in found.items() if record["number"] and str(record["number"]) == str(block)]
-        for key in (*numbers, *paths):  # a module's path may be a number, too: then numbers count, as for --blocks
-            return key
+        named: dict[str, str] = {}
+        for key, record in self.records().items():
+            if (record["image"], record["function"], record["kind"]) == (image, function, kind):
+                named.setdefault(record["block"], key)
+                if record["number"]:  # a module's path may be a number, too: then numbers count, as for --blocks
+                    named[str(record["number"])] = key
+        if str(block) in named:
+            return named[str(block)]
         raise InputError(f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}")
 
     def stored(self, key: str) -> Spectrum:

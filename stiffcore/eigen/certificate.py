@@ -143,7 +143,7 @@ def certify(
     Returns:
         The certificate; a check that fails is listed in it, never raised.
     """
-    dtype = np.dtype("f8" if reduction.jacobian.x.dtype == torch.float64 else "f4")
+    dtype = reduction.jacobian.dtype
     certified = _certified(reduction, values[chosen], vectors, moments, dtype) if vectors is not None else ()
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)

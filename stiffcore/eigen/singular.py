@@ -10,7 +10,9 @@ are right to eps |J|^2, so a value s is to eps |J|^2 / s: small ones lose digits
 sqrt(eps) |J|, which `errors` says. Values near 1 that come through W are right to the root of its rounding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy.linalg
@@ -20,14 +22,13 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh, svds
 
+from stiffcore.eigen.certificate import RESIDUAL_TOLERANCE
 from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.linearise import Linearisation
 from stiffcore.metrics import stiffness_error
 from stiffcore.spectra import Certificate, Certified
 
 Array = NDArray[np.float64]
-# Relative; in single precision only products and sums are.
-TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
 # What a square may be off by, in eps |J|^2: the sum of a Cholesky factorisation, two products and an eigensolver.
 SQUARE_ROUNDING = 16
 
@@ -41,7 +42,6 @@ class SingularValues:
         ones: how many more are exactly 1.
         zeros: how many more are exactly 0.
         errors: (k,) estimates of how far each may be off.
-        squared: whether they are roots of computed squares.
         sum_error: |sum of squares - |J|_F^2|, relative, of the matrix that was solved.
         fourth_error: the same of the squares' squares; nan for an SVD.
     """
@@ -50,7 +50,6 @@ class SingularValues:
     ones: int
     zeros: int
     errors: Array
-    squared: bool
     sum_error: float
     fourth_error: float
 
@@ -65,7 +64,7 @@ def by_svd(factors: Factors, j: sp.csc_array) -> SingularValues:
     values = np.sort(scipy.linalg.svdvals(dense, overwrite_a=True)) if dense.size else np.zeros(0)
     errors = np.full(len(values), SQUARE_ROUNDING * _eps(factors) * values.max(initial=0))
     return SingularValues(
-        values, 0, factors.count - len(values), errors, False, _relative(float((values**2).sum()), squares), np.nan
+        values, 0, factors.count - len(values), errors, _relative(float((values**2).sum()), squares), np.nan
     )
 
 
@@ -155,7 +154,7 @@ def _from_squares(
     values = np.sqrt(squares)
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.fmin(np.sqrt(off), off / (2 * values))
-    return SingularValues(values, ones, zeros, errors, True, sum_error, fourth_error)
+    return SingularValues(values, ones, zeros, errors, sum_error, fourth_error)
 
 
 def certify(factors: Factors, found: SingularValues, difference: float) -> Certificate:
@@ -166,18 +165,18 @@ def certify(factors: Factors, found: SingularValues, difference: float) -> Certi
         found: all of them.
         difference: from `Factors.difference`.
     """
-    dtype = np.dtype(str(factors.jacobian.x.dtype).removeprefix("torch."))
+    dtype = factors.jacobian.dtype
     largest = max(float(found.values.max(initial=0)), 1.0 if found.ones else 0.0)
     failures, certified = [], []
     if largest > 0:
         top = _largest(factors.jacobian)
         certified.append(top)
-        if not abs(top.value.real - largest) <= TOLERANCE[dtype] * largest:
+        if not abs(top.value.real - largest) <= RESIDUAL_TOLERANCE[dtype] * largest:
             failures.append(f"the largest is {largest:.9g}, but Lanczos finds {top.value.real:.9g}")
     for name, error in (("squares", found.sum_error), ("squares' squares", found.fourth_error)):
-        if error > TOLERANCE[dtype]:
+        if error > RESIDUAL_TOLERANCE[dtype]:
             failures.append(f"the sum of the {name} misses the matrix's by {error:.1e}")
-    if not difference <= TOLERANCE[dtype]:
+    if not difference <= RESIDUAL_TOLERANCE[dtype]:
         failures.append(f"the matrix differs from products of the function by {difference:.1e}")
     ends = {"max": largest, "min": min(float(found.values.min(initial=np.inf)), 1.0 if found.ones else np.inf)}
     error = float(found.errors.max(initial=0))
@@ -206,12 +205,10 @@ def _largest(jacobian: Linearisation) -> Certified:
     """The largest singular value, by Lanczos (ARPACK) on products with J and its transpose."""
     x = jacobian.x
 
-    def forward(v: Array) -> Array:
-        return jacobian.jvp(torch.as_tensor(v.reshape(1, -1), dtype=x.dtype, device=x.device))[0].cpu().double().numpy()
+    def applied(product: Callable[[torch.Tensor], torch.Tensor], v: Array) -> Array:
+        return product(torch.as_tensor(v.reshape(1, -1), dtype=x.dtype, device=x.device))[0].cpu().double().numpy()
 
-    def reverse(v: Array) -> Array:
-        return jacobian.vjp(torch.as_tensor(v.reshape(1, -1), dtype=x.dtype, device=x.device))[0].cpu().double().numpy()
-
+    forward, reverse = partial(applied, jacobian.jvp), partial(applied, jacobian.vjp)
     shape = jacobian.m, jacobian.n
     if min(shape) < 3:
         value = np.linalg.norm(np.stack([forward(row) for row in np.eye(jacobian.n)], axis=1), 2)

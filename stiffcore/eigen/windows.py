@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stiffcore.eigen.certificate import TRACE_TOLERANCE
+from stiffcore.jacobian.reduction import PROBE_TOLERANCE
 from stiffcore.jacobian.slices import Slices, Squares
 from stiffcore.metrics import Tally, stiffness_error
 from stiffcore.spectra import EACH_END, Certificate, Certified
@@ -18,9 +20,6 @@ Array = NDArray[np.floating]
 BATCH = 1 << 16
 # What an entry may be off by, beside its square's rounding: sums over windows, in units of the largest entry there.
 ENTRY_ROUNDING = 4
-SUM_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
-# What squares may differ from products by, relative to the largest entry.
-PRODUCT_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class WindowSpectrum:
             slices: what the squares are of.
             difference: from `RandomCheck`; 0 where each row is a product.
         """
-        dtype = np.dtype("f8" if slices.jacobian.x.dtype == torch.float64 else "f4")
+        dtype = slices.jacobian.dtype
         eps = torch.finfo(slices.jacobian.x.dtype).eps
         certified = tuple(_certified(slices, extreme, eps) for extreme in self.extremes)
         value, square, trace, trace_square = self._sums
@@ -154,9 +153,9 @@ class WindowSpectrum:
         failures = [f"{c.value:.6g} is not an eigenvalue of its slice" for c in certified if not c.converged]
         # sums over many squares: each rounds by itself
         for name, error in (("sum", trace_error), ("sum of squares", square_error)):
-            if not error <= SUM_TOLERANCE[dtype]:
+            if not error <= TRACE_TOLERANCE[dtype]:
                 failures.append(f"the eigenvalues' {name} misses that of the traces by {error:.1e}")
-        if not difference <= PRODUCT_TOLERANCE[dtype]:
+        if not difference <= PROBE_TOLERANCE[slices.jacobian.x.dtype]:
             failures.append(f"the squares differ from products of the function by {difference:.1e}")
         errors = {end: _largest_error(certified, found) for end, found in self._ends.items()}
         real = [c.value.real for c in certified]

@@ -9,7 +9,7 @@ known are convolutions and what works number by number; whoever uses the result 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -81,13 +81,14 @@ class _Recorder(fx.Interpreter):
         moving = [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a in self.at]
         if any(isinstance(a, fx.Node) for a in n.kwargs.values()) or not moving:
             raise _UnknownError
-        first = self.at[n.args[moving[0]]]  # type: ignore[index]
+        sources = [self.at[a] for a in n.args if isinstance(a, fx.Node) and a in self.at]
+        first = sources[0]
         if is_first_item(n) or (name in IDENTITY and moving == [0]):
             self.at[n] = first
         elif moving == [0] and (geometry := plain_convolution(n)):
             self.at[n] = self._add(self._convolution(args, value, first, geometry))
         elif name in POINTWISE or is_fixed_norm(n):
-            self.at[n] = self._add(self._sum(n, args, value, moving))
+            self.at[n] = self._add(self._sum(n, args, value, moving, sources))
         elif isinstance(value, Tensor) and not value.is_floating_point():
             return  # what uses it is not known
         else:
@@ -105,9 +106,9 @@ class _Recorder(fx.Interpreter):
         c, h, w = value.shape[1:]
         return Step((c, h, w), (source,), (), kernel.numpy(), stride, padding, dilation)
 
-    def _sum(self, n: fx.Node, args: list[Any], value: Any, moving: list[int]) -> Step:
+    def _sum(self, n: fx.Node, args: list[Any], value: Any, moving: list[int], sources: list[int]) -> Step:
         result = value[0] if isinstance(value, (tuple, list)) else value
-        sources = [self.at[n.args[i]] for i in moving]  # type: ignore[index]
+        target = cast(Callable[..., Any], n.target)
         shape = self.steps[sources[0]].shape
         pairs = zip(moving, sources, strict=True)
         if any(args[i].shape != result.shape or self.steps[s].shape != shape for i, s in pairs):
@@ -115,7 +116,7 @@ class _Recorder(fx.Interpreter):
 
         def slope(i: int) -> Array:
             def call(v: Tensor) -> Tensor:
-                found = n.target(*args[:i], v, *args[i + 1 :], **n.kwargs)  # type: ignore[operator]
+                found = target(*args[:i], v, *args[i + 1 :], **n.kwargs)
                 return found[0] if isinstance(found, (tuple, list)) else found
 
             return torch.func.jvp(call, (args[i],), (torch.ones_like(args[i]),))[1].detach().reshape(shape).numpy()
@@ -142,7 +143,8 @@ class Steps:
         """
         if x.dim() != 4 or x.shape[0] != 1 or x.device.type != "cpu":
             return None
-        recorder = _Recorder(module, tuple(x.shape[1:]))  # type: ignore[arg-type]
+        _, channels, height, width = x.shape
+        recorder = _Recorder(module, (channels, height, width))
         try:
             with differentiable_kernels():
                 recorder.run(x.clone())
@@ -420,15 +422,18 @@ class Accumulation:
         step, columns, used = self._steps[i], self._columns, self._used[i]
         assert step.kernel is not None
         source, blocks = self._used[step.sources[0]], kept[step.sources[0]]
-        inside, width = self._steps[step.sources[0]].shape, step.shape[2]
+        inside = self._steps[step.sources[0]].shape
+        numbers = np.arange(inside[1] * inside[2]).reshape(inside[1:])
+        # the position of the source that each tap reads, for every position; -1 outside of the map
+        places = np.stack([_tap(step, numbers, tap, -1).reshape(-1) for tap in _taps(step)])
         # (C, taps, C of the source), so that the channels of one tap stand together
         kernel = np.ascontiguousarray(step.kernel.transpose(0, 2, 3, 1)).reshape(len(step.kernel), -1)
         for at in range(used.size):
             rectangle = self._rectangle(i, at)
             size, channels = columns.size(rectangle), used.channels(at)
             parts, taken = [], []
-            for tap, place in enumerate(_places(step, at // width, at % width, inside)):
-                if place is not None and (part := blocks[place]) is not None:
+            for tap, place in enumerate(places[:, at].tolist()):
+                if place >= 0 and (part := blocks[place]) is not None:
                     parts.append(part)
                     taken.append(tap * inside[0] + source.channels(place))
             if not len(channels) or not parts or not size:
@@ -550,14 +555,3 @@ def _untap(step: Step, wanted: Array, inside: tuple[int, ...]) -> Array:
         (y, from_y), (x, from_x) = _reads(step, tap, inside)
         found[from_y[:, None], from_x] |= wanted[y[:, None], x]
     return found
-
-
-def _places(step: Step, y: int, x: int, inside: Map) -> Iterator[int | None]:
-    """The position of the source that each tap reads for one position of the result; None outside of the map."""
-    assert step.kernel is not None
-    for i in range(step.kernel.shape[2]):
-        row = y * step.stride[0] - step.padding[0] + i * step.dilation[0]
-        for j in range(step.kernel.shape[3]):
-            column = x * step.stride[1] - step.padding[1] + j * step.dilation[1]
-            within = 0 <= row < inside[1] and 0 <= column < inside[2]
-            yield row * inside[2] + column if within else None

@@ -6,21 +6,27 @@ through (`stiffcore.jacobian.reduction`), and U (|S| x k) and V (k x n) are smal
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from scipy.sparse import csc_array, hstack
-from torch import Tensor
+from torch import Tensor, fx
 
 from stiffcore.jacobian.accumulation import Accumulation, Steps
 from stiffcore.jacobian.colouring import Integers
 from stiffcore.jacobian.graph import by_position
 from stiffcore.jacobian.linearise import Function, Linearisation
-from stiffcore.jacobian.reduction import Reduction, Route, open_function, reduce_jacobian, structure
+from stiffcore.jacobian.reduction import (
+    PROBES,
+    Reduction,
+    Route,
+    open_function,
+    reduce_opened,
+    relative_difference,
+    structure,
+)
 from stiffcore.study import BlockFunction
-
-# Random vectors that a product is compared on.
-PROBES = 3
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,8 @@ class Factors:
             found = u @ (v @ back) + (back[self.rows] if self.reduction.shift else 0)
         everywhere = np.zeros_like(expected)
         everywhere[:, self.rows] = found.T
-        pairs = ((everywhere, expected), (back.T, pulled.cpu().double().numpy()))
-        return float(np.max([_relative(a, b) for a, b in pairs]))  # nan stays
+        pairs = ((everywhere, torch.from_numpy(expected)), (back.T, pulled.cpu().double()))
+        return float(np.max([relative_difference(torch.from_numpy(a), b) for a, b in pairs]))  # nan stays
 
 
 def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction.BLOCK, *, name: str = "f") -> Factors:
@@ -124,7 +130,7 @@ def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction
     known = structure(jacobian, graph)
     steps, items, kernels = known.steps, known.column_items, known.kernel_items
     if jacobian.n == jacobian.m and steps is not None:
-        found = _by_waist(f, x, function, name, items, kernels)
+        found = _by_waist(reduce_opened(jacobian, graph, untraced, function), items, kernels)
         if found is not None:
             return found
     rows, columns = np.arange(jacobian.m), np.arange(jacobian.n)
@@ -140,12 +146,12 @@ def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction
     return Factors(jacobian, used, columns, None, (part,), items, kernels, reason)
 
 
-def _by_waist(f: Function, x: Tensor, function: BlockFunction, name: str, items: int, kernels: int) -> Factors | None:
+def _by_waist(reduction: Reduction, items: int, kernels: int) -> Factors | None:
     """Through the waist of the reduction, where that makes a matrix of less than half the order of J without zeros."""
-    reduction = reduce_jacobian(f, x, function, name=name)
     if reduction.route is not Route.WAIST or reduction.head is None or reduction.tail is None:
         return None
-    tail, head = (Steps.of(r.f, r.x) for r in (reduction.tail, reduction.head))  # type: ignore[arg-type]
+    # a waist's two sides were cut from the graph
+    tail, head = (Steps.of(cast(fx.GraphModule, r.f), r.x) for r in (reduction.tail, reduction.head))
     if tail is None or head is None:
         return None
     n = reduction.n
@@ -157,10 +163,6 @@ def _by_waist(f: Function, x: Tensor, function: BlockFunction, name: str, items:
     reason = f"U ({len(rows)} x {len(index)}) and V ({len(index)} x {n}) of the {reduction.reason}"
     found = Factors(reduction.jacobian, rows, columns, reduction, parts, items, kernels, reason)
     return found if 2 * found.order <= len(rows) else None
-
-
-def _relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max(initial=0) / (np.abs(b).max(initial=0) or 1.0))
 
 
 def _hstacked(blocks: list[csc_array], rows: int) -> csc_array:

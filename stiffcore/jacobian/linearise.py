@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,6 +72,11 @@ class Linearisation:
             raise InputError(f"{name}: its output has values that are not finite")
         self.n, self.m, self.value = x.numel(), first.numel(), first
         self._batched = True
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of `x`, as numpy has it."""
+        return np.dtype("f8" if self.x.dtype == torch.float64 else "f4")
 
     def _call(self, x: Tensor) -> Tensor:
         y = self.f(x)

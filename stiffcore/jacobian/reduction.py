@@ -222,7 +222,7 @@ class Reduction:
         forward = self._rows(_scatter(right, columns, self._units))[:, self.index]
         reverse = self._pulled(_scatter(left, self.index, self._units))[:, columns]
         pairs = ((matrix @ right.cpu().numpy().T, forward), (matrix.T @ left.cpu().numpy().T, reverse))
-        return max(_difference(torch.from_numpy(product.T), plain.cpu()) for product, plain in pairs)
+        return max(relative_difference(torch.from_numpy(product.T), plain.cpu()) for product, plain in pairs)
 
     @property
     def _units(self) -> int:
@@ -309,6 +309,13 @@ def reduce_jacobian(
     jacobian, graph, untraced = open_function(f, x, function, name, square=True)
     if not reduce:
         return _full(jacobian, "full matrix, as asked", graph)
+    return reduce_opened(jacobian, graph, untraced, function)
+
+
+def reduce_opened(
+    jacobian: Linearisation, graph: FunctionGraph | None, untraced: str, function: BlockFunction
+) -> Reduction:
+    """As `reduce_jacobian`, of a square Jacobian from `open_function`."""
     if graph is None:
         return _active(jacobian, graph, untraced)
     return _smallest(jacobian, graph, split_skip=function is BlockFunction.BLOCK)
@@ -389,7 +396,7 @@ def _branch(graph: FunctionGraph, whole: Linearisation) -> Linearisation:
     with _derivatives_of(whole):
         tangents = _probes(whole.x, whole.n)
         summed = _chain_slope(graph, end).reshape(-1) * (branch.jvp(tangents) + rest.jvp(tangents))
-        check = _difference(summed, whole.jvp(tangents))
+        check = relative_difference(summed, whole.jvp(tangents))
     if not check <= PROBE_TOLERANCE[whole.x.dtype]:
         raise NoSpectrumError(
             f"the branch of {whole.name}, as read from its graph, and its shortcut do not add up to it (relative "
@@ -490,7 +497,7 @@ def _from_waist(
         ones=ones,
         zeros=n - k - ones,
         reason=f"waist of {waist.size} units ({waist.node.name}), {k} active; {skip}",
-        check=_difference(reduced, jacobian.jvp(tangents)),
+        check=relative_difference(reduced, jacobian.jvp(tangents)),
         column_items=max(live_items(into), live_items(out)) + waist.size + n,
         kernel_items=graph.kernel_items,
         head=head,
@@ -514,7 +521,7 @@ def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slop
     index = by_position(torch.nonzero(slope.reshape(-1)).reshape(-1), slope.shape)
     mask = (slope != 0).reshape(-1)
     products = jacobian.jvp(_probes(jacobian.x, jacobian.n))
-    check = _difference(products * mask, products)
+    check = relative_difference(products * mask, products)
     if not check <= PROBE_TOLERANCE[jacobian.x.dtype]:
         return _full(jacobian, f"full matrix: {why}; rows of inactive outputs are not zero ({check:.1e})", graph)
     known = structure(jacobian, graph)
@@ -615,7 +622,8 @@ def _probes(x: Tensor, n: int) -> Tensor:
     return torch.randn((PROBES, n), generator=generator, dtype=x.dtype).to(x.device)
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """The largest |a - b|, relative to the largest |b| where that is not 0."""
     scale = float(b.abs().max()) if b.numel() else 0.0
     gap = float((a - b).abs().max()) if b.numel() else 0.0
     return gap if scale == 0 else gap / scale

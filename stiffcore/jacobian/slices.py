@@ -146,10 +146,9 @@ class RandomCheck:
         slices, reached = self._slices, self._slices.reached
         assert reached is not None
         _, height, width = reached.shape
-        (row_colour, _), (column_colour, _) = (
-            colour_intervals(reached[i : i + 2, *at], slices.side)
-            for i, at in ((0, (slice(None), 0)), (2, (0, slice(None))))
-        )
+        # rows of a rectangle follow from its row, columns from its column
+        row_colour, _ = colour_intervals(reached[:2, :, 0], slices.side)
+        column_colour, _ = colour_intervals(reached[2:, 0, :], slices.side)
         weights = self._weights.reshape(-1, height, width)
         worst = largest = 0.0
         for y, x in np.ndindex(row_colour.max(initial=-1) + 1, column_colour.max(initial=-1) + 1):

@@ -53,8 +53,10 @@ def _has_spectrum(run: Run, key: str) -> bool:
 
 
 def _drawn(z: np.ndarray) -> np.ndarray:
-    """Enough of very many eigenvalues: the outermost, and every so many-th of the others, which are in order."""
-    return np.unique(np.concatenate([z[:DRAWN_MOST:10], z[:: max(1, len(z) // DRAWN_MOST)], z[-100:], z[:100]]))
+    """All eigenvalues; of very many the outermost, and every so many-th of the others, which are in order."""
+    if len(z) <= DRAWN_MOST:
+        return z
+    return np.concatenate([z[:100], z[100 : -100 : len(z) // DRAWN_MOST], z[-100:]])
 
 
 def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
