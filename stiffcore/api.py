@@ -17,7 +17,7 @@ from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
 from stiffcore.networks.images import Images
 from stiffcore.plan import Machine, check_budget, make_plan
-from stiffcore.run import Run, carry_out_plan, prepare
+from stiffcore.run import Run, carry_out_plan, check_free, prepare
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore, stored_spectrum
 from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Solver, Study, unit_key
@@ -158,6 +158,7 @@ def analyze(
     tell = on_event or (lambda event: None)
     here = workers is None and scheduler is None
     context = nullcontext(InProcess(tell)) if here else workers_at(scheduler, tell)
+    check_free(str(run))
     with context as executor:
         prepared = prepare(str(run), given, executor, module, in_memory, workers=workers)
         return carry_out_plan(str(run), prepared, executor, tell, module)[0]

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -214,6 +215,40 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     table = tables.status_table(records)
     if table.row_count:
         out.print(table)
+
+
+@app.command()
+def verify(
+    run: RunArgument,
+    certificates: Annotated[
+        bool, typer.Option("--certificates", help="Make the certificates again, too, from network and images.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Read everything in a run again: checksums, records, fingerprints; say what is damaged, for `run` to make anew.
+
+    Exit code 1 where anything is.
+    """
+    from stiffcore.verify import verify as read_again
+
+    found = open_run(run)
+    with Progress(console=err, transient=True) as bars:
+        bar = bars.add_task("units read", total=None)
+        said = read_again(
+            found,
+            certificates=certificates,
+            tell=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    if as_json:
+        _print_json(asdict(said))
+    else:
+        for finding in said.findings:
+            _say(out, f"{finding.unit or 'the run'}: {finding.part}: {finding.problem}")
+        read = f"{said.parts} parts read, {format_bytes(said.read_bytes)}"
+        made = f"; {tables.count(said.recomputed, 'certificate', 'certificates')} made again" if certificates else ""
+        _say(out, f"{read}{made}: {'all whole' if not said.findings else 'damaged'}")
+    if said.findings:
+        raise StiffcoreError(f"{len(said.findings)} parts are damaged; `stiffcore run {run}` makes just these anew")
 
 
 @app.command()

@@ -22,7 +22,7 @@ from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.spectra import Certificate, Count, Spectrum
-from stiffcore.store import SCRATCH, RunStore, stored_spectrum
+from stiffcore.store import HISTOGRAM, SCRATCH, RunStore, stored_spectrum
 from stiffcore.study import (
     Device,
     Keep,
@@ -52,6 +52,10 @@ CERTIFICATE_COLUMNS = (
 
 # States of a unit that has a spectrum, see `state_of`.
 DONE = ("done", "not certified")
+
+# The group of the inputs, and its arrays: pixels, position in the source, label, and what the network makes of it.
+IMAGES = "images"
+IMAGE_ARRAYS = ("x", "index", "y", "prediction", "loss")
 
 OnEvent = Callable[[Event], None]
 
@@ -211,7 +215,7 @@ class Run:
         """One row a unit: what it is, its state, its metrics (nan where there is no spectrum), its certificate."""
         import pandas as pd
 
-        images = {name: self.store.get_array("images", name) for name in ("index", "y", "prediction", "loss")}
+        images = {name: self.store.get_array(IMAGES, name) for name in IMAGE_ARRAYS[1:]}
         return pd.DataFrame([self._row(key, record, images) for key, record in self.records().items()])
 
     def to_xarray(self) -> "xarray.Dataset":
@@ -306,12 +310,14 @@ class Prepared:
         plan: of the units that are not done, for this machine.
         machine: what the plan counts on.
         survey: None where the run exists and continues as first asked.
+        damaged: of the run that exists: what is wrong with units, by key, and with its images (`IMAGES`).
     """
 
     study: Study
     plan: Plan
     machine: Machine
     survey: Survey | None
+    damaged: Mapping[str, str]
 
 
 def prepare(
@@ -338,13 +344,13 @@ def prepare(
     Raises:
         InputError: whatever is wrong with the request, or disagrees with what the run began with.
     """
-    header, units = _existing(url)
+    header, units, damaged = _existing(url)
     given = {name: value for name, value in options.items() if value is not None}
     study = Study.stored(header).with_options(given) if header else Study.ask(given)
     if not header and "network" not in given:
         raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
     found: Survey | None = None
-    if not header or given.keys() - {"memory", "keep", "solver", "device_memory"}:
+    if not header or damaged or given.keys() - {"memory", "keep", "solver", "device_memory"}:
         found = _surveyed(executor, study, module, images, workers)
         if header:
             _check_same(header["identity"], found.identity, url)
@@ -363,27 +369,37 @@ def prepare(
     machine = _machine(executor, processes, study, workers, suppose=suppose)
     # this process carries out one unit at a time
     most = workers if processes else 1
-    return Prepared(study, make_plan(pending, study, machine, workers=most, recorded=recorded), machine, found)
+    return Prepared(study, make_plan(pending, study, machine, workers=most, recorded=recorded), machine, found, damaged)
 
 
 def check_free(url: str) -> None:
     """Say at once where another process works on the run, before anything is loaded.
 
+    A damaged header is written again from its copy.
+
     Raises:
         BusyError: where one does.
     """
+    RunStore.restore(url)
     if _existing(url)[0] is not None:
         with RunStore(url).hold():
             pass
 
 
-def _existing(url: str) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+def _existing(url: str) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]], dict[str, str]]:
+    """Of a run that may exist: its header, the records that can be trusted, and what is wrong with the rest."""
     try:
         store = RunStore(url)
     except NoRunError:
         RunStore.check_new(url)
-        return None, {}
-    return store.header, store.units()
+        return None, {}, {}
+    return store.header, *_trusted(store)
+
+
+def _trusted(store: RunStore) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    units, damaged = store.whole_units()
+    problems = [f"{part}: {problem}" for part, _, problem in store.read_again(IMAGES, IMAGE_ARRAYS) if problem]
+    return units, damaged | ({IMAGES: problems[0]} if problems else {})
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], url: str) -> None:
@@ -502,6 +518,9 @@ def carry_out_plan(
         start = time.perf_counter()
         store.sweep()
         check_disk(prepared.plan, store.free_bytes())
+        for key, why in prepared.damaged.items():
+            note = f"{why}: {'read' if key == IMAGES else 'computed'} again"
+            on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
         _write_beginning(store, prepared)
         try:
             executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
@@ -519,21 +538,29 @@ def carry_out_plan(
 def _write_beginning(store: RunStore, prepared: Prepared) -> None:
     """Inputs, then units, then the header, which makes it a run; of one that exists, only what may change."""
     study = prepared.study.model_dump(mode="json")
+    found = prepared.survey
     if store.header is not None:
         # another process may have begun or changed the run since it was looked at
-        if prepared.survey is not None:
-            _check_same(store.header["identity"], prepared.survey.identity, store.url)
+        if found is not None:
+            _check_same(store.header["identity"], found.identity, store.url)
         else:
             _check_same(_settings(store.header["study"]), _settings(study), store.url)
+        damaged = _trusted(store)[1]
+        if damaged and found is None:
+            raise DamagedError(f"{store.url} was damaged while it was being opened: run again")
+        if found is not None and IMAGES in damaged:
+            _write_images(store, found)
+        for plan in prepared.plan.units:
+            if plan.unit.key in damaged:
+                store.clear(f"units/{plan.unit.key}")
+                store.update(plan.unit.key, **_as_planned(plan))
         store.header = {**store.header, "study": study}
         return
-    found = prepared.survey
     if found is None:
         raise StiffcoreError(f"{store.url} was emptied while it was being opened")
-    for name, values in found.images.items():
-        store.put_array("images", name, values, ("image", *(f"axis{i}" for i in range(1, values.ndim))))
+    _write_images(store, found)
     for plan in prepared.plan.units:
-        store.update(plan.unit.key, **plan.unit.model_dump(mode="json"), plan=plan.to_json(), stage="planned")
+        store.update(plan.unit.key, **_as_planned(plan))
     store.header = {
         "version": versions()["stiffcore"],
         "study": study,
@@ -544,6 +571,16 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
         "threads": prepared.plan.threads,
         "units": [plan.unit.key for plan in prepared.plan.units],
     }
+
+
+def _write_images(store: RunStore, found: Survey) -> None:
+    store.clear(IMAGES)
+    for name, values in found.images.items():
+        store.put_array(IMAGES, name, values, ("image", *(f"axis{i}" for i in range(1, values.ndim))))
+
+
+def _as_planned(plan: UnitPlan) -> dict[str, Any]:
+    return {**plan.unit.model_dump(mode="json"), "plan": plan.to_json(), "stage": "planned"}
 
 
 def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
@@ -564,8 +601,13 @@ def _work(
     threads = (store.header or {})["threads"]
     pending = [p for p in prepared.plan.units if p.works and not _ended(records[p.unit.key], p.solver)]
     begun = {plan.unit.key for plan in pending}
+    for key in begun:
+        if records[key].get("damaged"):  # found by `stiffcore verify` in a unit under way
+            store.update(key, stage="planned", damaged=[])
+            store.drop(key, *SCRATCH)
     for key, record in records.items():
-        if state_of(record) in DONE and key not in begun and not _settled(store, key, prepared.study, on_event):
+        finished = record["stage"] == "done" and key not in begun and record["plan"]["solver"] != "none"
+        if finished and not _settled(store, key, prepared.study, on_event):
             pending.append(UnitPlan.from_json(Unit(**record), record["plan"]))
     where = str(store.local or store.url)  # a worker elsewhere has another current folder
     running: dict[Future, UnitPlan] = {}
@@ -640,17 +682,28 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
 
 
 def _settled(store: RunStore, key: str, study: Study, on_event: OnEvent) -> bool:
-    """Whether a unit that is done has a readable spectrum; if not, it is to be made again."""
+    """Whether a unit that is done has what was computed; if not, it is to be made again."""
+    record = store.record(key)
+    stored = record["plan"]["solver"] == Solver.MATRIX_ONLY
+    damaged = set(record.get("damaged", ()))
     try:
-        stored_spectrum(store, key)
+        if not stored:
+            stored_spectrum(store, key)
+        if not record.get("values_kept", True):
+            store.get_array(f"units/{key}", "histogram")
     except DamagedError:
-        store.update(key, stage="planned")
-        store.drop(key, *SCRATCH, "eigenvalues")
-        note = "its stored eigenvalues are damaged: they are computed again"
+        damaged.add("eigenvalues")
+    if damaged & {*SCRATCH, "eigenvalues", *HISTOGRAM}:
+        store.update(key, stage="planned", damaged=[])
+        store.drop(key, *SCRATCH, "eigenvalues", *HISTOGRAM)
+        note = "what is stored of it is damaged: it is computed again"
         on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
         return False
+    if damaged:  # pictures, which are taken on request
+        store.drop(key, *damaged)
+        store.update(key, damaged=[])
     # matrices that were kept on request stay, whatever is asked of later units
-    if study.keep is not Keep.ALL and not store.record(key).get("kept"):
+    if study.keep is not Keep.ALL and not stored and not record.get("kept"):
         store.drop(key, *SCRATCH)
     return True
 

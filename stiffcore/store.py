@@ -11,8 +11,12 @@ Layout:
 
 Nothing is inferred from files. A matrix's column shard is done when its column in NAME_tiles says so, written
 after the shard; a stage is done when the unit's record says so, written after its arrays.
+
+No flipped byte goes unseen: numbers have checksums, and each zarr.json has a digest of the rest of it among its
+attributes. What makes the run stands twice, in the root and in RUN/units/zarr.json.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -36,15 +40,16 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.errors import ContainsGroupError
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError, StiffcoreError
 from stiffcore.spectra import Certificate, Ends, Spectrum, unspelled
 
-FORMAT = 1
+FORMAT = 2
 # Arrays of a unit that are not needed once its spectrum is certified.
 SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors")
+# What a unit keeps of real parts where its spectrum is not kept.
+HISTOGRAM = ("histogram", "histogram_edges")
 # Of one file; a panel of a taller matrix is several, of which those that are all zero are not written.
 ROWS_IN_SHARD = 16_384
 # Rows of each of these: a sparse matrix of order 100,000 is written in 16 s in bands of 4,096, in 53 s of 16,384.
@@ -57,8 +62,12 @@ zarr.config.set({"async.concurrency": 4, "threading.max_workers": 2})
 # What zarr raises for stored bytes that are not what they should be: the checksum codec, and JSON, a ValueError;
 # metadata with a key changed or gone, the others.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
+# In the attributes of each zarr.json, see `_digest`.
+DIGEST = "digest"
 # In the root from its first byte on, so that a run killed before its header was written is known as one.
 _BEGUN = {"stiffcore_begun": FORMAT}
+_ROOT, _COPY = "zarr.json", "units/zarr.json"
+_GROUP_KEYS = {"attributes", "zarr_format", "node_type"}
 # Tokens of the runs that this process holds.
 _HELD: set[str] = set()
 # What a run that was killed before it wrote anything may leave.
@@ -195,28 +204,25 @@ class TiledMatrix:
             tile, shard = min(tile, rows), min(shard, columns)
             row_tiles = -(-rows // tile)
             band = file_rows(rows, tile)
-            group.create_array(
+            _create_array(
+                group,
                 name,
                 shape=shape,
                 dtype=dtype,
                 chunks=(tile, shard),
                 shards=(band, shard),
                 fill_value=0,
-                compressors=(Crc32cCodec(),),
-                filters=None,
                 dimension_names=("row", "column"),
-                overwrite=True,
             )
-            group.create_array(
+            # of a half-deleted one, chunks may be left that would vouch for shards not there: they are deleted
+            _create_array(
+                group,
                 f"{name}_tiles",
                 shape=(row_tiles, -(-columns // shard)),
                 dtype="uint8",
                 chunks=(row_tiles, 1),
                 fill_value=int(Tile.MISSING),
-                compressors=(Crc32cCodec(),),
-                filters=None,
                 dimension_names=("row_tile", "column_shard"),
-                overwrite=True,  # of a half-deleted one, chunks may be left that would vouch for shards not there
             )
         return cls(group, name)
 
@@ -335,6 +341,22 @@ class TiledMatrix:
         found.has_canonical_format = True
         return found
 
+    def check(self, *, complete: bool) -> int:
+        """Read every shard, one at a time.
+
+        Args:
+            complete: whether one that is not recorded as done is damage; else it is passed over.
+
+        Returns:
+            Bytes of the tiles read.
+
+        Raises:
+            DamagedError: as `read`.
+        """
+        states = self._states()
+        done = np.arange(self.shards) if complete else np.flatnonzero((states != Tile.MISSING).all(axis=0))
+        return sum(block.nbytes for shard in done for _, block in self._stored(int(shard), states[:, shard]))
+
     def stored_tiles(self) -> int:
         """How many tiles are stored, each of `tile` x `shard` numbers.
 
@@ -395,7 +417,7 @@ class RunStore:
         if "://" in url:
             store = _open_store(url)
             names = sync(store.names())
-            if any(not _LEFT.fullmatch(name) for name in names) and not _is_begun(_read(store, "zarr.json")):
+            if _foreign(names, _read(store, _ROOT)):
                 raise InputError(f"{url} holds something that is not a run: give a new place")
             return
         folder = Path(url).expanduser().absolute()
@@ -409,7 +431,7 @@ class RunStore:
         header = None
         with suppress(OSError):
             header = (folder / "zarr.json").read_bytes()
-        if not _is_begun(header) and any(not _LEFT.fullmatch(p.name) for p in folder.iterdir()):
+        if _foreign((p.name for p in folder.iterdir()), header):
             raise InputError(f"{url} exists and is not a run: give a new folder")
 
     def __init__(self, url: str, *, create: bool = False) -> None:
@@ -439,32 +461,82 @@ class RunStore:
         try:
             self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
         except FileNotFoundError:
+            if self.local is None or self.local.exists():  # reading would make the folder
+                self._refuse_damaged("is gone")
             if not create:
                 raise self._no_run() from None
             if self.local is None:
                 self.check_new(self.url)
             self.root = self._create()
         except (ValueError, TypeError, KeyError) as error:
+            self._refuse_damaged(str(error))
+            if _torn(_read(self._store, _ROOT)):
+                if not create:
+                    raise self._no_run() from None
+                self.check_new(self.url)
+                sync(self._store.delete(_ROOT))
+                self.root = self._create()
+                return
             raise InputError(f"{self.url} holds something that is not a run: {error}") from error
-        found = self.header
-        if found is None and not (create and _BEGUN.keys() <= self.root.attrs.keys()):
+        attributes = dict(self.root.attrs)
+        if attributes == _BEGUN:
             if not create:
                 raise NoRunError(f"{self.url} is a Zarr group, but not a run of stiffcore")
+        elif attributes.get(DIGEST) != _digest(attributes) or "stiffcore" not in attributes:
+            self._refuse_damaged("not what was written")
+            self._refuse_other(attributes)
+        elif self._format(attributes) != FORMAT:
+            self._refuse_other(attributes)
+
+    @staticmethod
+    def _format(attributes: Mapping[str, Any]) -> int | None:
+        header = attributes.get("stiffcore")
+        found = header.get("format") if isinstance(header, Mapping) else None
+        return found if isinstance(found, int) else None
+
+    def _refuse_damaged(self, why: str) -> None:
+        if _header_in(_read(self._store, _COPY)) is not None:
+            raise DamagedError(f"{self.url}/zarr.json: {why}; `stiffcore run {self.url}` restores it from its copy")
+
+    def _refuse_other(self, attributes: Mapping[str, Any]) -> None:
+        found = self._format(attributes)
+        if found is None and not _BEGUN.keys() & attributes.keys():
             raise InputError(f"{self.url} is a Zarr group, but not a run of stiffcore: give a new folder")
-        if found is not None and found["format"] > FORMAT:
-            raise InputError(
-                f"{self.url} was made by a newer stiffcore ({found['version']}): update stiffcore to read it"
-            )
+        if found is None or found == FORMAT:
+            raise DamagedError(f"{self.url}/zarr.json: not what was written, and no whole copy of it is there")
+        older, version = found < FORMAT, attributes["stiffcore"].get("version")
+        raise InputError(
+            f"{self.url} was made by {'an older' if older else 'a newer'} stiffcore ({version}): "
+            + ("export it with that one, or start a new run" if older else "update stiffcore to read it")
+        )
+
+    @staticmethod
+    def restore(url: str) -> bool:
+        """Of what makes the run and its copy, write the damaged one from the other.
+
+        Returns:
+            Whether one was damaged and the other not.
+
+        Raises:
+            StoreError: where a URL cannot be reached.
+        """
+        folder = Path(url).expanduser().absolute()
+        if "://" not in url and not folder.is_dir():
+            return False
+        store = LocalStore(folder) if "://" not in url else _open_store(url)
+        root, copy = _read(store, _ROOT), _read(store, _COPY)
+        found = {_ROOT: _header_in(root), _COPY: _header_in(copy)}
+        whole = [attributes for attributes in found.values() if attributes is not None]
+        if len(whole) != 1 or _only_begun(root):
+            return False
+        damaged = next(name for name, attributes in found.items() if attributes is None)
+        sync(store.set(damaged, _group_buffer(whole[0])))
+        return True
 
     def _create(self) -> zarr.Group:
+        # zarr looks first and writes then: a slow process would write over the header of the run of a fast one
         try:
-            if self.local is None:
-                # zarr looks first and writes then: a slow one would write over the header of the run of a fast one
-                root = {"zarr_format": 3, "node_type": "group", "attributes": _BEGUN}
-                sync(self._store.set_if_not_exists("zarr.json", _json_buffer(root)))
-                return zarr.open_group(store=self._store, mode="r+", zarr_format=3)
-            return zarr.create_group(store=self._store, zarr_format=3, attributes=dict(_BEGUN))
-        except ContainsGroupError:  # another process was faster; who holds the run is decided later
+            sync(self._store.set_if_not_exists(_ROOT, _group_buffer(_BEGUN)))
             return zarr.open_group(store=self._store, mode="r+", zarr_format=3)
         except OSError as error:
             raise InputError(f"{self.url} cannot be made: {error}") from error
@@ -479,52 +551,75 @@ class RunStore:
 
     @header.setter
     def header(self, value: Mapping[str, Any]) -> None:
-        self.root.attrs["stiffcore"] = {"format": FORMAT, **value}
+        fields = {**_BEGUN, "stiffcore": {**value, "format": FORMAT}}
+        fields[DIGEST] = _digest(fields)
+        # the copy first: without a header in the root it counts for nothing
+        sync(self._store.set(_COPY, _group_buffer(fields)))
+        self.root = self.root.update_attributes(fields)
 
     def unit_group(self, key: str) -> zarr.Group:
         """The group of a unit, made where it does not exist."""
         return self.root.require_group(f"units/{key}")
 
     def record(self, key: str) -> dict[str, Any]:
-        """What is recorded of a unit, as it stands on disk now."""
-        return dict(zarr.open_group(store=self._store, path=f"units/{key}", mode="r", zarr_format=3).attrs)
+        """What is recorded of a unit, as it stands on disk now.
+
+        Raises:
+            DamagedError: where it cannot be read, or is not what was written.
+        """
+        where = f"{self.url}/units/{key}/zarr.json"
+        try:
+            attributes = zarr.open_group(store=self._store, path=f"units/{key}", mode="r", zarr_format=3).attrs
+        except _UNREADABLE as error:
+            raise DamagedError(f"{where}: {error}") from error
+        return _checked(dict(attributes), where)
 
     def update(self, key: str, /, **fields: Any) -> None:
         """Add fields to a unit's record, in one atomic write."""
         # not attrs.update: that writes one field after the other
-        self.unit_group(key).update_attributes(fields)
+        group = self.unit_group(key)
+        now = _checked(dict(group.attrs), f"{self.url}/units/{key}/zarr.json") | fields
+        group.update_attributes({**fields, DIGEST: _digest(now)})
+
+    def clear(self, group: str) -> None:
+        """Delete all that is stored of a group, so that it can be made anew; its metadata may be damaged."""
+        sync(self._store.delete_dir(group))
 
     def units(self) -> dict[str, dict[str, Any]]:
         """The records of all units, by key.
 
         Raises:
-            DamagedError: where one cannot be read, or a unit that the header names is not there.
+            DamagedError: where one cannot be read, is not what was written, or is not there though the header names it.
         """
-        if "units" not in self.root:
-            return {}
-        try:
-            found = {key: dict(group.attrs) for key, group in sorted(self.root["units"].groups())}  # type: ignore[union-attr]
-        except _UNREADABLE as error:
-            raise DamagedError(f"{self.url}: the record of a unit cannot be read: {error}") from error
-        lost = [key for key in (self.header or {}).get("units", []) if key not in found]
-        if lost:
-            raise DamagedError(f"{self.url}: {len(lost)} units of the run are gone: {', '.join(lost[:5])}")
+        found, damaged = self.whole_units()
+        if damaged:
+            shown = "; ".join(list(damaged.values())[:3])
+            raise DamagedError(f"{len(damaged)} units are damaged: {shown}. `stiffcore run {self.url}` makes them anew")
         return found
+
+    def whole_units(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """The records that can be trusted, by key; and what is wrong with each of the others."""
+        keys = (self.header or {}).get("units") or sync(_names(self._store, "units"))
+        found, damaged = {}, {}
+        for key in sorted(keys):
+            try:
+                found[key] = self.record(key)
+            except DamagedError as error:
+                damaged[key] = str(error)
+        return found, damaged
 
     def put_array(
         self, group: str, name: str, values: np.ndarray, dims: tuple[str, ...], **attributes: str | int
     ) -> None:
         """Write a small array whole, with a checksum, replacing one of that name; attributes are for its readers."""
-        array = self.root.require_group(group).create_array(
+        array = _create_array(
+            self.root.require_group(group),
             name,
             shape=values.shape,
             dtype=values.dtype,
             chunks=tuple(max(1, s) for s in values.shape),
-            compressors=(Crc32cCodec(),),
-            filters=None,
             dimension_names=dims,
             attributes=dict(attributes),
-            overwrite=True,
             config={"write_empty_chunks": True},
         )
         array[...] = values
@@ -537,15 +632,69 @@ class RunStore:
         """
         where = f"{self.url}/{group}/{name}"
         try:
-            array = self.root[f"{group}/{name}"]
-            if not isinstance(array, zarr.Array):
-                raise DamagedError(f"{where}: not an array")
+            array = _array(self.root, f"{group}/{name}")
             # zarr reads a chunk that is not there as zeros
             if array.nchunks_initialized < array.nchunks:
                 raise DamagedError(f"{where}: its numbers are not there")
             return np.asarray(array[...])
         except _UNREADABLE as error:
             raise DamagedError(f"{where}: {error}") from error
+
+    def read_again(self, group: str, expected: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+        """Read a group's metadata and all of its arrays, against their digests and checksums.
+
+        Args:
+            group: path, of a group that holds arrays alone.
+            expected: arrays that must be there, whole.
+
+        Yields:
+            The path of a thing, its bytes, and what is wrong with it, or nothing.
+        """
+        yield (group, *self.read_metadata(group))
+        names, expected = sorted(sync(_names(self._store, group))), set(expected)
+        yield from ((f"{group}/{name}", 0, "is gone") for name in sorted(expected.difference(names)))
+        for name in names:
+            if name.endswith("_tiles") and name.removesuffix("_tiles") in names:
+                continue
+            parts = [part for part in (name, f"{name}_tiles") if part in names]
+            checks = [self.read_metadata(f"{group}/{part}") for part in parts]
+            size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
+            try:
+                if len(parts) == 2:
+                    size += TiledMatrix(self.root[group], name).check(complete=name in expected)  # type: ignore[arg-type]
+                else:
+                    size += self.get_array(group, name).nbytes
+            except (*_UNREADABLE, DamagedError) as error:
+                problem = problem or str(error)
+            yield f"{group}/{name}", size, problem
+
+    def read_metadata(self, path: str) -> tuple[int, str]:
+        """Bytes of the zarr.json of a group or array, and what is wrong with it, or nothing; white space counts, too.
+
+        Args:
+            path: of it; empty for the root.
+        """
+        name = f"{path}/zarr.json".lstrip("/")
+        raw = _read(self._store, name)
+        if raw is None:
+            return 0, f"{name} is gone"
+        try:
+            found = json.loads(raw)
+            if json.dumps(found, indent=2).encode() != raw:
+                return len(raw), f"{name}: not what was written"
+            if found["node_type"] == "group":
+                _checked(found["attributes"], name)
+                if path.startswith("units/") and not found["attributes"]:
+                    return len(raw), f"{name}: holds no record"
+                if (found["zarr_format"], found.keys() - {"consolidated_metadata"}) != (3, _GROUP_KEYS):
+                    return len(raw), f"{name}: not what was written"
+            else:
+                found["attributes"] = dict(found["attributes"])
+                if found["attributes"].pop(DIGEST, None) != _digest(found):
+                    return len(raw), f"{name}: not what was written"
+        except (*_UNREADABLE, DamagedError):
+            return len(raw), f"{name}: not what was written"
+        return len(raw), ""
 
     def drop(self, key: str, *names: str) -> None:
         """Delete arrays of a unit, their bookkeeping first, so that a half-deleted one counts as not there."""
@@ -714,8 +863,23 @@ def _open_store(url: str) -> _RemoteStore:
         raise InputError(f"{url} cannot be opened: {error}") from error
 
 
+def _torn(header: bytes | None) -> bool:
+    """Whether the first write of a root was cut off."""
+    return header is not None and _group_buffer(_BEGUN).to_bytes().startswith(header)
+
+
+def _foreign(names: Iterable[str], header: bytes | None) -> bool:
+    """Whether a place with these names in it, and that root, is not that of a run."""
+    ours = {_ROOT} if _torn(header) else set()
+    return not _is_begun(header) and any(not _LEFT.fullmatch(name) for name in set(names) - ours)
+
+
 def _json_buffer(value: Mapping[str, Any]) -> Buffer:
-    return default_buffer_prototype().buffer.from_bytes(json.dumps(value).encode())
+    return default_buffer_prototype().buffer.from_bytes(json.dumps(value, indent=2).encode())
+
+
+def _group_buffer(attributes: Mapping[str, Any]) -> Buffer:
+    return _json_buffer({"attributes": attributes, "zarr_format": 3, "node_type": "group"})
 
 
 def _read(store: Store, name: str) -> bytes | None:
@@ -723,11 +887,75 @@ def _read(store: Store, name: str) -> bytes | None:
     return None if found is None else found.to_bytes()
 
 
+async def _names(store: Store, folder: str) -> list[str]:
+    return [name async for name in store.list_dir(folder) if not name.endswith(".json")]
+
+
 def _array(group: zarr.Group, name: str) -> zarr.Array:
-    found = group.get(name)
+    where = f"{group.store_path}/{name}"
+    try:
+        found = group.get(name)
+    except _UNREADABLE as error:
+        raise DamagedError(f"{where}: {error}") from error
     if not isinstance(found, zarr.Array):
-        raise DamagedError(f"{group.store_path}/{name}: not there")
+        raise DamagedError(f"{where}: not there")
+    if found.attrs.get(DIGEST) != _metadata_digest(found):
+        raise DamagedError(f"{where}/zarr.json: not what was written")
     return found
+
+
+def _create_array(group: zarr.Group, name: str, **layout: Any) -> zarr.Array:
+    """An array with a checksum on its numbers and, among its attributes, a digest of its metadata; replaces one."""
+    layout |= {"compressors": (Crc32cCodec(),), "filters": None}
+    draft = zarr.create_array(MemoryStore(), zarr_format=3, **layout)
+    attributes = {**layout.pop("attributes", {}), DIGEST: _metadata_digest(draft)}
+    return group.create_array(name, attributes=attributes, overwrite=True, **layout)
+
+
+def _metadata_digest(array: zarr.Array) -> str:
+    fields = json.loads(_written(array))
+    fields["attributes"].pop(DIGEST, None)
+    return _digest(fields)
+
+
+def _written(node: zarr.Array | zarr.Group) -> bytes:
+    """What zarr writes as the zarr.json of a node."""
+    return node.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, whatever their order; of all but the digest itself."""
+    rest = {name: value for name, value in fields.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _checked(attributes: dict[str, Any], where: str) -> dict[str, Any]:
+    """The attributes of a group without their digest; one that was just made has none.
+
+    Raises:
+        DamagedError: where they are not what was written.
+    """
+    if attributes and attributes.get(DIGEST) != _digest(attributes):
+        raise DamagedError(f"{where}: not what was written")
+    return {name: value for name, value in attributes.items() if name != DIGEST}
+
+
+def _header_in(raw: bytes | None) -> dict[str, Any] | None:
+    """The attributes of a root or of its copy; None where they hold no whole header."""
+    try:
+        found = json.loads(raw or b"")
+        attributes, header = found["attributes"], found["attributes"]["stiffcore"]
+        whole = attributes[DIGEST] == _digest(attributes) and header["format"] == FORMAT
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return attributes if whole and (found["zarr_format"], found["node_type"]) == (3, "group") else None
+
+
+def _only_begun(header: bytes | None) -> bool:
+    try:
+        return json.loads(header or b"")["attributes"] == _BEGUN
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _is_begun(header: bytes | None) -> bool:

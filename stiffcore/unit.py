@@ -34,7 +34,7 @@ from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
 from stiffcore.plan import TILE_ROWS
 from stiffcore.spectra import Ends, certified_choice, spelled
-from stiffcore.store import SCRATCH, RunStore, TiledMatrix, stored_spectrum
+from stiffcore.store import HISTOGRAM, SCRATCH, RunStore, TiledMatrix, stored_spectrum
 from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, versions
 from stiffcore.survey import image_input, open_network, operator_of
 
@@ -45,7 +45,6 @@ Opener = Callable[[RunStore, dict[str, Any], str], Reduction | Slices | Factors]
 LARGE_ORDER = 1000
 LARGE_NETWORK_BYTES = 16 << 20
 CUDA = "cuda"
-HISTOGRAM = ("histogram", "histogram_edges")
 STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
 
@@ -274,6 +273,25 @@ def _route(run: UnitRun) -> _Stages:
     if run.solver is Solver.CUDA_DENSE:
         return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
     return [("built", _build), ("reduced", _reduce), ("solved", _solve), ("done", _certify)]
+
+
+def stored_by(record: dict[str, Any]) -> set[str]:
+    """The arrays that a unit's record says are in the store."""
+    plan, stage = record["plan"], STAGES.index(record["stage"])
+    solver, found = Solver(plan["solver"]), set()
+    dense_rung = solver in (Solver.HOST_DENSE, Solver.CUDA_DENSE)
+    kept = record["stage"] != "done" or record.get("kept")
+    if record["kind"] == Kind.MATRIX and record["k"] and kept and solver is not Solver.NONE:
+        if stage >= STAGES.index("built") and not plan.get("matrix_free"):
+            found.add("matrix")
+        if stage >= STAGES.index("reduced") and solver is Solver.HOST_DENSE:
+            found |= {"hessenberg", "tau", "scale"}
+        if stage >= STAGES.index("solved") and (dense_rung or solver is Solver.EXTREMES):
+            found.add("reduced_eigenvalues")
+            found |= set() if dense_rung else {"right_vectors", "left_vectors"}
+    if record["stage"] == "done" and solver not in (Solver.NONE, Solver.MATRIX_ONLY):
+        found |= {"eigenvalues"} if record.get("values_kept", True) else set(HISTOGRAM)
+    return found
 
 
 def _keep_metrics(run: UnitRun) -> None:

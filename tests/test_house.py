@@ -20,6 +20,7 @@ STAGES = [
     ["store", "plan", "survey"],
     ["unit", "cluster"],
     ["run", "preload", "picture", "exports"],
+    ["verify"],
     ["api", "report"],
     ["cli"],
 ]

@@ -404,7 +404,7 @@ def test_of_two_processes_that_begin_the_same_run_with_other_settings_the_later_
     assert spectra_bytes(small / "run") == before
 
 
-def test_a_unit_that_is_gone_is_named_and_one_whose_spectrum_is_damaged_is_made_again(small):
+def test_a_unit_that_is_gone_is_named_and_it_and_one_whose_spectrum_is_damaged_are_made_again(small):
     run, _ = execute(small / "run", OPTIONS | {"blocks": "4"})
     expected = spectra_bytes(small / "run")
     first, second = run.records()
@@ -417,7 +417,11 @@ def test_a_unit_that_is_gone_is_named_and_one_whose_spectrum_is_damaged_is_made_
     assert spectra_bytes(small / "run") == expected
     (small / "run" / "units" / second / "zarr.json").unlink()
     with pytest.raises(stiffcore.DamagedError, match=second):
-        execute(small / "run", {})
+        run.records()
+    events.clear()
+    execute(small / "run", {}, events.append)
+    assert {e["unit"] for e in events} == {second}
+    assert spectra_bytes(small / "run") == expected
 
 
 def test_a_smaller_budget_is_refused_for_a_unit_under_way_too(small):

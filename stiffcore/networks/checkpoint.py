@@ -160,9 +160,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    # Only the zip container can be mapped; the older format (before torch 1.6) has to be read whole.
-    mapped = zipfile.is_zipfile(path)
     try:
+        # Only the zip container can be mapped; the older format (before torch 1.6) has to be read whole.
+        mapped = zipfile.is_zipfile(path)  # of a damaged one this may raise, too
         with warnings.catch_warnings():
             # torch warns of unusual pickle protocols just before it refuses them; one message is enough
             warnings.simplefilter("ignore")

@@ -1,0 +1,251 @@
+"""A run read again, all of it: what is not as it was written, and on request, whether its spectra can be had again.
+
+Nothing is mended here: what is found is recorded with its unit, and the next `stiffcore run` makes just that anew.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stiffcore.errors import BusyError, DamagedError, StiffcoreError
+from stiffcore.run import IMAGE_ARRAYS, IMAGES, Run
+from stiffcore.spectra import Ends, certified_choice
+from stiffcore.store import RunStore, stored_spectrum
+from stiffcore.study import Kind, Solver
+
+# An error estimate made again may be so many times the stored one, and so much more, relative to the Frobenius norm:
+# other vectors of the same eigenvalues have other residuals.
+AGREEMENT = 100.0
+ROUNDING = 1e-9
+# Beside an eigenvalue, for a factorisation that is not singular; relative to the norm.
+OFFSET = 1e-9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it was written.
+
+    Attributes:
+        unit: key; `images`, or empty for what makes the run.
+        part: path of it in the run.
+        problem: what is wrong.
+    """
+
+    unit: str
+    part: str
+    problem: str
+
+
+@dataclass
+class Verification:
+    """What reading a run again has shown.
+
+    Attributes:
+        findings: one for each damaged part; empty where all is whole.
+        parts: things read: arrays, each with its metadata, and records.
+        read_bytes: of these.
+        recomputed: certificates that were made again.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    parts: int = 0
+    read_bytes: int = 0
+    recomputed: int = 0
+
+
+def verify(
+    run: Run,
+    *,
+    certificates: bool = False,
+    module: Any = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Verification:
+    """Read everything in a run again: checksums, digests, records of what is done, fingerprints of the images.
+
+    What is found is recorded with its unit, unless another process holds the run: then it is only reported.
+
+    Args:
+        run: any.
+        certificates: make those of all certified spectra again, too: of a matrix's spectrum from the stored
+            eigenvalues, those certified found again by inverse iteration on a matrix built anew; of another kind by
+            computing the unit again. Memory: as the unit's plan says.
+        module: the network, where the run was made with one in memory.
+        tell: told of units done and units in all.
+    """
+    from stiffcore.unit import stored_by
+
+    store, found = run.store, Verification()
+    for path in ("", "units"):
+        _add(found, "", path or "zarr.json", *store.read_metadata(path))
+    _read_again(store, IMAGES, IMAGES, IMAGE_ARRAYS, found)
+    if not found.findings:
+        _check_fingerprints(run, found)
+    records, _ = store.whole_units()
+    keys = run.header["units"]
+    for done, key in enumerate(keys):
+        before = len(found.findings)
+        expected = stored_by(records[key]) if key in records else ()
+        _read_again(store, f"units/{key}", key, expected, found)
+        if len(found.findings) == before and _has_spectrum(records[key]):
+            _check_number(store, key, found)
+        if certificates and len(found.findings) == before and _has_spectrum(records[key]):
+            found.recomputed += 1
+            problem = _recomputed(store, key, records[key], module)
+            if problem:
+                found.findings.append(Finding(key, "certificate", problem))
+        tell(done + 1, len(keys))
+    _record(store, found, records)
+    return found
+
+
+def _read_again(store: RunStore, group: str, unit: str, expected: Iterable[str], found: Verification) -> None:
+    for part, size, problem in store.read_again(group, expected):
+        _add(found, unit, part, size, problem)
+
+
+def _add(found: Verification, unit: str, part: str, size: int, problem: str) -> None:
+    found.parts += 1
+    found.read_bytes += size
+    if problem:
+        found.findings.append(Finding(unit, part, problem))
+
+
+def _check_fingerprints(run: Run, found: Verification) -> None:
+    from stiffcore.networks.images import Images
+
+    try:
+        x, y, index = (run.store.get_array(IMAGES, name) for name in ("x", "y", "index"))
+        images = Images(x, y, index, "the run")
+        digests = [images.digest(i) for i in range(len(images))]
+    except StiffcoreError as error:
+        found.findings.append(Finding(IMAGES, IMAGES, str(error)))
+        return
+    if digests != run.header["identity"]["images"]:
+        found.findings.append(Finding(IMAGES, f"{IMAGES}/x", "not the images that the run began with"))
+
+
+def _has_spectrum(record: dict[str, Any]) -> bool:
+    return record["stage"] == "done" and record["plan"]["solver"] not in (Solver.NONE, Solver.MATRIX_ONLY)
+
+
+def _check_number(store: RunStore, key: str, found: Verification) -> None:
+    """Whether so many eigenvalues are stored as the record says."""
+    try:
+        stored_spectrum(store, key)
+    except DamagedError as error:
+        found.findings.append(Finding(key, f"units/{key}/eigenvalues", str(error)))
+
+
+def _recomputed(store: RunStore, key: str, record: dict[str, Any], module: Any) -> str:
+    """What the certificate of a unit, made again, says against the stored one; nothing where they agree."""
+    if record["kind"] != Kind.MATRIX or not record.get("values_kept", True):
+        return _computed_again(store, key, module)
+    return _certified_again(store, key, record, module)
+
+
+def _computed_again(store: RunStore, key: str, module: Any) -> str:
+    """Carry the unit out once more, elsewhere, and compare the metrics."""
+    from stiffcore.unit import carry_out, open_operator
+
+    header, record = store.header or {}, store.record(key)
+    facts = ("metrics", "certificate", "ends", "values_kept", "found", "seconds", "made_with", "kept", "moments")
+    fresh = {name: value for name, value in record.items() if name not in facts}
+    with tempfile.TemporaryDirectory(prefix="stiffcore-verify-") as folder:
+        again = RunStore(folder, create=True)
+        again.update(key, **(fresh | {"stage": "planned"}))
+        again.header = {**header, "units": [key]}
+        try:
+            carry_out(
+                folder,
+                key,
+                threads=header["threads"],
+                emit=lambda event: None,
+                opener=lambda _, planned, device: open_operator(store, planned, device, module),
+            )
+        except StiffcoreError as error:
+            return f"it cannot be computed again: {error}"
+        before, now = stored_spectrum(store, key), stored_spectrum(again, key)
+    if now.certificate.failures and not before.certificate.failures:
+        return f"computed again, it is not certified: {now.certificate.failures[0]}"
+    for name, value in now.metrics.items():
+        if not np.isclose(before.metrics[name], value, rtol=1e-6, atol=1e-9, equal_nan=True):
+            return f"computed again, {name} is {value:.9g}, not {before.metrics[name]:.9g}"
+    return ""
+
+
+def _certified_again(store: RunStore, key: str, record: dict[str, Any], module: Any) -> str:
+    """Certify the stored eigenvalues with eigenvectors found anew, on a matrix built anew."""
+    from stiffcore.eigen.certificate import certify, certify_ends, sparse_moments
+    from stiffcore.jacobian.reduction import Reduction
+    from stiffcore.unit import open_operator, sparse_matrix
+
+    try:
+        reduction = open_operator(store, record, "cpu", module)
+        assert isinstance(reduction, Reduction)
+        if not reduction.k:
+            return ""
+        matrix = sparse_matrix(reduction, record["plan"]["chunk"]).astype(np.float64)
+    except StiffcoreError as error:
+        return f"it cannot be made again: {error}"
+    spectrum = stored_spectrum(store, key)
+    values = spectrum.computed.astype(complex) - reduction.shift
+    moments = sparse_moments(matrix)
+    if record.get("ends"):
+        chosen = np.arange(len(values))
+        vectors = _vectors(matrix, values, moments.frobenius)
+        ends = Ends.from_json(record["ends"])
+        good = record["converged"]
+        found = certify_ends(
+            reduction, values, vectors, moments, ends, right_end=good["right_end"], left_end=good["left_end"]
+        )
+    else:
+        chosen = certified_choice(values, reduction.shift)
+        vectors = _vectors(matrix, values[chosen], moments.frobenius)
+        found = certify(reduction, values, chosen, vectors, moments)
+    if found.failures and not spectrum.certificate.failures:
+        return f"made again, it fails: {found.failures[0]}"
+    before = spectrum.certificate.error
+    if found.error > AGREEMENT * before + ROUNDING * moments.frobenius:
+        return f"made again, its error of the eigenvalues is {found.error:.1e}, not {before:.1e}"
+    return ""
+
+
+def _vectors(matrix: Any, values: np.ndarray, norm: float) -> Any:
+    """Both eigenvectors of each value, by Arnoldi with the inverse beside it."""
+    from stiffcore.eigen.dense import Eigenvectors
+    from stiffcore.eigen.extremes import nearest
+    from stiffcore.eigen.sparse import Shifted
+
+    k, rng = matrix.shape[0], np.random.default_rng(0)
+    sides = np.full((2, k, len(values)), np.nan, complex)
+    for i, value in enumerate(values):
+        try:
+            shifted = Shifted(matrix, value + OFFSET * norm)
+        except ZeroDivisionError:
+            continue
+        for side, adjoint in enumerate((False, True)):
+            found, vectors = nearest(shifted, 1, rng, adjoint=adjoint)
+            if len(found):
+                x = vectors[:, int(np.argmin(np.abs(found - (np.conj(value) if adjoint else value))))]
+                sides[side, :, i] = x / np.linalg.norm(x)
+    return Eigenvectors(sides[0], sides[1], np.asarray(np.isfinite(sides).all(axis=(0, 1))))
+
+
+def _record(store: RunStore, found: Verification, records: dict[str, dict[str, Any]]) -> None:
+    """Leave word with each damaged unit, so that `run` makes it anew without reading all again."""
+    damaged: dict[str, list[str]] = {}
+    for finding in found.findings:
+        if finding.unit in records:
+            name = finding.part.removeprefix(f"units/{finding.unit}").strip("/")
+            damaged.setdefault(finding.unit, []).append("eigenvalues" if name in ("", "certificate") else name)
+    if not damaged:
+        return
+    try:
+        with store.hold():
+            for key, names in damaged.items():
+                store.update(key, damaged=sorted(set(names)))
+    except (BusyError, DamagedError):
+        return

@@ -1,0 +1,167 @@
+"""A flipped byte anywhere in a run is found, and the next run makes just that anew."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import stiffcore
+from stiffcore.run import check_free, open_run
+from stiffcore.store import RunStore
+from stiffcore.verify import verify
+from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
+
+ASKED = OPTIONS | {"blocks": "4", "keep": "all", "count": 2}
+# Who holds a run, and the lock for it, are no part of it.
+ASIDE = (".lock", "holder.json")
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ASIDE)
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << (at % 8)
+    path.write_bytes(bytes(data))
+
+
+def damage_of(url):
+    """What `verify` finds; a header that cannot be read is all that it can say."""
+    try:
+        return [finding.part for finding in verify(open_run(url)).findings]
+    except stiffcore.StiffcoreError as error:
+        return [str(error)]
+
+
+def again(url, on_event=lambda event: None):
+    """What `stiffcore run` does with a run that exists."""
+    check_free(str(url))
+    return execute(url, {}, on_event)
+
+
+@pytest.fixture
+def one(small):
+    execute(small / "run", ASKED | {"count": 1, "functions": "block"})
+    return small / "run"
+
+
+@pytest.fixture
+def whole(small):
+    execute(small / "run", ASKED)
+    return small / "run"
+
+
+def test_a_whole_run_is_whole(whole):
+    found = verify(open_run(str(whole)), certificates=True)
+    assert found.findings == []
+    assert found.recomputed == 4
+    assert found.parts > 4 * 5
+    assert found.read_bytes > sum(p.stat().st_size for p in files(whole)) / 2
+
+
+def test_any_flipped_byte_of_metadata_is_found(whole):
+    store = RunStore(str(whole))
+    paths = [p for p in files(whole) if p.name == "zarr.json"]
+    one = str(next(p for p in (whole / "units").iterdir() if p.is_dir()))
+    for path in [p for p in paths if "units/0" not in str(p) or str(p).startswith(one)]:
+        at, good = str(path.parent.relative_to(whole)), path.read_bytes()
+        at = "" if at == "." else at
+        assert store.read_metadata(at)[1] == ""
+        for i in range(len(good)):
+            path.write_bytes(good[:i] + bytes([good[i] ^ 1 << (i % 8)]) + good[i + 1 :])
+            assert store.read_metadata(at)[1], (path, i)
+        path.write_bytes(good)
+
+
+def test_a_flipped_byte_of_any_file_is_found_and_the_next_run_makes_it_anew(one):
+    expected, rng = spectra_bytes(one), np.random.default_rng(0)
+    before = {p: p.read_bytes() for p in files(one)}
+    for path, good in before.items():
+        for at in {len(good) - 1, int(rng.integers(len(good)))}:
+            path.write_bytes(good)
+            flip(path, at)
+            assert damage_of(str(one)), (path, at)
+        # the last flip stands, and is recorded with its unit
+        _, outcome = again(one)
+        assert outcome.failed == {}
+        assert damage_of(str(one)) == [], path
+        assert spectra_bytes(one) == expected, path
+    assert {p.relative_to(one) for p in files(one)} == {p.relative_to(one) for p in before}
+
+
+def test_a_file_that_is_gone_is_found_and_made_anew(one):
+    expected = spectra_bytes(one)
+    for path in files(one):
+        path.unlink()
+        assert damage_of(str(one)), path
+        again(one)
+        assert damage_of(str(one)) == [], path
+        assert spectra_bytes(one) == expected, path
+
+
+def test_what_is_damaged_alone_is_made_anew(whole):
+    keys = list(open_run(str(whole)).records())
+    matrix = next(p for p in (whole / "units" / keys[1] / "matrix" / "c").rglob("*") if p.is_file())
+    flip(matrix, 20)
+    flip(whole / "units" / keys[2] / "zarr.json", 300)
+    assert len(damage_of(str(whole))) == 2
+    events = []
+    again(whole, events.append)
+    assert {e["unit"] for e in events} == {keys[1], keys[2]}
+    assert damage_of(str(whole)) == []
+
+
+def test_of_a_unit_under_way_the_stored_part_is_read_too(small):
+    sessions(small, (small / "run", 3))
+    assert damage_of(str(small / "run")) == []
+    shard = next(p for p in (small / "run").rglob("matrix/c/**/*") if p.is_file())
+    flip(shard, 11)
+    assert len(damage_of(str(small / "run"))) == 1
+    _, outcome = again(small / "run")
+    assert outcome.failed == {}
+    sessions(small, (small / "straight", 0))
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "straight")
+
+
+def test_damage_that_checksums_cannot_see_is_seen_by_the_certificates(whole):
+    run = open_run(str(whole))
+    key = next(iter(run.records()))
+    values = run.store.get_array(f"units/{key}", "eigenvalues")
+    run.store.put_array(f"units/{key}", "eigenvalues", values * 1.0001, ("eigenvalue",))
+    assert damage_of(str(whole)) == []
+    assert [f.part for f in verify(run, certificates=True).findings] == ["certificate"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"kinds": "tensor-slices"}, {"kinds": "singular"}, {"keep": "metrics"}, {"solver": "extremes"}]
+)
+def test_other_kinds_and_solvers_are_certified_again(small, ends_are_cheap, options):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "functions": "block"} | options)
+    found = verify(run, certificates=True)
+    assert found.findings == []
+    assert found.recomputed == 1
+    key = next(iter(run.records()))
+    record = run.store.record(key)
+    if record.get("metrics"):
+        run.store.update(key, metrics=record["metrics"] | {"S": 2.0, "nuclear_norm": 2.0})
+        assert len(verify(run, certificates=True).findings) == 1
+
+
+def test_the_command_names_what_is_damaged_and_fails(whole):
+    def command(*more):
+        code = "from stiffcore.cli import main; main()"
+        program = [sys.executable, "-c", code, "verify", str(whole), *more]
+        return subprocess.run(program, cwd=whole.parent, capture_output=True, text=True, check=False)
+
+    found = command()
+    assert found.returncode == 0
+    assert "all whole" in found.stdout
+    key = next(iter(open_run(str(whole)).records()))
+    flip(next(p for p in (whole / "units" / key / "eigenvalues" / "c").rglob("*") if p.is_file()), 3)
+    found = command("--json")
+    assert found.returncode == 1
+    assert [f["unit"] for f in json.loads(found.stdout)["findings"]] == [key]
+    assert "makes just these anew" in found.stderr
