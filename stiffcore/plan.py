@@ -77,6 +77,7 @@ class UnitPlan:
         shard: columns in one file.
         build: how the matrix is built.
         matrix_free: whether no matrix is built, only products with it are taken.
+        stored: whether the matrix goes through the store; else it is built again where a killed unit needs it.
         factor_bytes: what a sparse factorisation may take, of what is projected.
         stages: projected bytes by stage, host memory on top of what is reserved.
         device_bytes: projected bytes on the device, on top of what is reserved there.
@@ -95,6 +96,7 @@ class UnitPlan:
     shard: int = 1
     build: Build = Build.COLUMNS
     matrix_free: bool = False
+    stored: bool = True
     factor_bytes: int = 0
     stages: dict[str, int] | None = None
     device_bytes: int = 0
@@ -316,7 +318,8 @@ def _plan_unit(
     as_asked = recorded.solver in asked or (Solver.EXTREMES in asked and recorded.why == WHOLE_SPECTRUM)
     if not as_asked or device_gone:
         return _first_that_fits(unit, study, machine, data_bytes, asked, stored)
-    if recorded.projected_bytes <= data_bytes and not recorded.matrix_free:
+    keeps = recorded.stored or study.keep is not Keep.ALL
+    if recorded.projected_bytes <= data_bytes and not recorded.matrix_free and keeps:
         return recorded
     if Solver.EXTREMES in asked:  # with less room for factors
         return _first_that_fits(unit, study, machine, data_bytes, asked, stored)
@@ -418,7 +421,8 @@ def _extremes(
 
     Where the whole spectrum takes no longer, that. Where not even the matrix fits, products alone. Products are taken
     on the device, where the matrix fits there.
-    moved: the matrix written and read once, and the vectors; and copied to the device twice.
+    A matrix that is accumulated is not stored, unless it is to be kept: to write it takes longer than to build it.
+    moved: the matrix, where it is stored, written and read once, and the vectors; and copied to the device twice.
     """
     itemsize = np.dtype(study.dtype).itemsize
     nonzeros, fill = _sparsity(unit)
@@ -435,8 +439,11 @@ def _extremes(
             on_device = device_matrix_bytes(nonzeros, unit.k) + (base.stages or {})["build"]
             if machine.device_bytes is None or on_device > machine.device_bytes:
                 on_device = 0
+            through_store = base.build is not Build.ACCUMULATED or study.keep is Keep.ALL
+            matrix = matrix if through_store else 0
             plan = replace(
                 base,
+                stored=through_store,
                 why=why + ("; products on the device" if on_device else ""),
                 factor_bytes=needed,
                 device_bytes=on_device,
@@ -454,6 +461,7 @@ def _extremes(
         base,
         why="ends and counts from products alone: no room for the matrix",
         matrix_free=True,
+        stored=False,
         build=Build.COLUMNS,
         stages=stages,
         seconds=unit.column_s * ARNOLDI_PRODUCTS,

@@ -669,13 +669,13 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
     fields: dict[str, Any] = {"plan": plan.to_json()}
     if "made_with" in record:
         before = UnitPlan.from_json(plan.unit, record["plan"])
-        where = (bool(before.device_bytes), before.factor_bytes, before.matrix_free)
-        if before.solver is plan.solver and where == (bool(plan.device_bytes), plan.factor_bytes, plan.matrix_free):
+        ways = {(p.solver, p.device_bytes > 0, p.factor_bytes, p.matrix_free, p.stored) for p in (before, plan)}
+        if len(ways) == 1:
             return
-        if before.matrix_free and not plan.matrix_free:
+        if plan.stored and not before.stored:
             fields["stage"] = "planned"
         if before.solver is not plan.solver and record["stage"] in ("reduced", "solved", "counted", "done"):
-            gone = before.matrix_free or (record["stage"] == "done" and not record.get("kept"))
+            gone = not before.stored or (record["stage"] == "done" and not record.get("kept"))
             fields["stage"] = "planned" if gone else "built"
             fields["seconds"] = {} if gone else {"built": record["seconds"].get("built", 0.0)}
     store.update(plan.unit.key, **fields)

@@ -132,6 +132,8 @@ class UnitRun:
             return LinearOperator(
                 (k, k), operator.product, rmatvec=operator.transposed_product, dtype=np.dtype(np.float64)
             )
+        if not self.record["plan"]["stored"]:
+            return self.multiplied(_finite(self, sparse_or_columns(self)))
         with _undoing(self, "planned", "matrix"):
             return self.multiplied(self.matrix("matrix").read_sparse())
 
@@ -282,7 +284,7 @@ def stored_by(record: dict[str, Any]) -> set[str]:
     dense_rung = solver in (Solver.HOST_DENSE, Solver.CUDA_DENSE)
     kept = record["stage"] != "done" or record.get("kept")
     if record["kind"] == Kind.MATRIX and record["k"] and kept and solver is not Solver.NONE:
-        if stage >= STAGES.index("built") and not plan.get("matrix_free"):
+        if stage >= STAGES.index("built") and plan["stored"]:
             found.add("matrix")
         if stage >= STAGES.index("reduced") and solver is Solver.HOST_DENSE:
             found |= {"hessenberg", "tau", "scale"}
@@ -386,6 +388,9 @@ def _restart_if_foreign(run: UnitRun) -> None:
 
 
 def _build(run: UnitRun) -> dict[str, Any]:
+    if not run.record["plan"]["stored"]:
+        run.sparse  # noqa: B018 held from here on
+        return {}
     with _undoing(run, "planned", "matrix"):
         matrix, chunk = run.matrix("matrix"), run.record["plan"]["chunk"]
         missing = matrix.missing()
@@ -421,6 +426,19 @@ def _sparse(run: UnitRun, chunk: int) -> csc_array | None:
     return None
 
 
+def sparse_or_columns(run: UnitRun) -> csc_array:
+    """The whole matrix in memory, without its zeros."""
+    chunk = run.record["plan"]["chunk"]
+    found = _sparse(run, chunk)
+    return found if found is not None else by_columns(run.reduction, chunk)
+
+
+def _finite(run: UnitRun, matrix: csc_array) -> csc_array:
+    if not np.isfinite(matrix.data).all():
+        raise StiffcoreError(f"{run.key}: the Jacobian is not finite")
+    return matrix
+
+
 def checked_sparse(
     reduction: Reduction,
     chunk: int,
@@ -444,6 +462,11 @@ def sparse_matrix(reduction: Reduction, chunk: int) -> csc_array:
     if reduction.builds[0] is not Build.COLUMNS:
         with suppress(ReachError):
             return checked_sparse(reduction, chunk)
+    return by_columns(reduction, chunk)
+
+
+def by_columns(reduction: Reduction, chunk: int) -> csc_array:
+    """The whole matrix without its zeros, one chunk of columns after the other."""
     starts = range(0, reduction.k, chunk)
     return hstack(
         [csc_array(reduction.columns(at, min(at + chunk, reduction.k)).cpu().numpy()) for at in starts], "csc"

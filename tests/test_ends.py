@@ -99,6 +99,23 @@ def test_killed_at_any_event_the_ends_are_the_same_bytes(small):
         assert spectra_bytes(small / f"run{at}") == expected, at
 
 
+def test_a_matrix_that_is_accumulated_is_stored_only_where_it_is_to_be_kept(small):
+    options, seen = OPTIONS | {"blocks": "1", "solver": "extremes"}, []
+
+    def look(event):
+        seen.extend(p for p in (small / "run").rglob("matrix*") if event["stage"] == "counted")
+
+    run, _ = execute(small / "run", options, look)
+    assert {(r["plan"]["build"], r["plan"]["stored"]) for r in run.records().values()} == {("accumulated", False)}
+    assert seen == []
+    kept, _ = execute(small / "kept", options | {"keep": "all"})
+    for key, record in kept.records().items():
+        assert record["plan"]["stored"]
+        matrix = stiffcore.store.TiledMatrix(kept.store.unit_group(key), "matrix").read()
+        assert matrix.shape == (record["k"], record["k"])
+        assert kept.stored(key).computed.tobytes() == run.stored(key).computed.tobytes()
+
+
 def test_where_the_matrix_does_not_fit_products_alone_give_the_ends(small, monkeypatch):
     full, _ = execute(small / "full", OPTIONS | {"blocks": "1"})
     monkeypatch.setattr(planning, "_factor_levels", lambda nonzeros, fill: ((1 << 50, ""),))
