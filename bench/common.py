@@ -17,7 +17,15 @@ from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
 from stiffcore.study import versions
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+# The smallest of each benchmark, for a look; its figures are not the page's.
+QUICK = "--quick" in sys.argv
+
+
+def device():
+    """What `--device` says, `cpu` where it is not given."""
+    return sys.argv[sys.argv.index("--device") + 1] if "--device" in sys.argv else "cpu"
 
 
 def machine():
@@ -49,9 +57,11 @@ def block_calls(network):
 
 
 def write(script, figures):
-    """Write and print the figures of a benchmark."""
-    RESULTS.mkdir(exist_ok=True)
-    command = f"python bench/{Path(script).name}"
+    """Write and print the figures of a benchmark; of another device than the host in a file of their own."""
+    folder = RESULTS / "quick" if QUICK else RESULTS
+    folder.mkdir(exist_ok=True, parents=True)
+    command = " ".join([f"python bench/{Path(script).name}", *sys.argv[1:]])
+    name = Path(script).stem + ("" if device() == "cpu" else f"-{device()}")
     result = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "figures": figures}
-    (RESULTS / f"{Path(script).stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -10,7 +10,9 @@ HERE = Path(__file__).parent
 HEAD = """# Benchmarks
 
 One question a script; `python bench/NAME.py` answers it anew and rewrites its figures in `bench/results/NAME.json`,
-with the machine, the versions and the command. This page is made from those by `python bench/page.py`.
+with the machine, the versions and the command. This page is made from those by `python bench/page.py`. `python
+bench/all.py` runs them all, `python bench/all.py --quick` the smallest of each in minutes. Nothing here ran on a GPU:
+`python bench/by_hand.py --device cuda`, and so `cost.py` and `stages.py`, are ready to, into files of their own.
 """
 
 
@@ -128,7 +130,100 @@ def slices(f: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def ratio(value: float) -> str:
+    return f"{value:,.2g}" if value < 10 else f"{value:,.0f}"
+
+
+def by_hand(f: dict[str, Any]) -> str:
+    rows = []
+    for b in f["blocks"]:
+        ours = b["stiffcore"]
+        row = [b["block"], f"{b['n']:,}", seconds(total(ours["seconds"])), mib(ours["peak_bytes"])]
+        for way in ("torch", "numpy"):
+            theirs = b[way]
+            row += [seconds(total(theirs["seconds"])), mib(theirs["peak_bytes"])]
+            row += [ratio(total(theirs["seconds"]) / total(ours["seconds"])), f"{theirs['largest_difference']:.0e}"]
+        rows.append(row)
+    header = ["block", "n", "stiffcore, s", "MiB"]
+    for way in ("torch", "NumPy"):
+        header += [f"{way}, s", "MiB", "times", "largest difference"]
+    n = f["needed"]
+    said = f"{n['hours']:,.0f} hours and {n['bytes'] / (1 << 30):,.0f} GiB"
+    return table(header, rows) + f"\n\nBy hand n = {n['n']:,} would take {said}, from n = {n['from_n']:,}."
+
+
+def cost(f: dict[str, Any]) -> str:
+    parts = []
+    for network, g in f.items():
+        rows = []
+        for b in g["blocks"]:
+            s = b["seconds"]
+            row = [b["block"], f"{b['n']:,}", f"{b['k']:,}", *(seconds(s[name]) for name in s)]
+            row += [seconds(total(s)), seconds(b["planned_seconds"]), mib(b["measured_bytes"]), mib(b["planned_bytes"])]
+            rows.append(
+                [*row, f"{b['kept_bytes'] / 1024:,.0f}", "yes" if b["certified"] else "NO", f"{b['error']:.0e}"]
+            )
+        header = ["block", "n", "k", "build", "Hessenberg", "eigenvalues", "certificate", "all, s", "planned, s", "MiB"]
+        parts += [f"{network}: {seconds(g['wall_s'])} s from command to prompt."]
+        parts += [table([*header, "planned, MiB", "kept, KiB", "certified", "error"], rows)]
+    return "\n\n".join(parts)
+
+
+def growth(f: dict[str, Any]) -> str:
+    orders = [[f"{o['n']:,}", f"{o['seconds']:.2f}"] for o in f["orders"]]
+    images = [[i["images"], seconds(i["seconds"]), f"{i['seconds'] / i['images']:.2f}"] for i in f["images"]]
+    budgets = []
+    for b in f["budgets"]:
+        if "refused" in b:
+            budgets.append([b["memory"], *["-"] * 4, b["refused"]])
+        else:
+            row = [b["memory"], b["workers"], seconds(b["seconds"]), mib(b["peak_bytes"]), mib(b["moved_bytes"])]
+            budgets.append([*row, f"chunks of {b['chunk']} columns"])
+    return "\n\n".join(
+        [
+            table(["n", "s"], orders),
+            f"Seconds grow as n to the power {f['slope']:.2f} between the last two.",
+            table(["images", "s", "s an image"], images),
+            table(["allowed", "workers", "s", "peak, MiB", "moved by plan, MiB", ""], budgets),
+        ]
+    )
+
+
+def honesty(f: dict[str, Any]) -> str:
+    rows: dict[str, list[str]] = {}
+    for m in f["matrices"]:
+        rows.setdefault(m["matrix"], [m["matrix"]]).append(f"{m['verdict']}: {m['why']}")
+    said = ", ".join(f"{number} {verdict}" for verdict, number in f["counts"].items())
+    return f"Of {len(f['matrices'])} answers: {said}.\n\n" + table(
+        ["matrix", "host-dense", "extremes"], list(rows.values())
+    )
+
+
+def stages(f: dict[str, Any]) -> str:
+    rows = []
+    for name, c in f["cases"].items():
+        spent = total(c["seconds"])
+        shares = ", ".join(f"{stage} {s:.2f} s ({100 * s / spent:.0f} %)" for stage, s in c["seconds"].items())
+        rows.append([name, c["block"], f"{c['k']:,}", f"{spent:.2f}", shares, mib(c["planned_moved_bytes"])])
+    rates = f["disk_bytes_per_s"]
+    said = ", ".join(f"{name} {100 * share:.0f} %" for name, share in f["share_of_product_rate"].items())
+    return "\n\n".join(
+        [
+            f"Product {f['product_flops_per_s'] / 1e9:.1f} GFlop/s; disk {mib(rates['write'])} MiB/s written, "
+            f"{mib(rates['read'])} MiB/s read.",
+            table(["solved", "block", "k", "stages, s", "of which", "moved by plan, MiB"], rows),
+            f"Of the product rate, the dense stages reach: {said}. Where an accumulated matrix goes through the store, the "
+            f"ends of block 2 take {f['stored_over_held']:.2f} times as long.",
+        ]
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "by_hand": by_hand,
+    "cost": cost,
+    "growth": growth,
+    "honesty": honesty,
+    "stages": stages,
     "builds": builds,
     "extremes": extremes,
     "imagenet_extremes": imagenet_extremes,

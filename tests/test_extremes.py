@@ -9,6 +9,7 @@ from threadpoolctl import threadpool_limits
 
 from stiffcore.eigen import extremes as module
 from stiffcore.eigen.extremes import extremes, spectral_radius
+from stiffcore.eigen.numerical_range import logarithmic_norm
 from stiffcore.errors import InputError
 
 
@@ -190,3 +191,15 @@ def test_the_planted_matrix_has_its_eigenvalues():
     a = planted(120, [[-1, 2], [-2, -1]])
     assert np.allclose(np.sort(dense_eigenvalues(a).real)[:2], -1)
     assert scipy.linalg.norm(a.toarray() - a.toarray().T) > 0.1
+
+
+@pytest.mark.parametrize("power", [-500, -100, 100, 500])
+def test_the_size_of_a_matrix_does_not_matter(power):
+    a = np.diag(np.linspace(0.5, 3, 256)) + np.triu(np.random.default_rng(0).standard_normal((256, 256)), 1) / 50
+    scale = 2.0**power
+    found, scaled = extremes(a), extremes(scale * a)
+    assert scaled.converged_left
+    assert scaled.converged_right
+    assert np.allclose(scaled.values / scale, found.values, rtol=1e-9)
+    for norm in (logarithmic_norm, spectral_radius):
+        assert norm(scale * a) / scale == pytest.approx(norm(a), rel=1e-6)

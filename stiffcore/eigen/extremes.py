@@ -28,6 +28,7 @@ from stiffcore.eigen.sparse import (
     host_matrix,
     identity,
     norm_bound,
+    power_of_two,
     product,
 )
 
@@ -249,7 +250,9 @@ def _arnoldi(
     rng: np.random.Generator,
     tolerance: float = ARNOLDI_TOLERANCE,
 ) -> _Run:
-    operator = LinearOperator((k, k), lambda x: apply(x.ravel()), dtype=np.dtype(np.float64))
+    start = rng.standard_normal(k)
+    size = power_of_two(float(np.abs(apply(start)).max())) or 1.0
+    operator = LinearOperator((k, k), lambda x: apply(x.ravel()) / size, dtype=np.dtype(np.float64))
     converged = True
     try:
         values, vectors = eigs(
@@ -257,7 +260,7 @@ def _arnoldi(
             k=count,
             which=which,
             ncv=min(space, k - 1),
-            v0=rng.standard_normal(k),
+            v0=start,
             tol=tolerance,
             maxiter=RESTARTS,
         )
@@ -265,7 +268,7 @@ def _arnoldi(
         values, vectors, converged = error.eigenvalues, error.eigenvectors, False
     except ArpackError:  # no start outside of an invariant subspace, as with A = 0
         values, vectors, converged = np.zeros(0), np.zeros((k, 0)), False
-    return _upper(values, vectors, converged)
+    return _upper(size * values, vectors, converged)
 
 
 def _upper(values: Array, vectors: Array, converged: bool) -> _Run:

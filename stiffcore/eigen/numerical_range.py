@@ -25,6 +25,7 @@ from stiffcore.eigen.sparse import (
     lanczos,
     lanczos_error,
     norm_bound,
+    power_of_two,
     product,
     proved_least,
 )
@@ -186,6 +187,7 @@ def _extreme(h: sp.csc_array | LinearOperator, which: str, seed: int) -> float:
         full = h @ np.eye(k) if isinstance(h, LinearOperator) else h.toarray()
         return float(scipy.linalg.eigvalsh(full)[0 if which == "SA" else -1])
     start = np.random.default_rng(seed).standard_normal(k)
-    if not np.any(h @ start):
+    size = power_of_two(float(np.abs(h @ start).max()))
+    if not size:
         return 0.0  # ARPACK finds no start in the range of a zero matrix
-    return float(eigsh(h, k=1, which=which, v0=start, tol=1e-9, return_eigenvectors=False)[0])
+    return size * float(eigsh(h * (1 / size), k=1, which=which, v0=start, tol=1e-9, return_eigenvectors=False)[0])

@@ -400,6 +400,11 @@ def pseudospectrum(a: Any, grid: Array, *, memory_bytes: int | None = None) -> A
     return values[where].reshape(upper.shape)
 
 
+def power_of_two(size: float) -> float:
+    """Of a matrix's size, what to divide it by, exactly: ARPACK takes values under 1e-10 for zero; 0 for none."""
+    return 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 0.0
+
+
 def longest_sum(a: sp.csc_array) -> int:
     """Terms of the longest sum in a product with A."""
     return int(np.bincount(a.indices).max(initial=0)) + 2

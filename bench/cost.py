@@ -1,0 +1,49 @@
+"""What does a run cost: build, solve, certificate, memory, disk; and did the plan say so?
+
+Every square block of ResNet18 and ResNet50 (bundled weights), and of ResNet34 with random ones, at one CIFAR-10
+image, all eigenvalues, one unit after the other on all cores. Seconds by stage and in all against the plan's, the
+peak of each unit against what was planned for it, bytes in the store. `--quick`: the last blocks of ResNet18;
+`--device cuda`: there.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from common import QUICK, device, stiffcore, write
+
+from stiffcore import open_run
+
+NETWORKS = {"resnet18": [], "resnet34": ["--weights", "random"], "resnet50": []}
+STAGES = ("built", "reduced", "solved", "done")
+
+
+def blocks_of(network, options, folder):
+    common = ["--images", "samples", "--memory", "6GiB", "--workers", 1, "--device", device()]
+    asked = ["--blocks", "6,7,8"] if QUICK else []
+    _, wall = stiffcore("run", folder, "--network", network, *options, *common, *asked)
+    run = open_run(folder)
+    found = []
+    for key, record in run.records().items():
+        if record["plan"]["solver"] == "none":
+            continue
+        assert record["stage"] == "done", record
+        plan, certificate = record["plan"], run.stored(key).certificate
+        found.append(
+            {name: record[name] for name in ("block", "n", "k", "measured_bytes")}
+            | {"solver": plan["solver"], "seconds": {s: record["seconds"].get(s, 0.0) for s in STAGES}}
+            | {"planned_seconds": plan["seconds"], "planned_bytes": max(plan["stages"].values())}
+            | {"planned_disk_bytes": plan["disk_bytes"], "planned_moved_bytes": plan["moved_bytes"]}
+            | {"kept_bytes": sum(p.stat().st_size for p in (Path(folder) / "units" / key).rglob("*") if p.is_file())}
+            | {"certified": certificate.passed, "error": certificate.error}
+        )
+    print(json.dumps({network: found}), flush=True)
+    return {"wall_s": wall, "blocks": found}
+
+
+if __name__ == "__main__":
+    figures = {}
+    for network in list(NETWORKS)[: 1 if QUICK else None]:
+        with tempfile.TemporaryDirectory() as folder:
+            figures[network] = blocks_of(network, NETWORKS[network], folder)
+    write(__file__, figures)

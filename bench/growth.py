@@ -1,0 +1,67 @@
+"""How does a run grow: with the order, the number of images, the budget?
+
+Order: one dense function of n inputs, nothing to reduce, n doubled again and again; seconds and the slope in log-log.
+Images: one block of ResNet18 at 1, 2, 4, 8 images, one worker. Budget: the same eight images in budgets from the
+least up; how many units work side by side, the time, the peak of all processes. `--quick` takes the smaller half.
+"""
+
+import math
+import tempfile
+import time
+
+import torch
+from common import QUICK, write
+
+import stiffcore
+from stiffcore.cluster import local_workers
+from stiffcore.errors import InputError
+from stiffcore.run import carry_out_plan, prepare
+
+ORDERS = (256, 512, 1024, 2048)
+IMAGES = (1, 2, 4, 8)
+BUDGETS = ("1100MiB", "1250MiB", "1500MiB", "2GiB", "4GiB")
+OPTIONS = {"network": "resnet18", "images": "samples", "blocks": "layer4.1", "device": "cpu"}
+
+
+def at_order(n):
+    matrix = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / math.sqrt(n)
+    start = time.perf_counter()
+    found = stiffcore.spectrum(lambda x: x @ matrix.T, torch.zeros(n, dtype=torch.float64))
+    assert found.certificate.passed
+    return {"n": n, "seconds": time.perf_counter() - start, "stages": found.record["seconds"]}
+
+
+def session(options, workers=None):
+    with tempfile.TemporaryDirectory() as folder, local_workers(lambda event: None) as executor:
+        prepared = prepare(folder + "/run", OPTIONS | options, executor, workers=workers)
+        start = time.perf_counter()
+        run, outcome = carry_out_plan(folder + "/run", prepared, executor, lambda event: None)
+        assert not outcome.failed, outcome.failed
+        plans = [record["plan"] for record in run.records().values()]
+        return {
+            "images": options["count"],
+            "seconds": time.perf_counter() - start,
+            "workers": prepared.plan.workers,
+            "peak_bytes": outcome.peak_bytes,
+            "allowed_bytes": prepared.plan.allowed_bytes,
+            "moved_bytes": sum(plan["moved_bytes"] for plan in plans),
+            "chunk": plans[0]["chunk"],
+        }
+
+
+def in_budget(memory, count):
+    try:
+        return {"memory": memory, **session({"memory": memory, "count": count})}
+    except InputError as error:
+        return {"memory": memory, "refused": str(error).splitlines()[0]}
+
+
+def slope(first, last):
+    return math.log(last["seconds"] / first["seconds"]) / math.log(last["n"] / first["n"])
+
+
+if __name__ == "__main__":
+    orders = [at_order(n) for n in ORDERS[: 2 if QUICK else None]]
+    images = [session({"memory": "4GiB", "count": count}, workers=1) for count in IMAGES[: 2 if QUICK else None]]
+    budgets = [in_budget(memory, 2 if QUICK else 8) for memory in BUDGETS]
+    write(__file__, {"orders": orders, "slope": slope(*orders[-2:]), "images": images, "budgets": budgets})
