@@ -212,8 +212,8 @@ def stages(f: dict[str, Any]) -> str:
             f"Product {f['product_flops_per_s'] / 1e9:.1f} GFlop/s; disk {mib(rates['write'])} MiB/s written, "
             f"{mib(rates['read'])} MiB/s read.",
             table(["solved", "block", "k", "stages, s", "of which", "moved by plan, MiB"], rows),
-            f"Of the product rate, the dense stages reach: {said}. Where an accumulated matrix goes through the store, the "
-            f"ends of block 2 take {f['stored_over_held']:.2f} times as long.",
+            f"Of the product rate, the dense stages reach: {said}. Where an accumulated matrix goes through the store, "
+            f"the ends of block 2 take {f['stored_over_held']:.2f} times as long.",
         ]
     )
 

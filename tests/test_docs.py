@@ -2,6 +2,7 @@
 
 import doctest
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import stiffcore
+from tests.test_house import STAGES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("index", "tutorial", "theory", "store", "api", "extremes", "extremes-study")
+PAGES = ("index", "tutorial", "theory", "store", "architecture", "api", "extremes", "extremes-study")
 PROGRAM = "from stiffcore.cli import main; main()"
 
 
@@ -160,3 +162,18 @@ def test_the_tutorial_works_as_written(tmp_path, monkeypatch):
     report = []
     doctest.DocTestRunner(verbose=False).run(test, out=report.append)
     assert report == []
+
+
+def test_every_name_on_the_map_is_in_the_code():
+    page = (DOCS / "architecture.md").read_text()
+    names = [name.removeprefix("stiffcore.") for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)`", page)]
+    names = [name for name in names if name != "tests/test_house.py"]
+    assert len(names) > 60
+    for name in names:
+        pkgutil.resolve_name(f"stiffcore.{name}")
+
+
+def test_the_map_has_every_module_where_it_may_import():
+    table = re.findall(r"^\| [a-z ]+ \| (.*?) \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)[1:]
+    lines = [re.findall(r"`(\w+)/?`", line) for line in table]
+    assert [name for line in lines for name in line] == [name for stage in STAGES for name in stage]
