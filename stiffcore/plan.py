@@ -22,7 +22,7 @@ from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.spectra import CERTIFIED_MOST
 from stiffcore.store import file_rows
-from stiffcore.study import BlockFunction, Build, Device, Keep, Kind, Solver, Study, Unit, format_bytes
+from stiffcore.study import PROBES, BlockFunction, Build, Device, Keep, Kind, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
 # for the whole matrix, 64 take 38 s (2 cores, float64). Late layers have small columns and large weights, which every
@@ -45,7 +45,6 @@ RESERVED_VARIES_BYTES = 16 << 20
 TILE_ROWS = 256
 ZARR_BYTES = 512 << 10
 METADATA_BYTES = 4 << 10
-PROBES = 3
 # Share of one thread's product rate that gehrd and hseqr reach together: 27 of 38 GF/s at k = 7,386, two units side by
 # side on two cores; less for small k.
 DENSE_EFFICIENCY = 0.6

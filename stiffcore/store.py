@@ -296,17 +296,6 @@ class TiledMatrix:
             self._read_into(out[:, slice(*self.columns(shard))], shard, states[:, shard])
         return out
 
-    def read_panel(self, shard: int) -> np.ndarray:
-        """One shard, (rows, its columns), Fortran-ordered.
-
-        Raises:
-            DamagedError: as `read`.
-        """
-        start, stop = self.columns(shard)
-        out = np.zeros((self.shape[0], stop - start), dtype=self.dtype, order="F")
-        self._read_into(out, shard, self._states(shard)[:, 0])
-        return out
-
     def read_sparse(self) -> scipy.sparse.csc_array:
         """The whole matrix without its zeros, canonical; its indices are of 32 bits where they fit.
 
@@ -365,9 +354,9 @@ class TiledMatrix:
         """
         return int((self._states() == Tile.STORED).sum())
 
-    def _states(self, shard: int | None = None) -> np.ndarray:
+    def _states(self) -> np.ndarray:
         try:
-            states = np.asarray(self._tiles[:] if shard is None else self._tiles[:, shard : shard + 1])
+            states = np.asarray(self._tiles[:])
         except _UNREADABLE as error:
             raise DamagedError(f"{self._tiles.store_path}: {error}") from error
         if not np.isin(states, list(Tile)).all():

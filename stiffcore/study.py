@@ -124,6 +124,8 @@ class Pool(StrEnum):
 
 
 IN_MEMORY = "in memory"
+# Random tangents on which a reduction, or a matrix, is compared with the function itself.
+PROBES = 3
 MAX_NAME = 120
 
 

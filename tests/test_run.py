@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,31 @@ def test_two_workers_give_the_bytes_of_one_process(small):
 def facts(prepared):
     units = [p.unit.model_dump(exclude={"column_s"}) for p in prepared.plan.units]
     return sorted(units, key=lambda unit: unit["key"])
+
+
+def test_on_one_thread_or_two_the_values_agree_within_their_errors_and_a_run_keeps_its_number(small):
+    """Sums in another order have other last bits: the number of threads is part of a run, and stays as it began."""
+
+    def on(threads, name, on_event=lambda event: None):
+        prepared = prepare(str(small / name), OPTIONS, InProcess(print))
+        prepared = replace(prepared, plan=replace(prepared.plan, threads=threads))
+        return carry_out_plan(str(small / name), prepared, InProcess(print), on_event)[0]
+
+    runs = [on(1, "on1"), on(2, "on2")]
+    assert [run.header["threads"] for run in runs] == [1, 2]
+    for key in runs[0].records():
+        one, two = (run.stored(key) for run in runs)
+        allowed = one.certificate.error + two.certificate.error + 1e-12
+        assert np.abs(one.computed - two.computed).max(initial=0.0) <= allowed
+
+    def stop(event):
+        if event["stage"] == "ended":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        on(1, "begun", stop)
+    assert on(2, "begun").header["threads"] == 1
+    assert spectra_bytes(small / "begun") == spectra_bytes(small / "on1")
 
 
 def test_many_images_are_looked_at_by_all_workers_and_seen_as_by_one(small, monkeypatch):

@@ -131,7 +131,6 @@ def test_a_tall_matrix_is_several_files_a_panel_and_sparse_or_dense_the_same(tmp
     assert len([p for p in files(matrix) if p.name != "zarr.json"]) == len(bands)
     m = TiledMatrix(RunStore(store.url, create=True).unit_group("u"), "matrix")
     assert same_bits(m.read(), a)
-    assert all(same_bits(m.read_panel(i), a[:, slice(*m.columns(i))]) for i in range(m.shards))
     sparse, expected = m.read_sparse(), scipy.sparse.csc_array(a)
     assert sparse.dtype == a.dtype
     assert sparse.has_canonical_format
@@ -271,7 +270,7 @@ def test_damage_to_a_tall_matrix_is_told_whichever_way_it_is_read(store, monkeyp
     a = np.zeros((10, 2))
     a[1], a[9] = 1, 2
     m = TiledMatrix.create(store.unit_group("u"), "matrix", a.shape, a.dtype, 2, 2)
-    for read in (m.read, m.read_sparse, lambda: m.read_panel(0)):
+    for read in (m.read, m.read_sparse):
         with pytest.raises(DamagedError, match="not written"):
             read()
     fill(m, a)
@@ -281,7 +280,7 @@ def test_damage_to_a_tall_matrix_is_told_whichever_way_it_is_read(store, monkeyp
         good = path.read_bytes()
         for bad in (None, b"", good[:-1], bytes([good[0] ^ 1]) + good[1:], good[:-1] + bytes([good[-1] ^ 1])):
             path.unlink() if bad is None else path.write_bytes(bad)
-            for read in (m.read, m.read_sparse, lambda: m.read_panel(0)):
+            for read in (m.read, m.read_sparse):
                 with pytest.raises(DamagedError):
                     read()
         path.write_bytes(good)
@@ -323,7 +322,7 @@ def test_writing_and_reading_a_shard_takes_what_is_planned(store, dtype):
     m.write(1, block)
     written = tracemalloc.get_traced_memory()[1] + block.nbytes
     tracemalloc.reset_peak()
-    m.read_panel(1)
+    m.check(complete=True)
     read = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert max(written, read) <= _shard_bytes(k, shard, block.itemsize)

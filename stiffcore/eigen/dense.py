@@ -276,15 +276,6 @@ def hessenberg_eigenvalues_flops(k: int) -> int:
     return 20 * k**3 // 3
 
 
-def hessenberg_eigenvectors_flops(k: int, m: int) -> int:
-    """Floating-point operations of `hessenberg_eigenvectors`: 24 k^2 m.
-
-    For each value and side: a complex LU of a Hessenberg matrix (4 k^2), a complex triangular solve (4 k^2),
-    and the reflectors applied to two real columns (4 k^2). Counted here, not taken from a source.
-    """
-    return 24 * k * k * m
-
-
 def _iterate(h: Hessenberg, values: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Fill two real columns for each value with the eigenvectors of H; return which converged."""
     k = len(h.a)

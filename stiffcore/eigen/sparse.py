@@ -380,26 +380,6 @@ def smallest_singular_value(a: Any, z: complex, *, memory_bytes: int | None = No
     return 1 / math.sqrt(float(largest[0]))
 
 
-def pseudospectrum(a: Any, grid: Array, *, memory_bytes: int | None = None) -> Array:
-    """The smallest singular value of A - zI at each z of a grid: its level set s bounds the s-pseudospectrum.
-
-    One factorisation for each pair of conjugates in the grid.
-
-    Args:
-        a: (k, k) real, sparse or dense.
-        grid: complex, any shape.
-        memory_bytes: what a factorisation may take.
-
-    Returns:
-        float64, the shape of `grid`.
-    """
-    a = as_sparse(a)
-    upper = np.asarray(grid).real + 1j * np.abs(np.asarray(grid).imag)
-    points, where = np.unique(upper, return_inverse=True)
-    values = np.array([smallest_singular_value(a, z, memory_bytes=memory_bytes) for z in points])
-    return values[where].reshape(upper.shape)
-
-
 def power_of_two(size: float) -> float:
     """Of a matrix's size, what to divide it by, exactly: ARPACK takes values under 1e-10 for zero; 0 for none."""
     return 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 0.0

@@ -18,7 +18,6 @@ from stiffcore.jacobian.colouring import Integers
 from stiffcore.jacobian.graph import by_position
 from stiffcore.jacobian.linearise import Function, Linearisation
 from stiffcore.jacobian.reduction import (
-    PROBES,
     Reduction,
     Route,
     open_function,
@@ -26,7 +25,7 @@ from stiffcore.jacobian.reduction import (
     relative_difference,
     structure,
 )
-from stiffcore.study import BlockFunction
+from stiffcore.study import PROBES, BlockFunction
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ from stiffcore.jacobian.accumulation import Accumulation, Steps
 from stiffcore.jacobian.colouring import Colouring, Integers, Reach, ReachError
 from stiffcore.jacobian.graph import FunctionGraph, Waist, by_position, live_items, reach_of
 from stiffcore.jacobian.linearise import Function, Linearisation
-from stiffcore.study import BlockFunction, Build
+from stiffcore.study import PROBES, BlockFunction, Build
 
-PROBES = 3
 # What random tangents may disagree by, relative to the largest entry of J t; rounding stays far below it.
 PROBE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
 # What `r (J t)` and `(r J) t` may differ by; looser in float64, for functions that are less precise inside.
