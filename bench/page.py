@@ -2,9 +2,14 @@
 
 import ast
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 HEAD = """# Benchmarks
@@ -234,6 +239,74 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def _axes(title: str, x: str, y: str) -> Axes:
+    axes = Figure(figsize=(5.5, 3.4), layout="constrained").subplots()
+    axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axes.grid(visible=True, which="major", color="0.9")
+    return axes
+
+
+def draw_by_hand(f: dict[str, Any]) -> Axes:
+    axes = _axes("One block of ResNet18, all eigenvalues", "n", "seconds (lines), MiB (dashed)")
+    n = [b["n"] for b in f["blocks"]]
+    for colour, way in zip(("C0", "C1", "C2"), ("stiffcore", "torch", "numpy"), strict=True):
+        axes.plot(n, [total(b[way]["seconds"]) for b in f["blocks"]], "o-", color=colour, label=way)
+        axes.plot(n, [b[way]["peak_bytes"] / (1 << 20) for b in f["blocks"]], "s--", color=colour, mfc="none")
+    axes.legend()
+    return axes
+
+
+def draw_cost(f: dict[str, Any]) -> Axes:
+    axes = _axes("What was planned, and what it took", "planned: seconds (dots), MiB (squares)", "measured")
+    least, most = math.inf, 0.0
+    for colour, (network, g) in zip(("C0", "C1", "C2"), f.items(), strict=False):
+        pairs = [(b["planned_seconds"], total(b["seconds"])) for b in g["blocks"]]
+        bytes_ = [(b["planned_bytes"] / (1 << 20), b["measured_bytes"] / (1 << 20)) for b in g["blocks"]]
+        axes.plot(*zip(*pairs, strict=True), "o", color=colour, label=network)
+        axes.plot(*zip(*bytes_, strict=True), "s", color=colour, mfc="none")
+        least = min([least, *(min(pair) for pair in pairs + bytes_)])
+        most = max([most, *(max(pair) for pair in pairs + bytes_)])
+    axes.plot([least, most], [least, most], color="0.6", lw=1)
+    axes.legend()
+    return axes
+
+
+def draw_growth(f: dict[str, Any]) -> Axes:
+    axes = _axes(f"One dense function of n inputs: n to the power {f['slope']:.2f}", "n", "seconds")
+    axes.plot([o["n"] for o in f["orders"]], [o["seconds"] for o in f["orders"]], "o-")
+    return axes
+
+
+def draw_extremes(f: dict[str, Any]) -> Axes:
+    axes = _axes("All eigenvalues, and the ends with their proof", "order k of the matrix", "seconds")
+    for colour, (network, g) in zip(("C0", "C1"), f.items(), strict=False):
+        k = [b["k"] for b in g["blocks"]]
+        axes.plot(k, [b["dense_solve_s"] for b in g["blocks"]], "o", color=colour, label=f"{network}, all")
+        ends = [b["seconds"]["ends"] + b["seconds"]["counts"] for b in g["blocks"]]
+        axes.plot(k, ends, "o", color=colour, mfc="none", label=f"{network}, ends")
+    axes.legend()
+    return axes
+
+
+PICTURES: dict[str, Callable[[dict[str, Any]], Axes]] = {
+    "by_hand": draw_by_hand,
+    "cost": draw_cost,
+    "growth": draw_growth,
+    "extremes": draw_extremes,
+}
+
+
+def draw() -> None:
+    """Write the pictures of the page, the same bytes from the same figures."""
+    (HERE / "figures").mkdir(exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "stiffcore", "svg.fonttype": "none"}):
+        for name, picture in PICTURES.items():
+            result = HERE / f"results/{name}.json"
+            if result.exists():
+                figure = picture(json.loads(result.read_text())["figures"]).figure
+                figure.savefig(HERE / f"figures/{name}.svg", metadata={"Date": None})
+
+
 def page() -> str:
     parts = [HEAD]
     for name, section in SECTIONS.items():
@@ -247,8 +320,10 @@ def page() -> str:
         where = f"{machine['cores']} cores of {machine['cpu']}, {mib(machine['memory_bytes'])} MiB"
         ran = f"{found['date']}, {where}; {versions}"
         parts += [f"## {question}", rest, f"`{found['command']}`, {ran}.", section(found["figures"])]
+        parts += [f"![{question}](figures/{name}.svg)"] if name in PICTURES else []
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 if __name__ == "__main__":
+    draw()
     (HERE / "README.md").write_text(page())
