@@ -13,10 +13,14 @@ from page import SECTIONS
 # Without a quick way: the long ones.
 SLOW = ("extremes", "imagenet_extremes", "imagenet_plan", "slices", "builds", "unreduced", "workers")
 
+ON_DEVICE = ("by_hand", "cost", "stages")
+
 if __name__ == "__main__":
     failed = []
     for name in SECTIONS:
         if QUICK and name in SLOW:
+            continue
+        if "--device" in sys.argv and name not in ON_DEVICE:
             continue
         start = time.perf_counter()
         code = subprocess.run(

@@ -1,7 +1,7 @@
 """What does a run cost: build, solve, certificate, memory, disk; and did the plan say so?
 
 Every square block of ResNet18 and ResNet50 (bundled weights), and of ResNet34 with random ones, at one CIFAR-10
-image, all eigenvalues, one unit after the other on all cores. Seconds by stage and in all against the plan's, the
+image, all eigenvalues, one unit after the other on one core. Seconds by stage and in all against the plan's, the
 peak of each unit against what was planned for it, bytes in the store. `--quick`: the last blocks of ResNet18;
 `--device cuda`: there.
 """

@@ -115,10 +115,10 @@ def judged(a, values, solver):
     allowed = 2 * error + 1e-12 * scale
     wrong = []
     for name, truth in (("abscissa", real.max()), ("min_re", real.min())):
-        if abs(m[name] - truth) > allowed:
+        if not abs(m[name] - truth) <= allowed:
             wrong.append(f"{name} is off by {abs(m[name] - truth):.1e}, {error:.1e} stated")
     negative = float(np.mean(real < 0))
-    if not said and abs(m["negative"] - negative) > 1e-12:
+    if not said and not abs(m["negative"] - negative) <= 1e-12:
         wrong.append(f"negative is {m['negative']}, truly {negative}")
     if wrong:
         return "silently wrong", "; ".join(wrong)

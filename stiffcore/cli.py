@@ -244,11 +244,16 @@ def verify(
     else:
         for finding in said.findings:
             _say(out, f"{finding.unit or 'the run'}: {finding.part}: {finding.problem}")
+        for key, why in said.unchecked.items():
+            _say(out, f"{key}: its certificate could not be made again: {why}")
         read = f"{said.parts} parts read, {format_bytes(said.read_bytes)}"
         made = f"; {tables.count(said.recomputed, 'certificate', 'certificates')} made again" if certificates else ""
         _say(out, f"{read}{made}: {'all whole' if not said.findings else 'damaged'}")
     if said.findings:
-        raise StiffcoreError(f"{len(said.findings)} parts are damaged; `stiffcore run {run}` makes just these anew")
+        anew = f"`stiffcore run {run}` makes just these anew" if said.recorded else "nothing could be recorded there"
+        raise StiffcoreError(f"{len(said.findings)} parts are damaged; {anew}")
+    if said.unchecked:
+        raise StiffcoreError(f"{len(said.unchecked)} certificates could not be made again; what is stored stays")
 
 
 @app.command()

@@ -32,6 +32,7 @@ from stiffcore.study import (
     Survey,
     Unit,
     fingerprint,
+    image_digest,
     merged,
     parse_bytes,
     versions,
@@ -310,7 +311,9 @@ class Prepared:
         plan: of the units that are not done, for this machine.
         machine: what the plan counts on.
         survey: None where the run exists and continues as first asked.
-        damaged: of the run that exists: what is wrong with units, by key, and with its images (`IMAGES`).
+        damaged: of the run that exists: what is wrong with records of units, by key, and with its images (`IMAGES`);
+            these are written again.
+        unreadable: what is wrong with the arrays of units that were done, by key; these are computed again.
     """
 
     study: Study
@@ -318,6 +321,7 @@ class Prepared:
     machine: Machine
     survey: Survey | None
     damaged: Mapping[str, str]
+    unreadable: Mapping[str, str]
 
 
 def prepare(
@@ -358,7 +362,8 @@ def prepare(
         facts = list(found.units)
     else:
         facts = [Unit(**record) for record in units.values()]
-    ended = {key for key, record in units.items() if _ended(record, study.solver)}
+    unreadable = _unreadable(RunStore(url), units) if header else {}
+    ended = {key for key, record in units.items() if _ended(record, study.solver)} - unreadable.keys()
     recorded = {
         u.key: UnitPlan.from_json(u, units[u.key]["plan"])
         for u in facts
@@ -369,7 +374,8 @@ def prepare(
     machine = _machine(executor, processes, study, workers, suppose=suppose)
     # this process carries out one unit at a time
     most = workers if processes else 1
-    return Prepared(study, make_plan(pending, study, machine, workers=most, recorded=recorded), machine, found, damaged)
+    plan = make_plan(pending, study, machine, workers=most, recorded=recorded)
+    return Prepared(study, plan, machine, found, damaged, unreadable)
 
 
 def check_free(url: str) -> None:
@@ -399,7 +405,34 @@ def _existing(url: str) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]
 def _trusted(store: RunStore) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     units, damaged = store.whole_units()
     problems = [f"{part}: {problem}" for part, _, problem in store.read_again(IMAGES, IMAGE_ARRAYS) if problem]
+    if not problems and not same_images(store):
+        problems = [f"{IMAGES}/x: not the images that the run began with"]
     return units, damaged | ({IMAGES: problems[0]} if problems else {})
+
+
+def same_images(store: RunStore) -> bool:
+    """Whether the stored images have the digests that the header names."""
+    return [image_digest(image) for image in store.get_array(IMAGES, "x")] == (store.header or {})["identity"]["images"]
+
+
+def _unreadable(store: RunStore, units: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What is wrong with units that are done, by key: found now, or by `stiffcore verify`."""
+    found = {}
+    for key, record in units.items():
+        if record["stage"] != "done" or record["plan"]["solver"] == Solver.NONE:
+            continue
+        damaged = {*SCRATCH, "eigenvalues", *HISTOGRAM} & set(record.get("damaged", ()))
+        if damaged:
+            found[key] = f"{', '.join(sorted(damaged))}: damaged"
+            continue
+        try:
+            if record["plan"]["solver"] != Solver.MATRIX_ONLY:
+                stored_spectrum(store, key)
+            for name in HISTOGRAM if not record.get("values_kept", True) else ():
+                store.get_array(f"units/{key}", name)
+        except DamagedError as error:
+            found[key] = str(error)
+    return found
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], url: str) -> None:
@@ -518,7 +551,7 @@ def carry_out_plan(
         start = time.perf_counter()
         store.sweep()
         check_disk(prepared.plan, store.free_bytes())
-        for key, why in prepared.damaged.items():
+        for key, why in {**prepared.damaged, **prepared.unreadable}.items():
             note = f"{why}: {'read' if key == IMAGES else 'computed'} again"
             on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
         _write_beginning(store, prepared)
@@ -545,13 +578,12 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
             _check_same(store.header["identity"], found.identity, store.url)
         else:
             _check_same(_settings(store.header["study"]), _settings(study), store.url)
-        damaged = _trusted(store)[1]
-        if damaged and found is None:
+        if store.whole_units()[1].keys() - prepared.damaged.keys():
             raise DamagedError(f"{store.url} was damaged while it was being opened: run again")
-        if found is not None and IMAGES in damaged:
+        if found is not None and IMAGES in prepared.damaged:
             _write_images(store, found)
         for plan in prepared.plan.units:
-            if plan.unit.key in damaged:
+            if plan.unit.key in prepared.damaged:
                 store.clear(f"units/{plan.unit.key}")
                 store.update(plan.unit.key, **_as_planned(plan))
         store.header = {**store.header, "study": study}
@@ -599,16 +631,13 @@ def _work(
 ) -> dict[str, str]:
     records = store.units()
     threads = (store.header or {})["threads"]
-    pending = [p for p in prepared.plan.units if p.works and not _ended(records[p.unit.key], p.solver)]
+    again = prepared.unreadable.keys()
+    pending = [
+        p for p in prepared.plan.units if p.works and (p.unit.key in again or not _ended(records[p.unit.key], p.solver))
+    ]
     begun = {plan.unit.key for plan in pending}
-    for key in begun:
-        if records[key].get("damaged"):  # found by `stiffcore verify` in a unit under way
-            store.update(key, stage="planned", damaged=[])
-            store.drop(key, *SCRATCH)
     for key, record in records.items():
-        finished = record["stage"] == "done" and key not in begun and record["plan"]["solver"] != "none"
-        if finished and not _settled(store, key, prepared.study, on_event):
-            pending.append(UnitPlan.from_json(Unit(**record), record["plan"]))
+        _settle(store, key, record, prepared.study, again=key in again, begun=key in begun)
     where = str(store.local or store.url)  # a worker elsewhere has another current folder
     running: dict[Future, UnitPlan] = {}
     failed: dict[str, str] = {}
@@ -622,7 +651,7 @@ def _work(
             if prepared.plan.holds(plan, running.values()) or not running:
                 key = plan.unit.key
                 pending.remove(plan)
-                if plan.works and key in begun:
+                if plan.works:
                     _record_plan(store, store.record(key), plan)
                 tell(key, "begun")
                 if records[key].get("failure"):
@@ -681,31 +710,24 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
     store.update(plan.unit.key, **fields)
 
 
-def _settled(store: RunStore, key: str, study: Study, on_event: OnEvent) -> bool:
-    """Whether a unit that is done has what was computed; if not, it is to be made again."""
-    record = store.record(key)
-    stored = record["plan"]["solver"] == Solver.MATRIX_ONLY
+def _settle(store: RunStore, key: str, record: Mapping[str, Any], study: Study, *, again: bool, begun: bool) -> None:
+    """Of what is stored of a unit, delete what is damaged and not computed again, and what is not to be kept.
+
+    Eigenvalues stay until others are written.
+    """
     damaged = set(record.get("damaged", ()))
-    try:
-        if not stored:
-            stored_spectrum(store, key)
-        if not record.get("values_kept", True):
-            store.get_array(f"units/{key}", "histogram")
-    except DamagedError:
-        damaged.add("eigenvalues")
-    if damaged & {*SCRATCH, "eigenvalues", *HISTOGRAM}:
+    if again or (begun and damaged):
         store.update(key, stage="planned", damaged=[])
-        store.drop(key, *SCRATCH, "eigenvalues", *HISTOGRAM)
-        note = "what is stored of it is damaged: it is computed again"
-        on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
-        return False
-    if damaged:  # pictures, which are taken on request
-        store.drop(key, *damaged)
-        store.update(key, damaged=[])
-    # matrices that were kept on request stay, whatever is asked of later units
-    if study.keep is not Keep.ALL and not stored and not record.get("kept"):
         store.drop(key, *SCRATCH)
-    return True
+    elif damaged:
+        store.update(key, damaged=[])
+    store.drop(key, *damaged.difference(SCRATCH, HISTOGRAM, ["eigenvalues"]))  # pictures, which are taken on request
+    spare = (
+        record["stage"] == "done" and not begun and record["plan"]["solver"] not in (Solver.NONE, Solver.MATRIX_ONLY)
+    )
+    # matrices that were kept on request stay, whatever is asked of later units
+    if spare and study.keep is not Keep.ALL and not record.get("kept"):
+        store.drop(key, *SCRATCH)
 
 
 def _carry_out(url: str, key: str, threads: int, module: Any, token: str, emit: OnEvent) -> str:

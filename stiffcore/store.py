@@ -66,6 +66,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundErro
 DIGEST = "digest"
 # In the root from its first byte on, so that a run killed before its header was written is known as one.
 _BEGUN = {"stiffcore_begun": FORMAT}
+_IMAGES = "images"
 _ROOT, _COPY = "zarr.json", "units/zarr.json"
 _GROUP_KEYS = {"attributes", "zarr_format", "node_type"}
 # Tokens of the runs that this process holds.
@@ -199,7 +200,7 @@ class TiledMatrix:
             tile: rows of a tile.
             shard: columns of a shard.
         """
-        if f"{name}_tiles" not in group:
+        if not _there(group, f"{name}_tiles"):
             rows, columns = shape
             tile, shard = min(tile, rows), min(shard, columns)
             row_tiles = -(-rows // tile)
@@ -489,6 +490,9 @@ class RunStore:
 
     def _refuse_other(self, attributes: Mapping[str, Any]) -> None:
         found = self._format(attributes)
+        begun = attributes.get("stiffcore_begun")
+        if found is None and attributes.keys() == _BEGUN.keys() and isinstance(begun, int) and begun != FORMAT:
+            raise InputError(f"{self.url} was begun by another stiffcore, and holds nothing: give a new folder")
         if found is None and not _BEGUN.keys() & attributes.keys():
             raise InputError(f"{self.url} is a Zarr group, but not a run of stiffcore: give a new folder")
         if found is None or found == FORMAT:
@@ -565,10 +569,10 @@ class RunStore:
 
     def update(self, key: str, /, **fields: Any) -> None:
         """Add fields to a unit's record, in one atomic write."""
-        # not attrs.update: that writes one field after the other
-        group = self.unit_group(key)
-        now = _checked(dict(group.attrs), f"{self.url}/units/{key}/zarr.json") | fields
-        group.update_attributes({**fields, DIGEST: _digest(now)})
+        name = f"units/{key}/zarr.json"
+        now = self.record(key) if _read(self._store, name) is not None else {}
+        now |= fields
+        sync(self._store.set(name, _group_buffer({**now, DIGEST: _digest(now)})))
 
     def clear(self, group: str) -> None:
         """Delete all that is stored of a group, so that it can be made anew; its metadata may be damaged."""
@@ -645,6 +649,8 @@ class RunStore:
         for name in names:
             if name.endswith("_tiles") and name.removesuffix("_tiles") in names:
                 continue
+            if name in SCRATCH and name not in expected and f"{name}_tiles" not in names:
+                continue  # of a stage that was not finished: made again
             parts = [part for part in (name, f"{name}_tiles") if part in names]
             checks = [self.read_metadata(f"{group}/{part}") for part in parts]
             size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
@@ -672,14 +678,12 @@ class RunStore:
             if json.dumps(found, indent=2).encode() != raw:
                 return len(raw), f"{name}: not what was written"
             if found["node_type"] == "group":
-                _checked(found["attributes"], name)
-                if path.startswith("units/") and not found["attributes"]:
-                    return len(raw), f"{name}: holds no record"
+                if path != _IMAGES or found["attributes"]:  # the group of the inputs has none
+                    _checked(found["attributes"], name)
                 if (found["zarr_format"], found.keys() - {"consolidated_metadata"}) != (3, _GROUP_KEYS):
                     return len(raw), f"{name}: not what was written"
             else:
-                found["attributes"] = dict(found["attributes"])
-                if found["attributes"].pop(DIGEST, None) != _digest(found):
+                if found["attributes"][DIGEST] != _metadata_digest(raw):
                     return len(raw), f"{name}: not what was written"
         except (*_UNREADABLE, DamagedError):
             return len(raw), f"{name}: not what was written"
@@ -880,16 +884,30 @@ async def _names(store: Store, folder: str) -> list[str]:
     return [name async for name in store.list_dir(folder) if not name.endswith(".json")]
 
 
+def _there(group: zarr.Group, name: str) -> bool:
+    """Whether a group has something of that name.
+
+    Raises:
+        DamagedError: where its metadata cannot be read.
+    """
+    try:
+        return name in group
+    except _UNREADABLE as error:
+        raise DamagedError(f"{group.store_path}/{name}/zarr.json: {error}") from error
+
+
 def _array(group: zarr.Group, name: str) -> zarr.Array:
     where = f"{group.store_path}/{name}"
     try:
         found = group.get(name)
+        if not isinstance(found, zarr.Array):
+            raise DamagedError(f"{where}: not there")
+        # as stored, not as this version of zarr would write it
+        raw = _read(group.store, f"{found.path}/zarr.json")
+        if found.attrs.get(DIGEST) != _metadata_digest(raw or b""):
+            raise DamagedError(f"{where}/zarr.json: not what was written")
     except _UNREADABLE as error:
         raise DamagedError(f"{where}: {error}") from error
-    if not isinstance(found, zarr.Array):
-        raise DamagedError(f"{where}: not there")
-    if found.attrs.get(DIGEST) != _metadata_digest(found):
-        raise DamagedError(f"{where}/zarr.json: not what was written")
     return found
 
 
@@ -897,19 +915,16 @@ def _create_array(group: zarr.Group, name: str, **layout: Any) -> zarr.Array:
     """An array with a checksum on its numbers and, among its attributes, a digest of its metadata; replaces one."""
     layout |= {"compressors": (Crc32cCodec(),), "filters": None}
     draft = zarr.create_array(MemoryStore(), zarr_format=3, **layout)
-    attributes = {**layout.pop("attributes", {}), DIGEST: _metadata_digest(draft)}
+    raw = draft.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
+    attributes = {**layout.pop("attributes", {}), DIGEST: _metadata_digest(raw)}
     return group.create_array(name, attributes=attributes, overwrite=True, **layout)
 
 
-def _metadata_digest(array: zarr.Array) -> str:
-    fields = json.loads(_written(array))
+def _metadata_digest(raw: bytes) -> str:
+    """Of an array's zarr.json, without the attribute that holds it."""
+    fields = json.loads(raw)
     fields["attributes"].pop(DIGEST, None)
     return _digest(fields)
-
-
-def _written(node: zarr.Array | zarr.Group) -> bytes:
-    """What zarr writes as the zarr.json of a node."""
-    return node.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
@@ -919,12 +934,12 @@ def _digest(fields: Mapping[str, Any]) -> str:
 
 
 def _checked(attributes: dict[str, Any], where: str) -> dict[str, Any]:
-    """The attributes of a group without their digest; one that was just made has none.
+    """The attributes of a group without their digest.
 
     Raises:
         DamagedError: where they are not what was written.
     """
-    if attributes and attributes.get(DIGEST) != _digest(attributes):
+    if attributes.get(DIGEST) != _digest(attributes):
         raise DamagedError(f"{where}: not what was written")
     return {name: value for name, value in attributes.items() if name != DIGEST}
 

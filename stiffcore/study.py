@@ -404,6 +404,12 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def image_digest(image: np.ndarray) -> str:
+    """sha256 of the dtype, shape and bytes of one image."""
+    image = np.ascontiguousarray(image)
+    return hashlib.sha256(f"{image.dtype}\0{image.shape}\0".encode() + image.tobytes()).hexdigest()
+
+
 def unit_key(image: int, block: str, function: str, kind: str) -> str:
     """The name of a unit in the store: one spectrum of one block's function at one image.
 

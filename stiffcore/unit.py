@@ -491,6 +491,7 @@ def _read_matrix(run: UnitRun) -> np.ndarray:
 
 def _reduce(run: UnitRun) -> dict[str, Any]:
     run.drop("reduction")  # its tensors are not needed until the certificate
+    run.store.drop(run.key, "hessenberg", "tau", "scale")  # of a session that was killed, maybe in part
     a = _read_matrix(run)
     moments, growth = certificate.matrix_moments(a), _growth(run, a)
     h = dense.to_hessenberg(a)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from stiffcore.errors import BusyError, DamagedError, StiffcoreError
-from stiffcore.run import IMAGE_ARRAYS, IMAGES, Run
+from stiffcore.errors import DamagedError, StiffcoreError
+from stiffcore.run import IMAGE_ARRAYS, IMAGES, Run, same_images
 from stiffcore.spectra import Ends, certified_choice
 from stiffcore.store import RunStore, stored_spectrum
 from stiffcore.study import Kind, Solver
@@ -48,12 +48,16 @@ class Verification:
         parts: things read: arrays, each with its metadata, and records.
         read_bytes: of these.
         recomputed: certificates that were made again.
+        unchecked: those that could not be, by unit, and why; this is no damage.
+        recorded: whether findings were recorded with their units; not where the run may not be written to.
     """
 
     findings: list[Finding] = field(default_factory=list)
     parts: int = 0
     read_bytes: int = 0
     recomputed: int = 0
+    unchecked: dict[str, str] = field(default_factory=dict)
+    recorded: bool = True
 
 
 def verify(
@@ -65,7 +69,8 @@ def verify(
 ) -> Verification:
     """Read everything in a run again: checksums, digests, records of what is done, fingerprints of the images.
 
-    What is found is recorded with its unit, unless another process holds the run: then it is only reported.
+    The run is held meanwhile, and what is found is recorded with its unit; where it may not be written to, it is only
+    read.
 
     Args:
         run: any.
@@ -74,15 +79,30 @@ def verify(
             computing the unit again. Memory: as the unit's plan says.
         module: the network, where the run was made with one in memory.
         tell: told of units done and units in all.
+
+    Raises:
+        BusyError: where another process works on the run.
     """
+    found = Verification()
+    try:
+        with run.store.hold():
+            _verify(run, found, certificates, module, tell)
+            return found
+    except OSError:
+        found = Verification(recorded=False)
+    _verify(run, found, certificates, module, tell)
+    return found
+
+
+def _verify(run: Run, found: Verification, certificates: bool, module: Any, tell: Callable[[int, int], None]) -> None:
     from stiffcore.unit import stored_by
 
-    store, found = run.store, Verification()
+    store = run.store
     for path in ("", "units"):
         _add(found, "", path or "zarr.json", *store.read_metadata(path))
     _read_again(store, IMAGES, IMAGES, IMAGE_ARRAYS, found)
-    if not found.findings:
-        _check_fingerprints(run, found)
+    if not found.findings and not same_images(store):
+        found.findings.append(Finding(IMAGES, f"{IMAGES}/x", "not the images that the run began with"))
     records, _ = store.whole_units()
     keys = run.header["units"]
     for done, key in enumerate(keys):
@@ -92,13 +112,17 @@ def verify(
         if len(found.findings) == before and _has_spectrum(records[key]):
             _check_number(store, key, found)
         if certificates and len(found.findings) == before and _has_spectrum(records[key]):
-            found.recomputed += 1
-            problem = _recomputed(store, key, records[key], module)
-            if problem:
-                found.findings.append(Finding(key, "certificate", problem))
+            try:
+                problem = _recomputed(store, key, records[key], module)
+            except (StiffcoreError, RuntimeError) as error:
+                found.unchecked[key] = str(error)
+            else:
+                found.recomputed += 1
+                if problem:
+                    found.findings.append(Finding(key, "certificate", problem))
         tell(done + 1, len(keys))
-    _record(store, found, records)
-    return found
+    if found.recorded:
+        _record(store, found, records)
 
 
 def _read_again(store: RunStore, group: str, unit: str, expected: Iterable[str], found: Verification) -> None:
@@ -111,20 +135,6 @@ def _add(found: Verification, unit: str, part: str, size: int, problem: str) -> 
     found.read_bytes += size
     if problem:
         found.findings.append(Finding(unit, part, problem))
-
-
-def _check_fingerprints(run: Run, found: Verification) -> None:
-    from stiffcore.networks.images import Images
-
-    try:
-        x, y, index = (run.store.get_array(IMAGES, name) for name in ("x", "y", "index"))
-        images = Images(x, y, index, "the run")
-        digests = [images.digest(i) for i in range(len(images))]
-    except StiffcoreError as error:
-        found.findings.append(Finding(IMAGES, IMAGES, str(error)))
-        return
-    if digests != run.header["identity"]["images"]:
-        found.findings.append(Finding(IMAGES, f"{IMAGES}/x", "not the images that the run began with"))
 
 
 def _has_spectrum(record: dict[str, Any]) -> bool:
@@ -157,16 +167,13 @@ def _computed_again(store: RunStore, key: str, module: Any) -> str:
         again = RunStore(folder, create=True)
         again.update(key, **(fresh | {"stage": "planned"}))
         again.header = {**header, "units": [key]}
-        try:
-            carry_out(
-                folder,
-                key,
-                threads=header["threads"],
-                emit=lambda event: None,
-                opener=lambda _, planned, device: open_operator(store, planned, device, module),
-            )
-        except StiffcoreError as error:
-            return f"it cannot be computed again: {error}"
+        carry_out(
+            folder,
+            key,
+            threads=header["threads"],
+            emit=lambda event: None,
+            opener=lambda _, planned, device: open_operator(store, planned, device, module),
+        )
         before, now = stored_spectrum(store, key), stored_spectrum(again, key)
     if now.certificate.failures and not before.certificate.failures:
         return f"computed again, it is not certified: {now.certificate.failures[0]}"
@@ -182,14 +189,11 @@ def _certified_again(store: RunStore, key: str, record: dict[str, Any], module: 
     from stiffcore.jacobian.reduction import Reduction
     from stiffcore.unit import open_operator, sparse_matrix
 
-    try:
-        reduction = open_operator(store, record, "cpu", module)
-        assert isinstance(reduction, Reduction)
-        if not reduction.k:
-            return ""
-        matrix = sparse_matrix(reduction, record["plan"]["chunk"]).astype(np.float64)
-    except StiffcoreError as error:
-        return f"it cannot be made again: {error}"
+    reduction = open_operator(store, record, "cpu", module)
+    assert isinstance(reduction, Reduction)
+    if not reduction.k:
+        return ""
+    matrix = sparse_matrix(reduction, record["plan"]["chunk"]).astype(np.float64)
     spectrum = stored_spectrum(store, key)
     values = spectrum.computed.astype(complex) - reduction.shift
     moments = sparse_moments(matrix)
@@ -239,13 +243,8 @@ def _record(store: RunStore, found: Verification, records: dict[str, dict[str, A
     damaged: dict[str, list[str]] = {}
     for finding in found.findings:
         if finding.unit in records:
+            names = damaged.setdefault(finding.unit, [])
             name = finding.part.removeprefix(f"units/{finding.unit}").strip("/")
-            damaged.setdefault(finding.unit, []).append("eigenvalues" if name in ("", "certificate") else name)
-    if not damaged:
-        return
-    try:
-        with store.hold():
-            for key, names in damaged.items():
-                store.update(key, damaged=sorted(set(names)))
-    except (BusyError, DamagedError):
-        return
+            names += ["eigenvalues" if name == "certificate" else name] if name else []
+    for key, names in damaged.items():  # where only white space of the record was damaged, this mends it
+        store.update(key, damaged=sorted(set(names)))

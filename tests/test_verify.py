@@ -165,3 +165,96 @@ def test_the_command_names_what_is_damaged_and_fails(whole):
     assert found.returncode == 1
     assert [f["unit"] for f in json.loads(found.stdout)["findings"]] == [key]
     assert "makes just these anew" in found.stderr
+
+
+def test_a_certificate_that_cannot_be_made_again_is_no_damage(whole):
+    source = whole.parent / "smallnet.py"
+    text = source.read_text()
+    source.write_text(text.replace("torch.manual_seed(5)", "torch.manual_seed(6)"))
+    sys.modules.pop("smallnet")
+    found = verify(open_run(str(whole)), certificates=True)
+    assert found.findings == []
+    assert len(found.unchecked) == 4
+    assert found.recomputed == 0
+    source.write_text(text)
+    sys.modules.pop("smallnet")
+    events = []
+    again(whole, events.append)
+    assert events == []
+
+
+def test_a_run_that_is_worked_on_is_not_verified(whole):
+    with RunStore(str(whole)).hold(), pytest.raises(stiffcore.BusyError):
+        verify(open_run(str(whole)))
+
+
+def test_a_run_that_may_not_be_written_to_is_read_alone(one, monkeypatch):
+    def refuse(lock, *args, **kwargs):
+        raise PermissionError("a disk mounted to be read")
+
+    key = next(iter(open_run(str(one)).records()))
+    flip(next(p for p in (one / "units" / key / "eigenvalues" / "c").rglob("*") if p.is_file()), 3)
+    monkeypatch.setattr("stiffcore.store.FileLock.acquire", refuse)
+    before = {p: p.read_bytes() for p in files(one)}
+    found = verify(open_run(str(one)))
+    assert (len(found.findings), found.recorded) == (1, False)
+    assert {p: p.read_bytes() for p in files(one)} == before
+
+
+def test_a_repair_that_was_killed_is_damage_too(one):
+    expected = spectra_bytes(one)
+    key = next(iter(open_run(str(one)).records()))
+    store = RunStore(str(one))
+    store.clear(f"units/{key}")
+    assert damage_of(str(one))
+    again(one)
+    store.clear(f"units/{key}")
+    store.unit_group(key)  # without its record
+    assert damage_of(str(one))
+    again(one)
+    assert damage_of(str(one)) == []
+    assert spectra_bytes(one) == expected
+
+
+@pytest.mark.parametrize("name", ["matrix", "matrix_tiles"])
+def test_metadata_of_a_matrix_under_way_that_cannot_be_read_is_made_anew(small, name):
+    sessions(small, (small / "whole", 0), (small / "run", 4))
+    path = next((small / "run").rglob(f"{name}/zarr.json"))
+    path.write_bytes(path.read_bytes()[:40])
+    again(small / "run")  # notices, and goes back
+    _, outcome = again(small / "run")
+    assert outcome.failed == {}
+    assert spectra_bytes(small / "run") == spectra_bytes(small / "whole")
+
+
+def test_a_damaged_unit_is_planned_again_within_the_budget(one):
+    run = open_run(str(one))
+    key = next(iter(run.records()))
+    flip(next(p for p in (one / "units" / key / "eigenvalues" / "c").rglob("*") if p.is_file()), 3)
+    with pytest.raises(stiffcore.InputError, match="--memory"):
+        execute(one, {"memory": "1MiB"})
+    assert run.store.record(key)["stage"] == "done"
+
+
+def test_other_pixels_than_those_of_the_header_are_read_again(one):
+    store = RunStore(str(one))
+    x = store.get_array("images", "x")
+    store.put_array("images", "x", x ^ 1, ("image", "axis1", "axis2", "axis3"))
+    assert damage_of(str(one)) == ["images/x"]
+    again(one)
+    assert damage_of(str(one)) == []
+    assert np.array_equal(store.get_array("images", "x"), x)
+
+
+def test_a_damaged_picture_goes_and_the_spectrum_stays(one):
+    run = open_run(str(one))
+    key = next(iter(run.records()))
+    run.picture(block="4")
+    path = one / "units" / key / "numerical_range" / "zarr.json"
+    flip(path, 50)
+    assert damage_of(str(one)) == [f"units/{key}/numerical_range"]
+    events = []
+    again(one, events.append)
+    assert events == []
+    assert not path.exists()
+    assert damage_of(str(one)) == []

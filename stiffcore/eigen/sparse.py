@@ -381,8 +381,10 @@ def smallest_singular_value(a: Any, z: complex, *, memory_bytes: int | None = No
 
 
 def power_of_two(size: float) -> float:
-    """Of a matrix's size, what to divide it by, exactly: ARPACK takes values under 1e-10 for zero; 0 for none."""
-    return 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 0.0
+    """Of a matrix's size, what to divide it by, exactly: ARPACK takes values under 1e-10 for zero; 0 for 0 alone."""
+    if not 0 < size < math.inf:
+        return 0.0 if size == 0 else 1.0  # ARPACK says what is wrong with it
+    return 2.0 ** min(max(round(math.log2(size)), -1000), 1000)
 
 
 def longest_sum(a: sp.csc_array) -> int:

@@ -1,6 +1,5 @@
 """Images in: the few that are asked for, with their labels and their place in the source."""
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import zipfile
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from stiffcore.errors import InputError, refuse
+from stiffcore.study import image_digest
 
 _Triple = tuple[float, float, float]
 
@@ -70,10 +70,7 @@ class Images:
         Args:
             i: position among these images (not the index in the source).
         """
-        image = np.ascontiguousarray(self.x[i])
-        sha = hashlib.sha256(f"{image.dtype}\0{image.shape}\0".encode())
-        sha.update(image.tobytes())
-        return sha.hexdigest()
+        return image_digest(self.x[i])
 
 
 def network_input(image: np.ndarray, normalize: str, dtype: torch.dtype) -> Tensor:
