@@ -455,7 +455,7 @@ def _extremes(
         return base, why_not  # products in single precision are too coarse for proofs and vectors
     stages = _first_stages(unit, 0, unit.column_items * itemsize, itemsize, 1, 1)
     del stages["build"]
-    stages["solve"] = _krylov_bytes(unit.k) + _operator_bytes(unit, unit.column_items * itemsize, itemsize)
+    stages["solve"] = _krylov_bytes(unit.k) + operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize)
     plan = replace(
         base,
         why="ends and counts from products alone: no room for the matrix",
@@ -497,7 +497,7 @@ def _slices(
     blocks = (unit.accumulated_items + 2 * unit.nonzeros) * itemsize or 2 * chunk * column_bytes
     stages = _first_stages(unit, 0, column_bytes, itemsize, 1, 1)
     del stages["build"]
-    stages["solve"] = blocks + SQUARES_BYTES + _operator_bytes(unit, column_bytes, itemsize) + 4 * kept
+    stages["solve"] = blocks + SQUARES_BYTES + operator_bytes(unit.kernel_items, column_bytes, itemsize) + 4 * kept
     build = Build.ACCUMULATED if unit.accumulated_items else Build.COLUMNS
     products = 0.0 if unit.accumulated_items else unit.column_s * unit.m
     plan = UnitPlan(
@@ -556,7 +556,7 @@ def _singular(
     itemsize = np.dtype(study.dtype).itemsize
     column_bytes = unit.column_items * itemsize
     chunk = _products_at_once(column_bytes)
-    operator = _operator_bytes(unit, column_bytes, itemsize)
+    operator = operator_bytes(unit.kernel_items, column_bytes, itemsize)
     stages = _first_stages(unit, 0, column_bytes, itemsize, 1, 1)
     blocks = unit.accumulated_items * itemsize or chunk * column_bytes
     stages["build"] = blocks + 2 * unit.nonzeros * (itemsize + 8) + operator + 6 * column_bytes
@@ -776,7 +776,7 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
     """
     k, sparse = unit.k, 24 * unit.nonzeros
     reading = k * k * itemsize + max(_shard_bytes(k, shard, itemsize), sparse)
-    operator = _operator_bytes(unit, column_bytes, itemsize)
+    operator = operator_bytes(unit.kernel_items, column_bytes, itemsize)
     return {
         "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, reading),
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, reading),
@@ -795,7 +795,7 @@ def _extremes_stages(factors: int, unit: Unit, column_bytes: int, itemsize: int,
     certify: as for the dense rungs.
     """
     (nonzeros, _), k = _sparsity(unit), unit.k
-    matrix = 12 * nonzeros + _operator_bytes(unit, column_bytes, itemsize)
+    matrix = 12 * nonzeros + operator_bytes(unit.kernel_items, column_bytes, itemsize)
     parts = 9 if unit.function is BlockFunction.BRANCH else 4
     dense_copy = 8 * k * k if nonzeros >= DENSE_SHARE * k * k else 0
     return {
@@ -803,7 +803,7 @@ def _extremes_stages(factors: int, unit: Unit, column_bytes: int, itemsize: int,
         "ends": matrix + _krylov_bytes(k) + dense_copy + max(12 * nonzeros, factors),
         "count": matrix + parts * 12 * nonzeros + _krylov_bytes(k) + factors,
         "certify": 2 * FOUND_MOST * (column_bytes + 2 * (unit.n + k) * itemsize)
-        + _operator_bytes(unit, column_bytes, itemsize),
+        + operator_bytes(unit.kernel_items, column_bytes, itemsize),
     }
 
 
@@ -811,9 +811,9 @@ def _krylov_bytes(k: int) -> int:
     return 8 * KRYLOV_VECTORS * k + BLAS_BYTES
 
 
-def _operator_bytes(unit: Unit, column_bytes: int, itemsize: int) -> int:
+def operator_bytes(kernel_items: int, column_bytes: int, itemsize: int) -> int:
     """The operator that stays open: kernels with their copies, and the values it was linearised at."""
-    return KERNEL_COPIES * unit.kernel_items * itemsize + 2 * column_bytes
+    return KERNEL_COPIES * kernel_items * itemsize + 2 * column_bytes
 
 
 def _shard_bytes(rows: int, shard: int, itemsize: int) -> int:

@@ -32,7 +32,7 @@ from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
 from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
-from stiffcore.plan import TILE_ROWS
+from stiffcore.plan import TILE_ROWS, operator_bytes
 from stiffcore.spectra import Ends, certified_choice, spelled
 from stiffcore.store import HISTOGRAM, SCRATCH, RunStore, TiledMatrix, stored_spectrum
 from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, versions
@@ -490,7 +490,8 @@ def _read_matrix(run: UnitRun) -> np.ndarray:
 
 
 def _reduce(run: UnitRun) -> dict[str, Any]:
-    run.drop("reduction")  # its tensors are not needed until the certificate
+    if not _has_room_for_operator(run):
+        run.drop("reduction")  # its tensors are not needed until the certificate
     run.store.drop(run.key, "hessenberg", "tau", "scale")  # of a session that was killed, maybe in part
     a = _read_matrix(run)
     moments, growth = certificate.matrix_moments(a), _growth(run, a)
@@ -503,6 +504,13 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
     run.store.put_array(where, "tau", h.tau, ("reflector",))
     run.store.put_array(where, "scale", h.scale, ("row",))
     return {"ilo": int(h.ilo), "ihi": int(h.ihi), "moments": asdict(moments), **growth}
+
+
+def _has_room_for_operator(run: UnitRun) -> bool:
+    """Whether LAPACK's stages leave room for what would take as long to open again as a small matrix to solve."""
+    stages, itemsize = run.record["plan"]["stages"], run.dtype.itemsize
+    operator = operator_bytes(run.record["kernel_items"], run.record["column_items"] * itemsize, itemsize)
+    return max(stages["hessenberg"], stages["eigenvalues"]) + operator <= max(stages.values())
 
 
 def _growth(run: UnitRun, a: np.ndarray) -> dict[str, float]:
