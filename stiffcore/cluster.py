@@ -298,6 +298,9 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
 
     Args:
         on_event: told of every event.
+
+    Raises:
+        StiffcoreError: where no process can be started.
     """
     import dask
     from distributed import Client, LocalCluster

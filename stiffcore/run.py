@@ -86,6 +86,9 @@ class Run:
 
         Args:
             store: with its header written.
+
+        Raises:
+            InputError: where it is not.
         """
         self.store = store
         header = store.header
@@ -347,6 +350,7 @@ def prepare(
 
     Raises:
         InputError: whatever is wrong with the request, or disagrees with what the run began with.
+        NoRunError: where there is none, and no network is given.
     """
     header, units, damaged = _existing(url)
     given = {name: value for name, value in options.items() if value is not None}
@@ -544,6 +548,7 @@ def carry_out_plan(
     Raises:
         InputError: where budget or disk do not hold the plan.
         BusyError: where another process holds the run.
+        StiffcoreError: where the store cannot be written.
     """
     check_budget(prepared.plan)
     store = RunStore(url, create=True)

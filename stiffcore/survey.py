@@ -135,7 +135,11 @@ def _open_both(study: Study, module: nn.Module | None, images: Images | None) ->
 
 
 def open_network(study: Study, module: nn.Module | None = None) -> Network:
-    """The study's network; `module` is it where the study says `in memory`."""
+    """The study's network; `module` is it where the study says `in memory`.
+
+    Raises:
+        InputError: where it cannot be had: see `stiffcore.networks.zoo`.
+    """
     dtype = getattr(torch, study.dtype)
     if study.network == IN_MEMORY:
         if module is None:
@@ -148,7 +152,11 @@ def open_network(study: Study, module: nn.Module | None = None) -> Network:
 
 
 def open_images(study: Study) -> Images:
-    """The study's images, from their source."""
+    """The study's images, from their source.
+
+    Raises:
+        InputError: where they cannot be had: see `stiffcore.networks.images.load_images`.
+    """
     if study.images == IN_MEMORY:
         raise InputError("this run was made from Python with images in memory: continue it with stiffcore.analyze")
     root = Path(study.data_root) if study.data_root else None
