@@ -22,7 +22,7 @@ from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.spectra import Certificate, Count, Spectrum
-from stiffcore.store import HISTOGRAM, SCRATCH, RunStore, stored_spectrum
+from stiffcore.store import HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
 from stiffcore.study import (
     Device,
     Keep,
@@ -54,8 +54,7 @@ CERTIFICATE_COLUMNS = (
 # States of a unit that has a spectrum, see `state_of`.
 DONE = ("done", "not certified")
 
-# The group of the inputs, and its arrays: pixels, position in the source, label, and what the network makes of it.
-IMAGES = "images"
+# Arrays of the inputs: pixels, position in the source, label, and what the network makes of them.
 IMAGE_ARRAYS = ("x", "index", "y", "prediction", "loss")
 
 OnEvent = Callable[[Event], None]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from stiffcore.errors import DamagedError, StiffcoreError
-from stiffcore.run import IMAGE_ARRAYS, IMAGES, Run, same_images
+from stiffcore.run import IMAGE_ARRAYS, Run, same_images
 from stiffcore.spectra import Ends, certified_choice
-from stiffcore.store import RunStore, stored_spectrum
+from stiffcore.store import IMAGES, RunStore, stored_spectrum
 from stiffcore.study import Kind, Solver
 
 # An error estimate made again may be so many times the stored one, and so much more, relative to the Frobenius norm:

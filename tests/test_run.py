@@ -578,7 +578,7 @@ def test_unreduced_matrices_have_the_same_spectra_and_cost_no_disk_where_they_ar
 
 
 def test_a_disk_that_is_full_half_way_ends_the_session_and_the_run_continues_to_the_same_bytes(small, monkeypatch):
-    write, writes, room = stiffcore.store.LocalStore.set, [], 1 << 60
+    write, writes, room = stiffcore.store.runs.LocalStore.set, [], 1 << 60
 
     async def full(store, key, value, *args):
         writes.append(key)
@@ -587,7 +587,7 @@ def test_a_disk_that_is_full_half_way_ends_the_session_and_the_run_continues_to_
         return await write(store, key, value, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stiffcore.store.LocalStore, "set", full)
+        patch.setattr(stiffcore.store.runs.LocalStore, "set", full)
         execute(small / "whole", KILL_OPTIONS)
         total = len(writes)
         for part in (0.5, 0.7, 0.9):

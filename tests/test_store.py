@@ -111,7 +111,7 @@ def test_a_tall_matrix_is_several_files_a_panel_and_sparse_or_dense_the_same(tmp
     a, tile, shard, band = case
     folder = tmp_path_factory.mktemp("s")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "ROWS_IN_SHARD", band)
+        patch.setattr(store_module.tiles, "ROWS_IN_SHARD", band)
         found = []
         for name in ("dense", "sparse"):
             store = RunStore(str(folder / name), create=True)
@@ -266,7 +266,7 @@ def test_a_flipped_byte_in_the_record_of_shards_is_told_when_asked_what_is_missi
 
 
 def test_damage_to_a_tall_matrix_is_told_whichever_way_it_is_read(store, monkeypatch):
-    monkeypatch.setattr(store_module, "ROWS_IN_SHARD", 4)
+    monkeypatch.setattr(store_module.tiles, "ROWS_IN_SHARD", 4)
     a = np.zeros((10, 2))
     a[1], a[9] = 1, 2
     m = TiledMatrix.create(store.unit_group("u"), "matrix", a.shape, a.dtype, 2, 2)
@@ -575,8 +575,8 @@ def test_holding_the_same_run_twice_in_one_process_is_refused(store):
 class TestHeartbeat:
     @pytest.fixture
     def url(self, store, monkeypatch):
-        monkeypatch.setattr(store_module, "HEARTBEAT_S", 0.05)
-        monkeypatch.setattr(store_module, "DEAD_AFTER_S", 0.5)
+        monkeypatch.setattr(store_module.runs, "HEARTBEAT_S", 0.05)
+        monkeypatch.setattr(store_module.runs, "DEAD_AFTER_S", 0.5)
         return f"file://{store.local}"
 
     def elsewhere(self, store, **fields):

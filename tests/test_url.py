@@ -117,7 +117,7 @@ def test_a_server_that_goes_away_stops_the_run_with_a_sentence_and_loses_nothing
 @pytest.mark.parametrize("at", [20])
 def test_a_write_that_is_refused_stops_the_run_with_a_sentence_and_loses_nothing(small, url, monkeypatch, at):
     execute(small / "whole", KILL_OPTIONS)
-    write, seen = store_module.FsspecStore.set, []
+    write, seen = store_module.remote.FsspecStore.set, []
 
     async def refuse(store, key, *args):
         seen.append(key)
@@ -126,7 +126,7 @@ def test_a_write_that_is_refused_stops_the_run_with_a_sentence_and_loses_nothing
         await write(store, key, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module.FsspecStore, "set", refuse)
+        patch.setattr(store_module.remote.FsspecStore, "set", refuse)
         with pytest.raises(StiffcoreError, match=r"s3://.* cannot be written: Access Denied"):
             execute(url, KILL_OPTIONS)
     assert len(seen) >= at

@@ -1,0 +1,562 @@
+"""The hierarchy of one run: its header, images and units, who holds it, and what is damaged in it."""
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import zarr
+from filelock import FileLock, Timeout
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
+from stiffcore.spectra import Certificate, Ends, Spectrum, unspelled
+from stiffcore.store.metadata import (
+    BEGUN,
+    COPY,
+    DIGEST,
+    FORMAT,
+    GROUP_KEYS,
+    ROOT,
+    UNREADABLE,
+    checked,
+    create_array,
+    digest,
+    foreign,
+    group_buffer,
+    header_in,
+    json_buffer,
+    metadata_digest,
+    names_in,
+    only_begun,
+    open_array,
+    read_raw,
+    torn,
+)
+from stiffcore.store.remote import open_store
+from stiffcore.store.tiles import TiledMatrix
+
+# Arrays of a unit that are not needed once its spectrum is certified.
+SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors")
+# What a unit keeps of real parts where its spectrum is not kept.
+HISTOGRAM = ("histogram", "histogram_edges")
+HEARTBEAT_S = 15.0
+DEAD_AFTER_S = 60.0
+# The group of the inputs.
+IMAGES = "images"
+# Tokens of the runs that this process holds.
+_HELD: set[str] = set()
+
+
+class RunStore:
+    """The hierarchy of one run."""
+
+    @staticmethod
+    def check_new(url: str) -> None:
+        """Refuse a place where a new run would touch what is not its own; a run that was only begun is no obstacle.
+
+        Raises:
+            InputError: where a file, or a folder with something else in it, is there.
+            StoreError: where a URL cannot be reached, or its bucket does not exist.
+        """
+        if "://" in url:
+            store = open_store(url)
+            names = sync(store.names())
+            if foreign(names, read_raw(store, ROOT)):
+                raise InputError(f"{url} holds something that is not a run: give a new place")
+            return
+        folder = Path(url).expanduser().absolute()
+        if not folder.exists():
+            above = next(p for p in folder.parents if p.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise InputError(f"{url} cannot be made: {above} is not a folder that may be written to")
+            return
+        if not folder.is_dir():
+            raise InputError(f"{url} exists and is not a folder: give a new one")
+        header = None
+        with suppress(OSError):
+            header = (folder / "zarr.json").read_bytes()
+        if foreign((p.name for p in folder.iterdir()), header):
+            raise InputError(f"{url} exists and is not a run: give a new folder")
+
+    def __init__(self, url: str, *, create: bool = False) -> None:
+        """Open a run.
+
+        Args:
+            url: a folder, or a URL that fsspec knows.
+            create: make it where it does not exist; never touches one that does.
+
+        Raises:
+            NoRunError: where there is no run.
+            InputError: where something else is there, or a newer stiffcore made it.
+            StoreError: where a URL cannot be reached.
+        """
+        self.url = str(url)
+        self.local = None if "://" in self.url else Path(self.url).expanduser().absolute()
+        if self.local is not None:
+            # zarr would make the folder that it is asked to look at
+            if create:
+                if not (self.local / "zarr.json").exists():
+                    self.check_new(self.url)
+            elif not self.local.exists():
+                raise self._no_run()
+            elif not self.local.is_dir():
+                raise InputError(f"{self.url} is not a folder, so it is no run")
+        self._store = LocalStore(self.local) if self.local else open_store(self.url)
+        try:
+            self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+        except FileNotFoundError:
+            if self.local is None or self.local.exists():  # reading would make the folder
+                self._refuse_damaged("is gone")
+            if not create:
+                raise self._no_run() from None
+            if self.local is None:
+                self.check_new(self.url)
+            self.root = self._create()
+        except (ValueError, TypeError, KeyError) as error:
+            self._refuse_damaged(str(error))
+            if torn(read_raw(self._store, ROOT)):
+                if not create:
+                    raise self._no_run() from None
+                self.check_new(self.url)
+                sync(self._store.delete(ROOT))
+                self.root = self._create()
+                return
+            raise InputError(f"{self.url} holds something that is not a run: {error}") from error
+        attributes = dict(self.root.attrs)
+        if attributes == BEGUN:
+            if not create:
+                raise NoRunError(f"{self.url} is a Zarr group, but not a run of stiffcore")
+        elif attributes.get(DIGEST) != digest(attributes) or "stiffcore" not in attributes:
+            self._refuse_damaged("not what was written")
+            self._refuse_other(attributes)
+        elif self._format(attributes) != FORMAT:
+            self._refuse_other(attributes)
+
+    @staticmethod
+    def _format(attributes: Mapping[str, Any]) -> int | None:
+        header = attributes.get("stiffcore")
+        found = header.get("format") if isinstance(header, Mapping) else None
+        return found if isinstance(found, int) else None
+
+    def _refuse_damaged(self, why: str) -> None:
+        if header_in(read_raw(self._store, COPY)) is not None:
+            raise DamagedError(f"{self.url}/zarr.json: {why}; `stiffcore run {self.url}` restores it from its copy")
+
+    def _refuse_other(self, attributes: Mapping[str, Any]) -> None:
+        found = self._format(attributes)
+        begun = attributes.get("stiffcore_begun")
+        if found is None and attributes.keys() == BEGUN.keys() and isinstance(begun, int) and begun != FORMAT:
+            raise InputError(f"{self.url} was begun by another stiffcore, and holds nothing: give a new folder")
+        if found is None and not BEGUN.keys() & attributes.keys():
+            raise InputError(f"{self.url} is a Zarr group, but not a run of stiffcore: give a new folder")
+        if found is None or found == FORMAT:
+            raise DamagedError(f"{self.url}/zarr.json: not what was written, and no whole copy of it is there")
+        older, version = found < FORMAT, attributes["stiffcore"].get("version")
+        raise InputError(
+            f"{self.url} was made by {'an older' if older else 'a newer'} stiffcore ({version}): "
+            + ("export it with that one, or start a new run" if older else "update stiffcore to read it")
+        )
+
+    @staticmethod
+    def restore(url: str) -> bool:
+        """Of what makes the run and its copy, write the damaged one from the other.
+
+        Returns:
+            Whether one was damaged and the other not.
+
+        Raises:
+            StoreError: where a URL cannot be reached.
+        """
+        folder = Path(url).expanduser().absolute()
+        if "://" not in url and not folder.is_dir():
+            return False
+        store = LocalStore(folder) if "://" not in url else open_store(url)
+        root, copy = read_raw(store, ROOT), read_raw(store, COPY)
+        found = {ROOT: header_in(root), COPY: header_in(copy)}
+        whole = [attributes for attributes in found.values() if attributes is not None]
+        if len(whole) != 1 or only_begun(root):
+            return False
+        damaged = next(name for name, attributes in found.items() if attributes is None)
+        sync(store.set(damaged, group_buffer(whole[0])))
+        return True
+
+    def _create(self) -> zarr.Group:
+        # zarr looks first and writes then: a slow process would write over the header of the run of a fast one
+        try:
+            sync(self._store.set_if_not_exists(ROOT, group_buffer(BEGUN)))
+            return zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+        except OSError as error:
+            raise InputError(f"{self.url} cannot be made: {error}") from error
+
+    def _no_run(self) -> NoRunError:
+        return NoRunError(f"there is no run at {self.url}: `stiffcore run {self.url} --network ...` starts one")
+
+    @property
+    def header(self) -> dict[str, Any] | None:
+        """What made the run (study, identity, versions); None until it is written."""
+        return self.root.attrs.get("stiffcore")  # type: ignore[return-value]
+
+    @header.setter
+    def header(self, value: Mapping[str, Any]) -> None:
+        fields = {**BEGUN, "stiffcore": {**value, "format": FORMAT}}
+        fields[DIGEST] = digest(fields)
+        # the copy first: without a header in the root it counts for nothing
+        sync(self._store.set(COPY, group_buffer(fields)))
+        self.root = self.root.update_attributes(fields)
+
+    def unit_group(self, key: str) -> zarr.Group:
+        """The group of a unit, made where it does not exist."""
+        return self.root.require_group(f"units/{key}")
+
+    def record(self, key: str) -> dict[str, Any]:
+        """What is recorded of a unit, as it stands on disk now.
+
+        Raises:
+            DamagedError: where it cannot be read, or is not what was written.
+        """
+        where = f"{self.url}/units/{key}/zarr.json"
+        try:
+            attributes = zarr.open_group(store=self._store, path=f"units/{key}", mode="r", zarr_format=3).attrs
+        except UNREADABLE as error:
+            raise DamagedError(f"{where}: {error}") from error
+        return checked(dict(attributes), where)
+
+    def update(self, key: str, /, **fields: Any) -> None:
+        """Add fields to a unit's record, in one atomic write."""
+        name = f"units/{key}/zarr.json"
+        now = self.record(key) if read_raw(self._store, name) is not None else {}
+        now |= fields
+        sync(self._store.set(name, group_buffer({**now, DIGEST: digest(now)})))
+
+    def clear(self, group: str) -> None:
+        """Delete all that is stored of a group, so that it can be made anew; its metadata may be damaged."""
+        sync(self._store.delete_dir(group))
+
+    def units(self) -> dict[str, dict[str, Any]]:
+        """The records of all units, by key.
+
+        Raises:
+            DamagedError: where one cannot be read, is not what was written, or is not there though the header names it.
+        """
+        found, damaged = self.whole_units()
+        if damaged:
+            shown = "; ".join(list(damaged.values())[:3])
+            raise DamagedError(f"{len(damaged)} units are damaged: {shown}. `stiffcore run {self.url}` makes them anew")
+        return found
+
+    def whole_units(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """The records that can be trusted, by key; and what is wrong with each of the others."""
+        keys = (self.header or {}).get("units") or sync(names_in(self._store, "units"))
+        found, damaged = {}, {}
+        for key in sorted(keys):
+            try:
+                found[key] = self.record(key)
+            except DamagedError as error:
+                damaged[key] = str(error)
+        return found, damaged
+
+    def put_array(
+        self, group: str, name: str, values: np.ndarray, dims: tuple[str, ...], **attributes: str | int
+    ) -> None:
+        """Write a small array whole, with a checksum, replacing one of that name; attributes are for its readers."""
+        array = create_array(
+            self.root.require_group(group),
+            name,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=tuple(max(1, s) for s in values.shape),
+            dimension_names=dims,
+            attributes=dict(attributes),
+            config={"write_empty_chunks": True},
+        )
+        array[...] = values
+
+    def get_array(self, group: str, name: str) -> np.ndarray:
+        """Read an array written by `put_array`.
+
+        Raises:
+            DamagedError: where its checksum fails or it is not there.
+        """
+        where = f"{self.url}/{group}/{name}"
+        try:
+            array = open_array(self.root, f"{group}/{name}")
+            # zarr reads a chunk that is not there as zeros
+            if array.nchunks_initialized < array.nchunks:
+                raise DamagedError(f"{where}: its numbers are not there")
+            return np.asarray(array[...])
+        except UNREADABLE as error:
+            raise DamagedError(f"{where}: {error}") from error
+
+    def read_again(self, group: str, expected: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+        """Read a group's metadata and all of its arrays, against their digests and checksums.
+
+        Args:
+            group: path, of a group that holds arrays alone.
+            expected: arrays that must be there, whole.
+
+        Yields:
+            The path of a thing, its bytes, and what is wrong with it, or nothing.
+        """
+        yield (group, *self.read_metadata(group))
+        names, expected = sorted(sync(names_in(self._store, group))), set(expected)
+        yield from ((f"{group}/{name}", 0, "is gone") for name in sorted(expected.difference(names)))
+        for name in names:
+            if name.endswith("_tiles") and name.removesuffix("_tiles") in names:
+                continue
+            if name in SCRATCH and name not in expected and f"{name}_tiles" not in names:
+                continue  # of a stage that was not finished: made again
+            parts = [part for part in (name, f"{name}_tiles") if part in names]
+            checks = [self.read_metadata(f"{group}/{part}") for part in parts]
+            size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
+            try:
+                if len(parts) == 2:
+                    size += TiledMatrix(self.root[group], name).check(complete=name in expected)  # type: ignore[arg-type]
+                else:
+                    size += self.get_array(group, name).nbytes
+            except (*UNREADABLE, DamagedError) as error:
+                problem = problem or str(error)
+            yield f"{group}/{name}", size, problem
+
+    def read_metadata(self, path: str) -> tuple[int, str]:
+        """Bytes of the zarr.json of a group or array, and what is wrong with it, or nothing; white space counts, too.
+
+        Args:
+            path: of it; empty for the root.
+        """
+        name = f"{path}/zarr.json".lstrip("/")
+        raw = read_raw(self._store, name)
+        if raw is None:
+            return 0, f"{name} is gone"
+        try:
+            found = json.loads(raw)
+            if json.dumps(found, indent=2).encode() != raw:
+                return len(raw), f"{name}: not what was written"
+            if found["node_type"] == "group":
+                if path != IMAGES or found["attributes"]:  # the group of the inputs has none
+                    checked(found["attributes"], name)
+                if (found["zarr_format"], found.keys() - {"consolidated_metadata"}) != (3, GROUP_KEYS):
+                    return len(raw), f"{name}: not what was written"
+            else:
+                if found["attributes"][DIGEST] != metadata_digest(raw):
+                    return len(raw), f"{name}: not what was written"
+        except (*UNREADABLE, DamagedError):
+            return len(raw), f"{name}: not what was written"
+        return len(raw), ""
+
+    def drop(self, key: str, *names: str) -> None:
+        """Delete arrays of a unit, their bookkeeping first, so that a half-deleted one counts as not there."""
+        for name in names:
+            for part in (f"{name}_tiles", name):
+                # not by the group: one whose metadata a killed session deleted first would keep its chunks for good
+                sync(self._store.delete_dir(f"units/{key}/{part}"))
+
+    def sweep(self) -> int:
+        """Delete what a killed writer left behind; only for who holds the run.
+
+        That is the images and units of a run whose header was never written (the next beginning may be of other
+        units), and the `*.partial` files of zarr's local store.
+
+        Returns:
+            How many of those files there were.
+        """
+        if self.header is None:
+            for part in ("images", "units"):
+                sync(self._store.delete_dir(part))
+        if self.local is None:
+            return 0
+        orphans = list(self.local.rglob("*.partial"))
+        for path in orphans:
+            path.unlink(missing_ok=True)
+        return len(orphans)
+
+    def free_bytes(self) -> int | None:
+        """Free space where the run lies; None where it cannot be known."""
+        return None if self.local is None else shutil.disk_usage(self.local).free
+
+    @contextmanager
+    def hold(self) -> Iterator[str]:
+        """Hold the run against other processes while the context lasts.
+
+        On a folder the lock is the operating system's, and ends with its process. On a URL it is a record with
+        a heartbeat, taken over where the heartbeat stopped.
+
+        Yields:
+            The session's token, see `check_held`.
+
+        Raises:
+            BusyError: where another process holds it; the message says who.
+        """
+        if self.local is not None:
+            lock = FileLock(self.local / ".lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise BusyError(self._who()) from None
+            me = _me()
+            try:
+                _HELD.add(me["token"])
+                self._write_json("holder.json", me)
+                self._refresh()
+                yield me["token"]
+            finally:
+                _HELD.discard(me["token"])
+                sync(self._store.delete("holder.json"))
+                lock.release()
+            return
+        yield from self._hold_by_heartbeat()
+
+    def _hold_by_heartbeat(self) -> Iterator[str]:
+        holder = self._read_json("holder.json")
+        if holder and not self._dead(holder):
+            raise BusyError(self._who())
+        me = _me()
+        if holder is not None:
+            sync(self._store.delete("holder.json"))
+        sync(self._store.set_if_not_exists("holder.json", json_buffer(me)))
+        # not every service can refuse to write over what is there, and two may have deleted a dead one's:
+        # of two that write at once, the later one is left, and the other sees it here
+        time.sleep(0.5)
+        if (self._read_json("holder.json") or {}).get("token") != me["token"]:
+            raise BusyError(self._who())
+        _HELD.add(me["token"])
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(HEARTBEAT_S):
+                try:
+                    if (self._read_json("holder.json") or me)["token"] != me["token"]:
+                        return  # this process slept too long and was taken for dead: the run is another's now
+                    self._write_json("holder.json", {**me, "heartbeat": time.time()})
+                except OSError:
+                    continue  # a network's hiccup; the next beat may come through in time
+
+        thread = threading.Thread(target=beat, daemon=True, name="stiffcore-heartbeat")
+        thread.start()
+        try:
+            self._refresh()
+            yield me["token"]
+        finally:
+            stop.set()
+            thread.join()
+            _HELD.discard(me["token"])
+            # what cannot be reached any more keeps the record of a holder that will be silent, or dead
+            with suppress(OSError):
+                if (self._read_json("holder.json") or me)["token"] == me["token"]:
+                    sync(self._store.delete("holder.json"))
+
+    def _refresh(self) -> None:
+        # who held the run before may have written a header since it was opened
+        self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+
+    def _who(self) -> str:
+        holder = self._read_json("holder.json") or {}
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", time.time())))
+        return (
+            f"{self.url} is being worked on by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
+            f"since {since}: wait for it, or stop it; `stiffcore status {self.url}` shows how far it is"
+        )
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who holds the run now, if a living process does."""
+        holder = self._read_json("holder.json")
+        return holder if holder and not self._dead(holder) else None
+
+    def check_held(self, token: str) -> None:
+        """Refuse to go on where the session with this token is over, so that a late worker spoils no other's work.
+
+        Raises:
+            BusyError: where nobody holds the run, or somebody else does.
+        """
+        if (self._read_json("holder.json") or {}).get("token") != token:
+            raise BusyError(f"the session that began this on {self.url} is over")
+
+    def _dead(self, holder: Mapping[str, Any]) -> bool:
+        # the holder of a folder does not beat: its lock is the operating system's
+        silent = self.local is None and time.time() - holder["heartbeat"] >= DEAD_AFTER_S
+        return silent or _dead_here(holder)
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        sync(self._store.set(name, json_buffer(value)))
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        """What a JSON file holds: None where it is not there, nothing where a killed writer left it half written."""
+        for attempt in range(3):
+            found = read_raw(self._store, name)
+            if found is None:
+                return None
+            try:
+                return json.loads(found)
+            except ValueError:
+                # a URL's file may be seen half written
+                time.sleep(0.05 * (attempt + 1))
+        return {}
+
+
+def stored_spectrum(store: RunStore, key: str) -> Spectrum:
+    """The spectrum of a unit that is `done`.
+
+    Raises:
+        DamagedError: where its eigenvalues cannot be read.
+    """
+    record = store.record(key)
+    if "certificate" not in record:
+        raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
+    has_values = record.get("values_kept", True)
+    values = store.get_array(f"units/{key}", "eigenvalues") if has_values else np.zeros(0, complex)
+    expected = record.get("found", record["k"])  # fewer than k where only the ends were solved
+    if has_values and len(values) != expected:
+        raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {expected}")
+    return Spectrum(
+        computed=values,
+        ones=record["ones"],
+        zeros=record["zeros"],
+        k=record["k"],
+        kind=record["kind"],
+        function=record["function"],
+        name=record["block"],
+        solver=record["plan"]["solver"],
+        reason=record["reason"],
+        certificate=Certificate.from_json(record["certificate"]),
+        record=record,
+        ends=Ends.from_json(record["ends"]) if record.get("ends") else None,
+        shift=record["shift"],
+        frobenius=record.get("moments", {}).get("frobenius", float("nan")),
+        numerical_abscissa=record["shift"] + record.get("logarithmic_norm", float("nan")),
+        given=unspelled(record["metrics"]) if record.get("metrics") else None,
+        has_values=has_values,
+    )
+
+
+def _me() -> dict[str, Any]:
+    now = time.time()
+    return {
+        "token": uuid.uuid4().hex,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": now,
+        "heartbeat": now,
+    }
+
+
+def _dead_here(holder: Mapping[str, Any]) -> bool:
+    if holder["host"] != socket.gethostname():
+        return False
+    if holder["pid"] == os.getpid():
+        return holder["token"] not in _HELD  # given up where it could not be deleted
+    try:
+        # a process started after the holder was written only has its number
+        process = psutil.Process(holder["pid"])
+        return process.create_time() > holder["since"] or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
