@@ -768,18 +768,21 @@ def _device_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> 
 
 
 def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
-    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`) and 16 MiB, or what is read beside it.
+    """Stages of the dense solve on the host: LAPACK's own (see `eigen.dense`) and 16 MiB, or what is read.
 
+    hessenberg, before LAPACK: the matrix, its sparse form and its symmetric part (56 bytes a nonzero, measured).
+    eigenvalues, before LAPACK: the Hessenberg form, and a shard of it.
     eigenvectors holds the operator too, for what follows: its kernels and the values it was linearised at:
         + 3 * kernel_items * itemsize + 2 * column_bytes.
     certify: 2 * 20 lifted vectors' products, after the matrices of the inverse iteration are gone.
     """
-    k, sparse = unit.k, 24 * unit.nonzeros
-    reading = k * k * itemsize + max(_shard_bytes(k, shard, itemsize), sparse)
+    k, matrix, a_shard = unit.k, unit.k**2 * itemsize, _shard_bytes(unit.k, shard, itemsize)
     operator = operator_bytes(unit.kernel_items, column_bytes, itemsize)
     return {
-        "hessenberg": max(dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, reading),
-        "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, reading),
+        "hessenberg": max(
+            dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, matrix + max(a_shard, 56 * unit.nonzeros + BLAS_BYTES)
+        ),
+        "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, matrix + a_shard),
         "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED_MOST, itemsize) + BLAS_BYTES + operator,
         "certify": 2 * CERTIFIED_MOST * (column_bytes + 2 * (unit.n + k) * itemsize) + operator,
     }

@@ -44,6 +44,8 @@ Opener = Callable[[RunStore, dict[str, Any], str], Reduction | Slices | Factors]
 # it takes.
 LARGE_ORDER = 1000
 LARGE_NETWORK_BYTES = 16 << 20
+# From this order on, a dense solve takes so long that opening the operator twice does not matter.
+SLOW_ORDER = 2500
 CUDA = "cuda"
 STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
@@ -224,6 +226,7 @@ def carry_out(
                 run.step(stage, 0, 1)
                 with _device_memory():
                     fields = work(run)
+                release_free_memory()  # the next stage counts on it
                 timing[stage] = timing.get(stage, 0.0) + time.perf_counter() - start
                 run.reach(stage, **fields, seconds=timing, **_measured(run, before))
         if run.solver is not Solver.MATRIX_ONLY:
@@ -490,11 +493,14 @@ def _read_matrix(run: UnitRun) -> np.ndarray:
 
 
 def _reduce(run: UnitRun) -> dict[str, Any]:
-    if not _has_room_for_operator(run):
+    if _has_room_for_operator(run):
+        run.release()
+    else:
         run.drop("reduction")  # its tensors are not needed until the certificate
     run.store.drop(run.key, "hessenberg", "tau", "scale")  # of a session that was killed, maybe in part
     a = _read_matrix(run)
     moments, growth = certificate.matrix_moments(a), _growth(run, a)
+    release_free_memory()  # of reading: LAPACK's work would come on top
     h = dense.to_hessenberg(a)
     target = run.matrix("hessenberg")
     for shard in range(target.shards):
@@ -507,10 +513,11 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
 
 
 def _has_room_for_operator(run: UnitRun) -> bool:
-    """Whether LAPACK's stages leave room for what would take as long to open again as a small matrix to solve."""
+    """Whether LAPACK's stages leave room for an operator that would take as long to open again as M to solve."""
     stages, itemsize = run.record["plan"]["stages"], run.dtype.itemsize
     operator = operator_bytes(run.record["kernel_items"], run.record["column_items"] * itemsize, itemsize)
-    return max(stages["hessenberg"], stages["eigenvalues"]) + operator <= max(stages.values())
+    room = max(stages["hessenberg"], stages["eigenvalues"]) + operator <= max(stages.values())
+    return room and run.record["k"] < SLOW_ORDER
 
 
 def _growth(run: UnitRun, a: np.ndarray) -> dict[str, float]:

@@ -176,7 +176,8 @@ def test_of_two_that_begin_to_hold_at_once_one_is_refused(store, url):
 
 TAKER = """
 import sys, time
-from stiffcore.store import BusyError, RunStore
+from stiffcore.errors import BusyError
+from stiffcore.store import RunStore
 store = RunStore(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
