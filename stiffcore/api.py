@@ -17,7 +17,7 @@ from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
 from stiffcore.networks.images import Images
 from stiffcore.plan import Machine, check_budget, make_plan
-from stiffcore.run import Run, carry_out_plan, check_free, prepare
+from stiffcore.run import Run, as_planned, carry_out_plan, check_free, prepare
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore, stored_spectrum
 from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Solver, Study, unit_key
@@ -97,7 +97,7 @@ def spectrum(
     check_budget(plan)
     with tempfile.TemporaryDirectory(prefix="stiffcore-", dir=scratch) as folder:
         store = RunStore(folder, create=True)
-        store.update(key, **unit.model_dump(mode="json"), plan=plan.units[0].to_json(), stage="planned")
+        store.update(key, **as_planned(plan.units[0]))
         store.header = {"version": "", "study": study.model_dump(mode="json"), "identity": {}}
         carry_out(
             folder,

@@ -351,7 +351,9 @@ def prepare(
         InputError: whatever is wrong with the request, or disagrees with what the run began with.
         NoRunError: where there is none, and no network is given.
     """
-    header, units, damaged = _existing(url)
+    store = _existing(url)
+    header = store.header if store else None
+    units, damaged = _trusted(store) if store else ({}, {})
     given = {name: value for name, value in options.items() if value is not None}
     study = Study.stored(header).with_options(given) if header else Study.ask(given)
     if not header and "network" not in given:
@@ -365,7 +367,7 @@ def prepare(
         facts = list(found.units)
     else:
         facts = [Unit(**record) for record in units.values()]
-    unreadable = _unreadable(RunStore(url), units) if header else {}
+    unreadable = _unreadable(store, units) if store else {}
     ended = {key for key, record in units.items() if _ended(record, study.solver)} - unreadable.keys()
     recorded = {
         u.key: UnitPlan.from_json(u, units[u.key]["plan"])
@@ -390,22 +392,23 @@ def check_free(url: str) -> None:
         BusyError: where one does.
     """
     RunStore.restore(url)
-    if _existing(url)[0] is not None:
-        with RunStore(url).hold():
+    store = _existing(url)
+    if store:
+        with store.hold():
             pass
 
 
-def _existing(url: str) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]], dict[str, str]]:
-    """Of a run that may exist: its header, the records that can be trusted, and what is wrong with the rest."""
+def _existing(url: str) -> RunStore | None:
+    """A run that may exist; where it does not, the place is one for a new run."""
     try:
-        store = RunStore(url)
+        return RunStore(url)
     except NoRunError:
         RunStore.check_new(url)
-        return None, {}, {}
-    return store.header, *_trusted(store)
+        return None
 
 
 def _trusted(store: RunStore) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The records that can be trusted, and what is wrong with the others, and with the images."""
     units, damaged = store.whole_units()
     problems = [f"{part}: {problem}" for part, _, problem in store.read_again(IMAGES, IMAGE_ARRAYS) if problem]
     if not problems and not same_images(store):
@@ -589,14 +592,14 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
         for plan in prepared.plan.units:
             if plan.unit.key in prepared.damaged:
                 store.clear(f"units/{plan.unit.key}")
-                store.update(plan.unit.key, **_as_planned(plan))
+                store.update(plan.unit.key, **as_planned(plan))
         store.header = {**store.header, "study": study}
         return
     if found is None:
         raise StiffcoreError(f"{store.url} was emptied while it was being opened")
     _write_images(store, found)
     for plan in prepared.plan.units:
-        store.update(plan.unit.key, **_as_planned(plan))
+        store.update(plan.unit.key, **as_planned(plan))
     store.header = {
         "version": versions()["stiffcore"],
         "study": study,
@@ -615,7 +618,8 @@ def _write_images(store: RunStore, found: Survey) -> None:
         store.put_array(IMAGES, name, values, ("image", *(f"axis{i}" for i in range(1, values.ndim))))
 
 
-def _as_planned(plan: UnitPlan) -> dict[str, Any]:
+def as_planned(plan: UnitPlan) -> dict[str, Any]:
+    """The record of a unit that nothing was done of."""
     return {**plan.unit.model_dump(mode="json"), "plan": plan.to_json(), "stage": "planned"}
 
 

@@ -135,7 +135,7 @@ class UnitRun:
                 (k, k), operator.product, rmatvec=operator.transposed_product, dtype=np.dtype(np.float64)
             )
         if not self.record["plan"]["stored"]:
-            return self.multiplied(_finite(self, sparse_or_columns(self)))
+            return self.multiplied(_whole(self))
         with _undoing(self, "planned", "matrix"):
             return self.multiplied(self.matrix("matrix").read_sparse())
 
@@ -392,7 +392,7 @@ def _restart_if_foreign(run: UnitRun) -> None:
 
 def _build(run: UnitRun) -> dict[str, Any]:
     if not run.record["plan"]["stored"]:
-        run.sparse  # noqa: B018 held from here on
+        run.sparse = run.multiplied(_whole(run))  # held from here on
         return {}
     with _undoing(run, "planned", "matrix"):
         matrix, chunk = run.matrix("matrix"), run.record["plan"]["chunk"]
@@ -429,14 +429,11 @@ def _sparse(run: UnitRun, chunk: int) -> csc_array | None:
     return None
 
 
-def sparse_or_columns(run: UnitRun) -> csc_array:
-    """The whole matrix in memory, without its zeros."""
+def _whole(run: UnitRun) -> csc_array:
+    """The whole matrix in memory, without its zeros, where it does not go through the store."""
     chunk = run.record["plan"]["chunk"]
-    found = _sparse(run, chunk)
-    return found if found is not None else by_columns(run.reduction, chunk)
-
-
-def _finite(run: UnitRun, matrix: csc_array) -> csc_array:
+    matrix = _sparse(run, chunk)
+    matrix = _by_columns(run.reduction, chunk) if matrix is None else matrix
     if not np.isfinite(matrix.data).all():
         raise StiffcoreError(f"{run.key}: the Jacobian is not finite")
     return matrix
@@ -465,10 +462,10 @@ def sparse_matrix(reduction: Reduction, chunk: int) -> csc_array:
     if reduction.builds[0] is not Build.COLUMNS:
         with suppress(ReachError):
             return checked_sparse(reduction, chunk)
-    return by_columns(reduction, chunk)
+    return _by_columns(reduction, chunk)
 
 
-def by_columns(reduction: Reduction, chunk: int) -> csc_array:
+def _by_columns(reduction: Reduction, chunk: int) -> csc_array:
     """The whole matrix without its zeros, one chunk of columns after the other."""
     starts = range(0, reduction.k, chunk)
     return hstack(

@@ -198,7 +198,6 @@ def _certified_again(store: RunStore, key: str, record: dict[str, Any], module: 
     values = spectrum.computed.astype(complex) - reduction.shift
     moments = sparse_moments(matrix)
     if record.get("ends"):
-        chosen = np.arange(len(values))
         vectors = _vectors(matrix, values, moments.frobenius)
         ends = Ends.from_json(record["ends"])
         good = record["converged"]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -22,6 +21,7 @@ from stiffcore.plan import Machine, make_plan
 from stiffcore.run import open_run
 from stiffcore.store import RunStore
 from stiffcore.study import Study
+from tests.test_checkpoints import Trap
 
 QUICK = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -103,16 +103,6 @@ def test_a_harmed_checkpoint_is_read_or_refused(tmp_path, originals, kind, edits
         return
     taken(lambda: refuse_nonfinite(state, str(path)), path)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
-
-
-class Trap:
-    """Touches a file when an ordinary unpickler meets it."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
 
 
 @QUICK

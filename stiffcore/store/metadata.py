@@ -1,6 +1,5 @@
 """Every zarr.json with a digest of what is in it; the header of a run, which stands twice."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from stiffcore.errors import DamagedError
+from stiffcore.study import fingerprint
 
 FORMAT = 2
 # What zarr raises for stored bytes that are not what they should be: the checksum codec, and JSON, a ValueError;
@@ -100,8 +100,7 @@ def metadata_digest(raw: bytes) -> str:
 
 def digest(fields: Mapping[str, Any]) -> str:
     """SHA-256 of JSON values, whatever their order; of all but the digest itself."""
-    rest = {name: value for name, value in fields.items() if name != DIGEST}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return fingerprint({name: value for name, value in fields.items() if name != DIGEST})
 
 
 def checked(attributes: dict[str, Any], where: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class TiledMatrix:
         """Open a matrix that exists in `group`; see `create`."""
         self._data = open_array(group, name)
         self._tiles = open_array(group, f"{name}_tiles")
-        self.shape: tuple[int, int] = self._data.shape  # type: ignore[assignment]
+        self.shape: tuple[int, int] = self._data.shape  # type: ignore[assignment]  # it has two axes
         self.dtype: np.dtype = self._data.dtype
         self.tile, self.shard = self._data.chunks
         self._band = (self._data.shards or self.shape)[0]
