@@ -4,12 +4,14 @@ import ast
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 HERE = Path(__file__).parent
 HEAD = """# Benchmarks
@@ -21,9 +23,7 @@ bench/all.py` runs them all, `python bench/all.py --quick` the smallest of each 
 """
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+table = partial(tabulate, tablefmt="github", disable_numparse=True)
 
 
 def mib(count: float) -> str:
@@ -40,13 +40,13 @@ def total(stages: dict[str, float]) -> float:
 
 def workers(f: dict[str, Any]) -> str:
     row = [f["units"], seconds(f["one_worker_s"]), seconds(f["two_workers_s"]), f"{f['throughput_ratio']:.2f}"]
-    return table(["units", "one worker, s", "two workers, s", "ratio"], [row])
+    return table([row], ["units", "one worker, s", "two workers, s", "ratio"])
 
 
 def unreduced(f: dict[str, Any]) -> str:
     header = ["order", "dense, MiB", "allowed, MiB", "peak, MiB", "stored, MiB", "tiles", "of these stored", "s"]
     sizes = [mib(f[name]) for name in ("dense_bytes", "allowed_bytes", "peak_bytes", "stored_bytes")]
-    return table(header, [[f"{f['order']:,}", *sizes, f["tiles"], f["stored_tiles"], seconds(f["wall_s"])]])
+    return table([[f"{f['order']:,}", *sizes, f["tiles"], f["stored_tiles"], seconds(f["wall_s"])]], header)
 
 
 def imagenet_plan(f: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def imagenet_plan(f: dict[str, Any]) -> str:
         [u["block"], f"{u['n']:,}", f"{u['k']:,}" if u["k"] else "-", u["solver"], f"{u['flops']:.1e}", u["why"]]
         for u in f["units"]
     ]
-    return f"Planned in {seconds(f['wall_s'])} s.\n\n" + table(["block", "n", "k", "solver", "flops", "why"], rows)
+    return f"Planned in {seconds(f['wall_s'])} s.\n\n" + table(rows, ["block", "n", "k", "solver", "flops", "why"])
 
 
 def extremes(f: dict[str, Any]) -> str:
@@ -74,7 +74,7 @@ def extremes(f: dict[str, Any]) -> str:
             row += [mib(b["measured_bytes"]), mib(b["dense_measured_bytes"]), b["basis"].removeprefix("ends; ")]
             rows.append(row)
         header = ["block", "n", "k", "build", "ends", "counts", "certificate", "dense solve", "dense / (ends + counts)"]
-        parts.append(table([*header, "MiB", "dense, MiB", "negative share"], rows))
+        parts.append(table(rows, [*header, "MiB", "dense, MiB", "negative share"]))
     return "\n\n".join(parts)
 
 
@@ -98,7 +98,7 @@ def imagenet_extremes(f: dict[str, Any]) -> str:
         header = ["block", "n", "k", "S active", "+-", "certified", "negative"]
         header += ["build", "ends", "counts", "certificate"]
         parts.append(f"{title} {seconds(f[name]['wall_s'])} s in all.")
-        parts.append(table([*header, "sum, s", "measured, MiB", "projected, MiB"], rows))
+        parts.append(table(rows, [*header, "sum, s", "measured, MiB", "projected, MiB"]))
     return "\n\n".join(parts)
 
 
@@ -114,7 +114,7 @@ def builds(f: dict[str, Any]) -> str:
             rows.append([*row, f"{b['largest_entry']:.2f}"])
         header = ["block", "k", "nonzeros", "accumulated, s", "shared products, s", "columns, s"]
         header += ["columns / accumulated", "largest difference", "largest entry"]
-        parts += [f"{network}:", table(header, rows)]
+        parts += [f"{network}:", table(rows, header)]
     return "\n\n".join(parts)
 
 
@@ -131,7 +131,7 @@ def slices(f: dict[str, Any]) -> str:
             rows.append(row + ["-"] * (11 - len(row)))
         header = ["block", "elements", "eigenvalues", "not zero", "S", "Re<0 %", "squares, s", "eigenvalues, s"]
         header += ["direct, s", "not zero there", "largest difference"]
-        parts += [f"{network}, {len(blocks)} blocks: {seconds(spent)} s.", table(header, rows)]
+        parts += [f"{network}, {len(blocks)} blocks: {seconds(spent)} s.", table(rows, header)]
     return "\n\n".join(parts)
 
 
@@ -154,7 +154,7 @@ def by_hand(f: dict[str, Any]) -> str:
         header += [f"{way}, s", "MiB", "times", "largest difference"]
     n = f["needed"]
     said = f"{n['hours']:,.0f} hours and {n['bytes'] / (1 << 30):,.0f} GiB"
-    return table(header, rows) + f"\n\nBy hand n = {n['n']:,} would take {said}, from n = {n['from_n']:,}."
+    return table(rows, header) + f"\n\nBy hand n = {n['n']:,} would take {said}, from n = {n['from_n']:,}."
 
 
 def cost(f: dict[str, Any]) -> str:
@@ -170,7 +170,7 @@ def cost(f: dict[str, Any]) -> str:
             )
         header = ["block", "n", "k", "build", "Hessenberg", "eigenvalues", "certificate", "all, s", "planned, s", "MiB"]
         parts += [f"{network}: {seconds(g['wall_s'])} s from command to prompt."]
-        parts += [table([*header, "planned, MiB", "kept, KiB", "certified", "error"], rows)]
+        parts += [table(rows, [*header, "planned, MiB", "kept, KiB", "certified", "error"])]
     return "\n\n".join(parts)
 
 
@@ -186,10 +186,10 @@ def growth(f: dict[str, Any]) -> str:
             budgets.append([*row, f"chunks of {b['chunk']} columns"])
     return "\n\n".join(
         [
-            table(["n", "s"], orders),
+            table(orders, ["n", "s"]),
             f"Seconds grow as n to the power {f['slope']:.2f} between the last two.",
-            table(["images", "s", "s an image"], images),
-            table(["allowed", "workers", "s", "peak, MiB", "moved by plan, MiB", ""], budgets),
+            table(images, ["images", "s", "s an image"]),
+            table(budgets, ["allowed", "workers", "s", "peak, MiB", "moved by plan, MiB", ""]),
         ]
     )
 
@@ -200,7 +200,7 @@ def honesty(f: dict[str, Any]) -> str:
         rows.setdefault(m["matrix"], [m["matrix"]]).append(f"{m['verdict']}: {m['why']}")
     said = ", ".join(f"{number} {verdict}" for verdict, number in f["counts"].items())
     return f"Of {len(f['matrices'])} answers: {said}.\n\n" + table(
-        ["matrix", "host-dense", "extremes"], list(rows.values())
+        list(rows.values()), ["matrix", "host-dense", "extremes"]
     )
 
 
@@ -216,7 +216,7 @@ def stages(f: dict[str, Any]) -> str:
         [
             f"Product {f['product_flops_per_s'] / 1e9:.1f} GFlop/s; disk {mib(rates['write'])} MiB/s written, "
             f"{mib(rates['read'])} MiB/s read.",
-            table(["solved", "block", "k", "stages, s", "of which", "moved by plan, MiB"], rows),
+            table(rows, ["solved", "block", "k", "stages, s", "of which", "moved by plan, MiB"]),
             f"Of the product rate, the dense stages reach: {said}. Where an accumulated matrix goes through the store, "
             f"the ends of block 2 take {f['stored_over_held']:.2f} times as long.",
         ]

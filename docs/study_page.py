@@ -3,9 +3,11 @@
 python docs/study_page.py
 """
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from tabulate import tabulate
 
 from stiffcore.report.statistics import correlations, spread
 
@@ -39,8 +41,7 @@ COLUMNS += [
 ]
 
 
-def table(header, rows):
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *rows])
+table = partial(tabulate, tablefmt="github", disable_numparse=True)
 
 
 def read(network):
@@ -64,7 +65,7 @@ def distribution(rows):
         error = f"{part['S_active_error'].max():.1e}"
         name = f"{row['number']} {row['block']}"
         lines.append([name, f"{part['n'].iloc[0]:,}", row["images"], *numbers, error, none])
-    return table([*header, "worst error of S", "no negative: proved"], lines)
+    return table(lines, [*header, "worst error of S", "no negative: proved"])
 
 
 def related(rows):
@@ -78,7 +79,7 @@ def related(rows):
             cells += [f"{row[f'{test}_{which}']:.2g}" for which in ("p", "holm", "bh")]
         lines.append([f"{row['number']} {row['block']}", row["outcome"], row["images"], *cells])
     header = ["block", "S active with", "images", "Pearson", "p", "Holm", "BH", "Spearman", "p", "Holm", "BH"]
-    return table(header, lines)
+    return table(lines, header)
 
 
 def page():

@@ -15,7 +15,7 @@ from stiffcore.eigen.numerical_range import numerical_range
 from stiffcore.eigen.sparse import smallest_singular_value
 from stiffcore.errors import DamagedError, InputError
 from stiffcore.jacobian.reduction import Reduction
-from stiffcore.store import RunStore, TiledMatrix
+from stiffcore.store import RunStore, TiledMatrix, is_there
 from stiffcore.unit import open_operator, sparse_matrix
 
 ANGLES = 72
@@ -114,7 +114,7 @@ def shifted_matrix(store: RunStore, key: str, module: Any = None) -> sp.csc_arra
     if not record["k"]:
         raise InputError(f"{key} has no matrix: {record['reason']}")
     shift = record.get("shift")
-    if record.get("kept") and shift is not None and "matrix" in store.unit_group(key):
+    if record.get("kept") and shift is not None and is_there(store.unit_group(key), "matrix"):
         matrix = TiledMatrix(store.unit_group(key), "matrix").read_sparse()
     else:
         reduction = open_operator(store, record, "cpu", module)

@@ -5,6 +5,7 @@ import pytest
 import scipy.linalg
 
 import stiffcore
+from stiffcore.errors import DamagedError
 from stiffcore.picture import shifted_matrix, stored_picture
 from tests.test_run import OPTIONS, command, execute
 
@@ -59,3 +60,16 @@ def test_the_command_says_what_it_found_and_refuses_a_unit_that_is_not_there(sma
     process = command("picture", small / "run", "--block", "9", cwd=small)
     assert "no unit of image 0, block 9" in process.communicate()[1]
     assert process.returncode == 2
+
+
+def test_a_kept_matrix_that_was_damaged_is_said_to_be(small):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "functions": "block", "keep": "all"})
+    key = next(iter(run.records()))
+    for name in ("matrix", "matrix_tiles"):
+        path = small / "run" / "units" / key / name / "zarr.json"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DamagedError, match=name):
+            run.picture(block=1)
+        path.write_bytes(whole)
+    run.picture(block=1)

@@ -18,7 +18,7 @@ attributes. What makes the run stands twice, in the root and in RUN/units/zarr.j
 
 import zarr
 
-from stiffcore.store.metadata import FORMAT
+from stiffcore.store.metadata import FORMAT, is_there
 from stiffcore.store.remote import StoreError
 from stiffcore.store.runs import HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
 from stiffcore.store.tiles import Tile, TiledMatrix, file_rows
@@ -33,6 +33,7 @@ __all__ = [
     "Tile",
     "TiledMatrix",
     "file_rows",
+    "is_there",
     "stored_spectrum",
 ]
 
