@@ -1,6 +1,7 @@
-"""How does a run grow: with the order, the number of images, the budget?
+"""How does a run grow: with the order, the waist, the number of images, the budget?
 
 Order: one dense function of n inputs, nothing to reduce, n doubled again and again; seconds and the slope in log-log.
+Waist: a residual block relu(x + B relu(A x)) of random matrices, its waist doubled at one n, then n at one waist.
 Images: one block of ResNet18 at 1, 2, 4, 8 images, one worker. Budget: the same eight images in budgets from the
 least up; how many units work side by side, the time, the peak of all processes. `--quick` takes the smaller half.
 """
@@ -18,8 +19,10 @@ from stiffcore.errors import InputError
 from stiffcore.run import carry_out_plan, prepare
 
 ORDERS = (256, 512, 1024, 2048)
+# n, and units of the waist, of which about half are active.
+WAISTS = ((4096, 512), (4096, 1024), (4096, 2048), (4096, 4096), (8192, 1024), (16384, 1024))
 IMAGES = (1, 2, 4, 8)
-BUDGETS = ("1300MiB", "1600MiB", "1800MiB", "2GiB", "4GiB")
+BUDGETS = ("1300MiB", "1500MiB", "1700MiB", "2GiB", "4GiB")
 OPTIONS = {"network": "resnet18", "images": "samples", "blocks": "layer4.1", "device": "cpu"}
 
 
@@ -29,6 +32,25 @@ def at_order(n):
     found = stiffcore.spectrum(lambda x: x @ matrix.T, torch.zeros(n, dtype=torch.float64))
     assert found.certificate.passed
     return {"n": n, "seconds": time.perf_counter() - start, "stages": found.record["seconds"]}
+
+
+class Residual(torch.nn.Module):
+    def __init__(self, n, waist):
+        super().__init__()
+        self.down = torch.nn.Linear(n, waist, bias=False, dtype=torch.float64)
+        self.up = torch.nn.Linear(waist, n, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return torch.relu(x + self.up(torch.relu(self.down(x))))
+
+
+def at_waist(n, waist):
+    torch.manual_seed(0)
+    block, x = Residual(n, waist), torch.randn(1, n, dtype=torch.float64)
+    start = time.perf_counter()
+    found = stiffcore.spectrum(block, x)
+    assert found.certificate.passed
+    return {"n": n, "k": found.k, "seconds": time.perf_counter() - start, "stages": found.record["seconds"]}
 
 
 def session(options, workers=None):
@@ -61,8 +83,11 @@ def slope(first, last):
 
 
 if __name__ == "__main__":
-    at_order(ORDERS[0])  # what is imported at a first solve
-    orders = [at_order(n) for n in ORDERS[: 2 if QUICK else None]]
+    # sessions first: what this process holds is reserved, and counts
     images = [session({"memory": "4GiB", "count": count}, workers=1) for count in IMAGES[: 2 if QUICK else None]]
     budgets = [in_budget(memory, 2 if QUICK else 8) for memory in BUDGETS]
-    write(__file__, {"orders": orders, "slope": slope(*orders[-2:]), "images": images, "budgets": budgets})
+    at_order(ORDERS[0])  # what is imported at a first solve
+    orders = [at_order(n) for n in ORDERS[: 2 if QUICK else None]]
+    waists = [at_waist(n, waist) for n, waist in WAISTS[: 2 if QUICK else None]]
+    grown = {"orders": orders, "slope": slope(*orders[-2:]), "waists": waists}
+    write(__file__, grown | {"images": images, "budgets": budgets})

@@ -304,7 +304,7 @@ class Unit(BaseModel):
         nonzeros: at most so many of the matrix's entries are not zero; 0 where unknown.
         fill: entries of the triangular factors of the matrix at most; 0 where unknown.
         kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
-        network_bytes: parameters and buffers of the network, and the checkpoint that it is read from.
+        network_bytes: parameters and buffers of the network, and of the checkpoint or module that it is made from.
         fingerprint: sha256 of all that decides the result.
     """
 

@@ -1,8 +1,7 @@
 """The look before the work: network, images and blocks of a study, and the facts of each unit."""
 
 import time
-from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,9 @@ def survey(
     }
     digests = [images.digest(i) for i in range(len(images))]
     checkpoint = Path(network.weights)
-    network_bytes = _bytes_of(network.module) + (checkpoint.stat().st_size if checkpoint.is_file() else 0)
+    # what it is made from: a file, or a module, in float32 as they mostly are
+    source_bytes = checkpoint.stat().st_size if checkpoint.is_file() else _bytes_of(network.module, 4)
+    network_bytes = _bytes_of(network.module) + source_bytes
     units: list[Unit] = []
     seconds: dict[tuple[str, BlockFunction], float] = {}
     predictions, losses = [], []
@@ -325,10 +326,6 @@ def _column_seconds(reduction: Reduction) -> float:
     return (time.perf_counter() - start) / columns
 
 
-def _bytes_of(module: nn.Module) -> int:
-
-    def tensors() -> Iterator[torch.Tensor]:
-        yield from module.parameters()
-        yield from module.buffers()
-
-    return sum(t.numel() * t.element_size() for t in tensors())
+def _bytes_of(module: nn.Module, itemsize: int | None = None) -> int:
+    tensors = chain(module.parameters(), module.buffers())
+    return sum(t.numel() * (itemsize or t.element_size()) for t in tensors)

@@ -532,13 +532,15 @@ def _growth(run: UnitRun, a: np.ndarray) -> dict[str, float]:
 def _hessenberg(run: UnitRun) -> dense.Hessenberg:
     where = f"units/{run.key}"
     with _undoing(run, "built", "hessenberg", "tau", "scale"):
-        return dense.Hessenberg(
+        found = dense.Hessenberg(
             a=run.matrix("hessenberg").read(),
             tau=run.store.get_array(where, "tau"),
             scale=run.store.get_array(where, "scale"),
             ilo=run.record["ilo"],
             ihi=run.record["ihi"],
         )
+    release_free_memory()  # of reading: LAPACK's work would come on top
+    return found
 
 
 def _solve(run: UnitRun) -> dict[str, Any]:
