@@ -83,7 +83,8 @@ SolverOption = Annotated[
     typer.Option(
         "--solver",
         help="auto: the first that fits | cuda-dense | host-dense | extremes (S, and a proof of how many eigenvalues "
-        "are negative, without the others: seconds) | matrix-only (build and keep, solve nothing); of singular values "
+        "are negative, without the others: seconds) | divide (all eigenvalues of a matrix that no budget holds, in the "
+        "store) | matrix-only (build and keep, solve nothing); of singular values "
         "svd | symmetric [default: auto]",
     ),
 ]

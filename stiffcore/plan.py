@@ -8,6 +8,7 @@ The ladder, from the top: `cuda-dense`, `host-dense`. Each rung says what it wou
 `extremes` answers less, and is taken only where it is asked for.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -60,6 +61,12 @@ ENTRY_SECONDS = 1e-7
 SQUARES_BYTES = 96 << 20
 SQUARE_SECONDS = 6e-7
 KRYLOV_VECTORS = 320
+# Of `eigen.divide`: panels in memory at once; columns of one at most; steps of Newton's iteration, and flops of all,
+# in k^3, as measured.
+DIVIDE_PANELS = 7
+DIVIDE_PANEL_MOST = 1024
+DIVIDE_STEPS = 16
+DIVIDE_FLOPS = 60
 FOUND_MOST = 8
 
 
@@ -78,6 +85,8 @@ class UnitPlan:
         matrix_free: whether no matrix is built, only products with it are taken.
         stored: whether the matrix goes through the store; else it is built again where a killed unit needs it.
         factor_bytes: what a sparse factorisation may take, of what is projected.
+        panel: columns of a panel, and
+        leaf: order that is solved in memory, where the matrix is divided in the store.
         stages: projected bytes by stage, host memory on top of what is reserved.
         device_bytes: projected bytes on the device, on top of what is reserved there.
         disk_bytes: most bytes in the store while it runs.
@@ -97,6 +106,8 @@ class UnitPlan:
     matrix_free: bool = False
     stored: bool = True
     factor_bytes: int = 0
+    panel: int = 0
+    leaf: int = 0
     stages: dict[str, int] | None = None
     device_bytes: int = 0
     disk_bytes: int = 0
@@ -403,6 +414,36 @@ def _host_dense(
     return plan, why_not
 
 
+def _divide(
+    unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
+) -> tuple[UnitPlan, str]:
+    """Spectral divide and conquer in the store (`eigen.divide`), with panels as wide as fit.
+
+    disk: the matrix, and while it is divided six of its order in float64.
+    moved: `DIVIDE_STEPS` steps, each with LU (panels / 3 times the matrix read), an inverse (panels times) and five
+        matrices more; twice the panels to part it; and a third of all that for the parts.
+    """
+    k = unit.k
+    room = data_bytes - BLAS_BYTES
+    panel = max(TILE_ROWS // 4, min(room // (8 * DIVIDE_PANELS * max(k, 1)), DIVIDE_PANEL_MOST, max(k, 1)))
+    leaf = max(panel, min(k, math.isqrt(max(0, room - 8 * panel * k) // 8) - 64))
+    base, matrix, vectors, why_not = _rung(
+        Solver.DIVIDE, unit, study, machine, data_bytes, partial(_divide_stages, panel, leaf), stored
+    )
+    count = -(-k // panel)
+    step = 8 * k * k * (count / 3 + count + 5)
+    plan = replace(
+        base,
+        why=f"panels of {panel:,} columns, parts of {leaf:,} in memory",
+        panel=panel,
+        leaf=leaf,
+        disk_bytes=matrix + vectors + 6 * 8 * k * k,
+        kept_bytes=vectors + _kept(study, matrix),
+        moved_bytes=int(4 / 3 * (DIVIDE_STEPS * step + 2 * count * 8 * k * k)),
+    )
+    return plan, why_not
+
+
 def _factor_levels(nonzeros: int, fill: int) -> tuple[tuple[int, str], ...]:
     """Bytes that sparse factorisations take, and what they are for: from what proves most to none."""
     return (
@@ -621,6 +662,7 @@ Rung = Callable[[Unit, Study, Machine, int, tuple[int, int] | None], tuple[UnitP
 RUNGS: dict[Solver, Rung] = {
     Solver.CUDA_DENSE: _cuda_dense,
     Solver.HOST_DENSE: _host_dense,
+    Solver.DIVIDE: _divide,
     Solver.EXTREMES: _extremes,
     Solver.MATRIX_ONLY: _matrix_only,
     Solver.SLICES: _slices,
@@ -647,6 +689,7 @@ def _extremes_flops(unit: Unit) -> int:
 FLOPS: dict[Solver, Callable[[Unit], int]] = {
     Solver.CUDA_DENSE: _dense_flops,
     Solver.HOST_DENSE: _dense_flops,
+    Solver.DIVIDE: lambda unit: DIVIDE_FLOPS * unit.k**3,
     Solver.EXTREMES: _extremes_flops,
     Solver.MATRIX_ONLY: lambda unit: 0,
 }
@@ -785,6 +828,23 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, matrix + a_shard),
         "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED_MOST, itemsize) + BLAS_BYTES + operator,
         "certify": 2 * CERTIFIED_MOST * (column_bytes + 2 * (unit.n + k) * itemsize) + operator,
+    }
+
+
+def _divide_stages(panel: int, leaf: int, unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
+    """Stages of the division: panels of all kernels (`eigen.panels`), a part in memory, the certificate's vectors.
+
+    divide: 7 * panel * k * 8 (measured); before it, the logarithmic norm: the sparse matrix, if any, Krylov vectors.
+    leaf: LAPACK's own, and a panel that is read.
+    certify: as for the dense rungs.
+    """
+    k = unit.k
+    sparse = 24 * unit.nonzeros
+    return {
+        "divide": max(DIVIDE_PANELS * 8 * panel * k + BLAS_BYTES, sparse + _krylov_bytes(k)),
+        "leaf": dense.to_hessenberg_bytes(leaf, 8) + 8 * panel * leaf + BLAS_BYTES,
+        "certify": 2 * CERTIFIED_MOST * (column_bytes + 2 * (unit.n + k) * itemsize)
+        + operator_bytes(unit.kernel_items, column_bytes, itemsize),
     }
 
 

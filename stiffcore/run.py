@@ -23,7 +23,7 @@ from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.spectra import Certificate, Count, Spectrum
-from stiffcore.store import HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
+from stiffcore.store import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
 from stiffcore.study import (
     Device,
     Keep,
@@ -705,9 +705,15 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
     fields: dict[str, Any] = {"plan": plan.to_json()}
     if "made_with" in record:
         before = UnitPlan.from_json(plan.unit, record["plan"])
-        ways = {(p.solver, p.device_bytes > 0, p.factor_bytes, p.matrix_free, p.stored) for p in (before, plan)}
+        ways = {
+            (p.solver, p.device_bytes > 0, p.factor_bytes, p.panel, p.leaf, p.matrix_free, p.stored)
+            for p in (before, plan)
+        }
         if len(ways) == 1:
             return
+        if record.get(DIVISION):
+            fields[DIVISION] = None
+            store.drop(plan.unit.key, DIVISION)
         if plan.stored and not before.stored:
             fields["stage"] = "planned"
         if before.solver is not plan.solver and record["stage"] in ("reduced", "solved", "counted", "done"):

@@ -20,7 +20,7 @@ from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from stiffcore.eigen import certificate, dense, device, singular
+from stiffcore.eigen import certificate, dense, device, divide, panels, singular
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.numerical_range import logarithmic_norm
@@ -34,7 +34,15 @@ from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
 from stiffcore.plan import TILE_ROWS, operator_bytes
 from stiffcore.spectra import Ends, certified_choice, spelled
-from stiffcore.store import HISTOGRAM, SCRATCH, RunStore, TiledMatrix, stored_spectrum
+from stiffcore.store import (
+    DIVISION,
+    HISTOGRAM,
+    SCRATCH,
+    RunStore,
+    StoredWorkspace,
+    TiledMatrix,
+    stored_spectrum,
+)
 from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, versions
 from stiffcore.survey import image_input, open_network, operator_of
 
@@ -277,6 +285,8 @@ def _route(run: UnitRun) -> _Stages:
         return ends if run.record["plan"].get("matrix_free") else [("built", _build), *ends]
     if run.solver is Solver.CUDA_DENSE:
         return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
+    if run.solver is Solver.DIVIDE:
+        return [("built", _build), ("solved", _divide), ("done", _certify)]
     return [("built", _build), ("reduced", _reduce), ("solved", _solve), ("done", _certify)]
 
 
@@ -284,16 +294,16 @@ def stored_by(record: dict[str, Any]) -> set[str]:
     """The arrays that a unit's record says are in the store."""
     plan, stage = record["plan"], STAGES.index(record["stage"])
     solver, found = Solver(plan["solver"]), set()
-    dense_rung = solver in (Solver.HOST_DENSE, Solver.CUDA_DENSE)
+    all_values = solver in (Solver.HOST_DENSE, Solver.CUDA_DENSE, Solver.DIVIDE)
     kept = record["stage"] != "done" or record.get("kept")
     if record["kind"] == Kind.MATRIX and record["k"] and kept and solver is not Solver.NONE:
         if stage >= STAGES.index("built") and plan["stored"]:
             found.add("matrix")
         if stage >= STAGES.index("reduced") and solver is Solver.HOST_DENSE:
             found |= {"hessenberg", "tau", "scale"}
-        if stage >= STAGES.index("solved") and (dense_rung or solver is Solver.EXTREMES):
+        if stage >= STAGES.index("solved") and (all_values or solver is Solver.EXTREMES):
             found.add("reduced_eigenvalues")
-            found |= set() if dense_rung else {"right_vectors", "left_vectors"}
+            found |= set() if all_values else {"right_vectors", "left_vectors"}
     if record["stage"] == "done" and solver not in (Solver.NONE, Solver.MATRIX_ONLY):
         found |= {"eigenvalues"} if record.get("values_kept", True) else set(HISTOGRAM)
     return found
@@ -479,7 +489,7 @@ def _undoing(run: UnitRun, stage: str, *names: str) -> Iterator[None]:
     try:
         yield
     except DamagedError:
-        run.store.update(run.key, stage=stage)
+        run.store.update(run.key, stage=stage, **({DIVISION: None} if DIVISION in names else {}))
         run.store.drop(run.key, *names)
         raise
 
@@ -509,6 +519,50 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
     return {"ilo": int(h.ilo), "ihi": int(h.ihi), "moments": asdict(moments), **growth}
 
 
+def _divide(run: UnitRun) -> dict[str, Any]:
+    """All eigenvalues, the matrix and what it is divided into in the store."""
+    plan, space, k, first = run.record["plan"], _workspace(run), run.record["k"], -float(run.reduction.shift)
+    run.drop("reduction")
+
+    def arranged() -> list[float]:
+        with _undoing(run, "planned", "matrix", DIVISION):
+            panels.copy(run.matrix("matrix"), space.matrix("whole", k, k))
+        a = space.matrix("whole", k, k)
+        return [panels.trace(a), panels.square_trace(a), panels.norm(a)]
+
+    def tell(what: str, done: int, total: int) -> None:
+        run.check()
+        run.emit({"unit": run.key, "stage": "solved", "done": done, "total": total, "note": what})
+
+    with _undoing(run, "built", DIVISION):
+        moments = space.once("moments", arranged)
+        whole = space.matrix("whole", k, k)
+        growth = space.once("growth", lambda: _growth(run, _product_operator(whole)))
+        found = divide.eigenvalues(whole, space, plan["leaf"], first=first, tell=tell)
+    division = {"splits": [asdict(split) for split in found.splits], "error": found.error}
+    return (
+        _store_eigenvalues(run, found.values)
+        | {"moments": asdict(certificate.Moments(*moments)), "divided": division}
+        | growth
+    )
+
+
+def _workspace(run: UnitRun) -> StoredWorkspace:
+    return StoredWorkspace(run.store, run.key, TILE_ROWS, run.record["plan"]["panel"], run.check)
+
+
+def _product_operator(a: TiledMatrix) -> LinearOperator:
+    """Products with a matrix in the store, which each reads all of it."""
+
+    def product(x: np.ndarray) -> np.ndarray:
+        return sum(a.read_shard(i) @ x[slice(*a.columns(i))] for i in range(a.shards))
+
+    def transposed(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([a.read_shard(i).T @ x for i in range(a.shards)])
+
+    return LinearOperator(a.shape, product, rmatvec=transposed, dtype=np.dtype(np.float64))
+
+
 def _has_room_for_operator(run: UnitRun) -> bool:
     """Whether LAPACK's stages leave room for an operator that would take as long to open again as M to solve."""
     stages, itemsize = run.record["plan"]["stages"], run.dtype.itemsize
@@ -517,10 +571,12 @@ def _has_room_for_operator(run: UnitRun) -> bool:
     return room and run.record["k"] < SLOW_ORDER
 
 
-def _growth(run: UnitRun, a: np.ndarray) -> dict[str, float]:
+def _growth(run: UnitRun, a: np.ndarray | LinearOperator) -> dict[str, float]:
     """The logarithmic 2-norm of M, from its sparse form where it has one."""
     if run.record["plan"]["build"] != Build.COLUMNS:
         return {"logarithmic_norm": logarithmic_norm(run.matrix("matrix").read_sparse())}
+    if isinstance(a, LinearOperator):
+        return {"logarithmic_norm": logarithmic_norm(a)}
 
     def product(m: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         return lambda x: (m @ x.astype(a.dtype)).astype(np.float64)
@@ -645,11 +701,25 @@ def _certify(run: UnitRun) -> dict[str, Any]:
 def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | None]:
     """All eigenvalues as stored, which of them to certify, and the eigenvectors of those."""
     on_device = run.solver is Solver.CUDA_DENSE
-    with _undoing(run, "built" if on_device else "reduced", "reduced_eigenvalues"):
+    with _undoing(run, "reduced" if run.solver is Solver.HOST_DENSE else "built", "reduced_eigenvalues"):
         values = run.store.get_array(f"units/{run.key}", "reduced_eigenvalues")
     chosen = certified_choice(values, run.reduction.shift)
     if not len(values):
         return values, chosen, None
+    if run.solver is Solver.DIVIDE:
+        return values, chosen, _divided_eigenvectors(run, values[chosen])
     if on_device:
         return values, chosen, device.device_eigenvectors(_read_matrix(run), values[chosen], run.device)
     return values, chosen, dense.hessenberg_eigenvectors(_hessenberg(run), values[chosen])
+
+
+def _divided_eigenvectors(run: UnitRun, values: np.ndarray) -> dense.Eigenvectors:
+    """Those of a few eigenvalues, by inverse iteration on the matrix in the store."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        run.check()
+        run.emit({"unit": run.key, "stage": "done", "done": done, "total": total, "note": what})
+
+    with _undoing(run, "built", DIVISION):
+        space, k = _workspace(run), run.record["k"]
+        return divide.eigenvectors(space.matrix("whole", k, k), space, values, tell)

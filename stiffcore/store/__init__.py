@@ -7,6 +7,7 @@ Layout:
     RUN/images/{x,y,index,...}         the inputs
     RUN/units/UNIT/zarr.json           attributes: the unit's record, its stage among it
     RUN/units/UNIT/{matrix,hessenberg} (k, k), while needed; beside each, NAME_tiles says what is written
+    RUN/units/UNIT/division            what a matrix is divided into, by `--solver divide`, while needed
     RUN/units/UNIT/eigenvalues         (k,) complex, the computed ones of J; the exact ones and zeros are attributes
 
 Nothing is inferred from files. A matrix's column shard is done when its column in NAME_tiles says so, written
@@ -20,16 +21,19 @@ import zarr
 
 from stiffcore.store.metadata import FORMAT, is_there
 from stiffcore.store.remote import StoreError
-from stiffcore.store.runs import HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
+from stiffcore.store.runs import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
 from stiffcore.store.tiles import Tile, TiledMatrix, file_rows
+from stiffcore.store.workspace import StoredWorkspace
 
 __all__ = [
+    "DIVISION",
     "FORMAT",
     "HISTOGRAM",
     "IMAGES",
     "SCRATCH",
     "RunStore",
     "StoreError",
+    "StoredWorkspace",
     "Tile",
     "TiledMatrix",
     "file_rows",

@@ -159,6 +159,25 @@ class TiledMatrix:
             self._read_into(out[:, slice(*self.columns(shard))], shard, states[:, shard])
         return out
 
+    def read_shard(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of a shard, Fortran-ordered; of a file, only the tiles that hold them are read.
+
+        Args:
+            shard: its number.
+            start: the first row.
+            stop: after the last one; None: to the end.
+
+        Raises:
+            DamagedError: as `read`.
+        """
+        first, last = self.columns(shard)
+        stop = self.shape[0] if stop is None else stop
+        out = np.zeros((stop - start, last - first), dtype=self.dtype, order="F")
+        for at, block in self._stored(shard, self._states(shard)[:, 0], start, stop):
+            low, high = max(at, start), min(at + len(block), stop)
+            out[low - start : high - start] = block[low - at : high - at]
+        return out
+
     def read_sparse(self) -> scipy.sparse.csc_array:
         """The whole matrix without its zeros, canonical; its indices are of 32 bits where they fit.
 
@@ -217,9 +236,10 @@ class TiledMatrix:
         """
         return int((self._states() == Tile.STORED).sum())
 
-    def _states(self) -> np.ndarray:
+    def _states(self, shard: int | None = None) -> np.ndarray:
+        """Of all shards, or of one."""
         try:
-            states = np.asarray(self._tiles[:])
+            states = np.asarray(self._tiles[:] if shard is None else self._tiles[:, shard : shard + 1])
         except UNREADABLE as error:
             raise DamagedError(f"{self._tiles.store_path}: {error}") from error
         if not np.isin(states, list(Tile)).all():
@@ -230,15 +250,22 @@ class TiledMatrix:
         for first, block in self._stored(shard, states):
             out[first : first + len(block)] = block
 
-    def _stored(self, shard: int, states: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """The rows of each band of a shard from its first stored tile to its last, with the first one's number."""
+    def _stored(
+        self, shard: int, states: np.ndarray, low: int = 0, high: int | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows of each band of a shard from its first stored tile to its last, with the first one's number.
+
+        Only tiles that hold some of the rows low..high-1.
+        """
         start, stop = self.columns(shard)
+        wanted = range(low // self.tile, -(-(self.shape[0] if high is None else high) // self.tile))
         where = f"{self._data.store_path}, columns {start} to {stop - 1}"
         if (states == Tile.MISSING).any():
             raise DamagedError(f"{where}: not written yet")
         of_band = self._band // self.tile
         for band in range(0, len(states), of_band):
             stored = band + np.flatnonzero(states[band : band + of_band] == Tile.STORED)
+            stored = stored[(stored >= wanted.start) & (stored < wanted.stop)]
             if not len(stored):
                 continue
             first = int(stored[0]) * self.tile

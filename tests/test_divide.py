@@ -1,0 +1,358 @@
+"""Kernels on column panels against SciPy; spectra by division against known ones; cut off anywhere, the same bytes."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.linalg
+from scipy.optimize import linear_sum_assignment
+
+from stiffcore.eigen import divide, panels
+from stiffcore.eigen.panels import SingularError
+from stiffcore.run import carry_out_plan, prepare
+from stiffcore.store import RunStore, StoredWorkspace, TiledMatrix
+from stiffcore.unit import carry_out
+from tests.test_run import OPTIONS, InProcess, execute
+
+N, PANEL, TILE = 60, 16, 8
+FLOAT = np.dtype(float)
+
+
+class InMemory:
+    """Panels in a dictionary; `due` writes from now, one is cut off."""
+
+    due = 0
+
+    def __init__(self, shape, width, dtype):
+        self.shape, self.dtype, self.width, self.panels = shape, np.dtype(dtype), min(width, shape[1]), {}
+
+    @property
+    def shards(self):
+        return -(-self.shape[1] // self.width)
+
+    def columns(self, shard):
+        return shard * self.width, min((shard + 1) * self.width, self.shape[1])
+
+    def missing(self):
+        return [i for i in range(self.shards) if i not in self.panels]
+
+    def read_shard(self, shard, start=0, stop=None):
+        return np.array(self.panels[shard][start:stop], order="F")
+
+    def write(self, shard, block):
+        InMemory.due -= 1
+        if InMemory.due == 0:
+            raise Cut
+        assert block.dtype == self.dtype
+        self.panels[shard] = block.reshape((self.shape[0], -1)).copy(order="F")
+
+    def read(self):
+        return np.hstack([self.panels[i] for i in range(self.shards)])
+
+
+class Memory:
+    """A workspace in dictionaries."""
+
+    def __init__(self, panel=PANEL):
+        self.panel, self.matrices, self.known = panel, {}, {}
+
+    def matrix(self, name, rows, columns, dtype=FLOAT):
+        found = self.matrices.setdefault(name, InMemory((rows, columns), self.panel * 8 // dtype.itemsize, dtype))
+        assert found.shape == (rows, columns)
+        return found
+
+    def drop(self, *names):
+        for name in names:
+            self.matrices.pop(name, None)
+
+    def once(self, name, compute):
+        if name not in self.known:
+            self.known[name] = json.loads(json.dumps(compute()))
+        return self.known[name]
+
+    def once_array(self, name, compute):
+        if name not in self.known:
+            self.known[name] = compute()
+        return self.known[name]
+
+
+class Cut(Exception):
+    pass
+
+
+def in_store(folder):
+    store = RunStore(str(folder / "run"), create=True)
+    store.update("u")
+    return StoredWorkspace(store, "u", TILE, PANEL)
+
+
+@pytest.fixture
+def space():
+    return Memory()
+
+
+def stored(space, name, a):
+    matrix = space.matrix(name, *a.shape, a.dtype)
+    for i in range(matrix.shards):
+        matrix.write(i, a[:, slice(*matrix.columns(i))].copy(order="F"))
+    return matrix
+
+
+def random(*shape, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal(shape)
+    return a + 1j * rng.standard_normal(shape) if dtype is complex else a
+
+
+def orthogonal(n=N):
+    return np.linalg.qr(random(n, n, seed=1))[0]
+
+
+def largest_error(found, expected):
+    """Of the best matching of two spectra, value by value."""
+    distances = np.abs(found[:, None] - expected[None, :])
+    return distances[linear_sum_assignment(distances)].max()
+
+
+# ------------------------------------------------------------------------------------------------- kernels
+
+
+def test_rows_of_a_panel_are_read_alone(tmp_path):
+    a = random(N, N)
+    a[8:24] = 0
+    matrix = stored(in_store(tmp_path), "a", a)
+    for start, stop in ((0, None), (3, 50), (9, 20), (59, 60), (10, 10)):
+        assert np.array_equal(matrix.read_shard(1, start, stop), a[start:stop, 16:32])
+    assert matrix.read_shard(3).flags.f_contiguous
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(60, 60, 60), (33, 60, 17), (5, 4, 3)])
+def test_products(space, rows, inner, columns):
+    a, b = random(rows, inner), random(inner, columns, seed=2)
+    out = space.matrix("out", rows, columns)
+    panels.product(stored(space, "a", a), stored(space, "b", b), out)
+    assert np.allclose(out.read(), a @ b, atol=1e-13)
+
+
+def test_a_product_with_a_shift_and_columns_made_as_they_are_needed(space):
+    a, b = random(N, N), random(N, 20, seed=2)
+    out = space.matrix("out", N, 20)
+    panels.product(stored(space, "a", a), lambda start, stop: b[:, start:stop], out, shift=-1.5)
+    assert np.allclose(out.read(), a @ b - 1.5 * b, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+@pytest.mark.parametrize("order", [1, 16, 17, 60])
+def test_lu_solves_and_inverts(space, dtype, order):
+    a, b = random(order, order, dtype=dtype), random(order, 3, dtype=dtype, seed=2)
+    lu = space.matrix("lu", order + 1, order, np.dtype(dtype))
+    panels.factor(stored(space, "a", a), lu)
+    assert panels.log_determinant(lu) == pytest.approx(np.linalg.slogdet(a)[1])
+    assert np.allclose(panels.solve(lu, b.copy(order="F")), np.linalg.solve(a, b), atol=1e-11)
+    assert np.allclose(panels.solve_adjoint(lu, b.copy(order="F")), np.linalg.solve(a.conj().T, b), atol=1e-11)
+
+
+def test_lu_exchanges_rows_across_panels_as_lapack_does(space):
+    a = random(N, N)
+    lu = space.matrix("lu", N + 1, N)
+    panels.factor(stored(space, "a", a), lu)
+    _, pivots = scipy.linalg.lu_factor(a)
+    assert np.array_equal(lu.read()[-1], pivots)
+
+
+def test_an_inverse_beside_other_terms(space):
+    a, b = random(N, N), random(N, N, seed=3)
+    lu, out = space.matrix("lu", N + 1, N), space.matrix("out", N, N)
+    panels.factor(stored(space, "a", a), lu)
+    panels.inverse(lu, out, scale=2.0, shift=-0.5, beside=(0.25, stored(space, "b", b)))
+    assert np.allclose(out.read(), 2 * np.linalg.inv(a) - 0.5 * np.eye(N) + b / 4, atol=1e-10)
+
+
+@pytest.mark.parametrize("column", [0, 20, 59])
+def test_a_singular_matrix_is_said_to_be(space, column):
+    a = random(N, N)
+    a[:, column] = 0
+    with pytest.raises(SingularError, match="zero"):
+        panels.factor(stored(space, "a", a), space.matrix("lu", N + 1, N))
+
+
+@pytest.mark.parametrize("columns", [1, 16, 37, 60])
+def test_reflectors_are_an_orthogonal_matrix_that_spans_the_columns(space, columns):
+    a = random(N, columns)
+    a[:, columns // 2] = 0  # no reflector, or any
+    qr = space.matrix("qr", N + PANEL, columns)
+    panels.orthogonalise(stored(space, "a", a), qr)
+    turned, identity = space.matrix("turned", N, columns), space.matrix("identity", N, N)
+    panels.rotate(qr, stored(space, "b", a), turned)
+    panels.rotate(qr, stored(space, "eye", np.eye(N)), identity)
+    q = identity.read().T
+    assert np.allclose(q.T @ q, np.eye(N), atol=1e-13)
+    assert np.allclose(turned.read(), q.T @ a, atol=1e-13)
+    assert np.allclose(turned.read()[columns:], 0, atol=1e-13)
+
+
+def test_copies_transposes_and_sums(space):
+    a, b = random(N, N), random(N, N, seed=2)
+    first, second = stored(space, "a", a), stored(space, "b", b)
+    across = space.matrix("across", N, N)
+    panels.transpose(first, across)
+    assert np.array_equal(across.read(), a.T)
+    part = Memory(7).matrix("part", 35, 35)
+    panels.copy(first, part, first=20, shift=1.0)
+    assert np.array_equal(part.read(), a[20:55, 20:55] + np.eye(35))
+    assert panels.trace(first) == pytest.approx(np.trace(a))
+    assert panels.square_trace(first) == pytest.approx(np.trace(a @ a))
+    assert panels.norm(first) == pytest.approx(np.linalg.norm(a))
+    assert panels.norm(first, shift=2.0) == pytest.approx(np.linalg.norm(a + 2 * np.eye(N)))
+    assert panels.norm(first, (5, 30), (10, 50)) == pytest.approx(np.linalg.norm(a[5:30, 10:50]))
+    assert panels.distance(first, second) == pytest.approx(np.linalg.norm(a - b))
+
+
+# ------------------------------------------------------------------------------------------------- spectra
+
+
+def rotation(n=N):
+    turns = [[[0, -t], [t, 0]] for t in np.random.default_rng(2).uniform(0.1, 3, n // 2)]
+    return orthogonal(n) @ scipy.linalg.block_diag(*turns) @ orthogonal(n).T
+
+
+def similar(values):
+    return orthogonal(len(values)) @ np.diag(values) @ orthogonal(len(values)).T
+
+
+MATRICES = {
+    "random": random(N, N) / np.sqrt(N),
+    "random, moved": random(N, N) / np.sqrt(N) + 5 * np.eye(N),
+    "a rotation": rotation(),
+    "an eigenvalue on the first line": similar(np.r_[0, np.linspace(-1, 1, N - 1)]),
+    "1e-6 from the first line": similar(np.r_[1e-6, -1e-6, np.linspace(-1, 1, N - 2)]),
+    "badly scaled": np.diag(10.0 ** np.linspace(-3, 3, N)) @ random(N, N),
+    "block diagonal": scipy.linalg.block_diag(*random(N // 3, 3, 3)),
+    "symmetric": random(N, N) + random(N, N).T,
+    "all right of the first line": similar(np.linspace(1, 2, N)),
+    "zero": np.zeros((N, N)),
+    "a multiple of the identity": 3 * np.eye(N),
+    "tiny": random(N, N) * 1e-100,
+    "huge": random(N, N) * 1e100,
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_all_eigenvalues_are_those_of_a_dense_solver(space, name):
+    a = MATRICES[name]
+    found = divide.eigenvalues(stored(space, "a", a), space, 20, first=0.0)
+    expected, size = scipy.linalg.eigvals(a), np.linalg.norm(a)
+    assert largest_error(found.values, expected) <= 1e-10 * size
+    assert found.error <= 1e-10 * len(found.splits) * size
+    first = found.splits[0] if found.splits else None
+    if first is not None and not first.failure:
+        assert first.beyond == (expected.real > 0).sum()
+    parts = [s for s in found.splits if not s.failure and 0 < s.beyond < s.order]
+    assert len(parts) >= 2 or not parts
+    assert set(space.matrices) == {"a"}
+
+
+def grcar(n):
+    return np.triu(np.tril(np.ones((n, n)), 3)) - np.diag(np.ones(n - 1) * 2, -1)
+
+
+def jordan(n, length):
+    blocks = [np.eye(length, k=1) + value * np.eye(length) for value in np.linspace(-1, 1, n // length)]
+    return orthogonal(n) @ scipy.linalg.block_diag(*blocks) @ orthogonal(n).T
+
+
+@pytest.mark.parametrize(
+    ("a", "why"),
+    [
+        (grcar(300), "block that should vanish"),
+        (jordan(N, 6), "block that should vanish"),
+        (random(N, N) * 1e-130, "scale the function"),
+    ],
+    ids=["Grcar", "defective", "out of range"],
+)
+def test_what_cannot_be_divided_well_is_said_and_never_accepted(a, why):
+    space = Memory(64)
+    with pytest.raises(divide.DivisionError, match=why):
+        divide.eigenvalues(stored(space, "a", a), space, 20, first=0.0)
+
+
+def test_eigenvectors_are_those_of_the_matrix_and_of_its_transpose(space):
+    a = random(N, N)
+    values = scipy.linalg.eigvals(a)
+    chosen = values[values.imag >= 0][[0, 5, 9, -1]]
+    found = divide.eigenvectors(stored(space, "a", a), space, chosen)
+    assert found.converged.all()
+    for i, value in enumerate(chosen):
+        assert np.linalg.norm(a @ found.right[:, i] - value * found.right[:, i]) < 1e-10
+        assert np.linalg.norm(found.left[:, i].conj() @ a - value * found.left[:, i].conj()) < 1e-10
+
+
+def solved(space):
+    a = MATRICES["random"]
+    matrix = space.matrix("a", N, N)
+    for i in matrix.missing():
+        matrix.write(i, a[:, slice(*matrix.columns(i))].copy(order="F"))
+    return divide.eigenvalues(matrix, space, 20, first=0.0).values.tobytes()
+
+
+def test_cut_off_at_any_panel_it_goes_on_to_the_same_bytes():
+    InMemory.due = 0
+    expected = solved(Memory())
+    total = -InMemory.due
+    assert total > 200
+    for at in range(1, total + 1, 3):
+        space, InMemory.due = Memory(), at
+        with pytest.raises(Cut):
+            solved(space)
+        InMemory.due = 0
+        assert solved(space) == expected
+        # nothing that was done is done again, but the panel that was cut off
+        assert -InMemory.due <= total - at + 1
+
+
+@pytest.mark.parametrize("at", [60, 190])
+def test_cut_off_in_the_store_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, at):
+    InMemory.due = 0
+    expected, writes, write = solved(Memory()), 0, TiledMatrix.write
+
+    def counted(self, shard, block):
+        nonlocal writes
+        writes += 1
+        if writes == at:
+            raise Cut
+        return write(self, shard, block)
+
+    monkeypatch.setattr(TiledMatrix, "write", counted)
+    with pytest.raises(Cut):
+        solved(in_store(tmp_path))
+    assert solved(in_store(tmp_path)) == expected
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+def in_parts(url, panel, leaf, key):
+    """A planned run whose unit is to be divided although it would fit."""
+    store = RunStore(url)
+    store.update(key, plan={**store.record(key)["plan"], "panel": panel, "leaf": leaf})
+
+
+def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
+    options = OPTIONS | {"blocks": "1", "functions": "block"}
+    dense, _ = execute(small / "dense", options)
+    url = str(small / "divided")
+    executor = InProcess(lambda event: None)
+    run, outcome = carry_out_plan(url, prepare(url, options | {"solver": "divide"}, executor), executor, print)
+    assert not outcome.failed
+    key = next(iter(run.records()))
+    expected = dense.spectrum(block=1)
+    in_parts(url, 32, len(expected.computed) // 3, key)
+    RunStore(url).update(key, stage="planned", division=None)
+    carry_out(url, key, threads=1, emit=lambda event: None)
+    found = run.spectrum(block=1)
+    assert found.certificate.passed
+    assert largest_error(found.values, expected.values) < 1e-12
+    assert found.metrics["S_active"] == pytest.approx(expected.metrics["S_active"], rel=1e-10)
+    assert len(found.record["divided"]["splits"]) >= 3
+    assert found.numerical_abscissa == pytest.approx(expected.numerical_abscissa, rel=1e-6)
+    assert not (small / "divided" / "units" / key / "division").exists()
