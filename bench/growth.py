@@ -1,28 +1,35 @@
-"""How does a run grow: with the order, the waist, the number of images, the budget?
+"""How does a run grow: with the order, the waist, the number of images, the budget; what is moved in a small one?
 
 Order: one dense function of n inputs, nothing to reduce, n doubled again and again; seconds and the slope in log-log.
 Waist: a residual block relu(x + B relu(A x)) of random matrices, its waist doubled at one n, then n at one waist.
 Images: one block of ResNet18 at 1, 2, 4, 8 images, one worker. Budget: the same eight images in budgets from the
-least up; how many units work side by side, the time, the peak of all processes. `--quick` takes the smaller half.
+least up; how many units work side by side, the time, the peak of all processes. Divided: the same block at one image by
+`--solver divide`, its matrix (k = 939, 6.7 MiB) in ever narrower panels, as ever smaller budgets have them: seconds of
+the solve, and bytes that its process has read and written meanwhile (/proc/self/io). `--quick` takes the smaller half.
 """
 
 import math
 import tempfile
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from common import QUICK, write
 
 import stiffcore
-from stiffcore.cluster import local_workers
+from stiffcore.cluster import InProcess, local_workers
 from stiffcore.errors import InputError
-from stiffcore.run import carry_out_plan, prepare
+from stiffcore.plan import DIVIDE_PANELS
+from stiffcore.session import carry_out_plan, prepare
 
 ORDERS = (256, 512, 1024, 2048)
 # n, and units of the waist, of which about half are active.
 WAISTS = ((4096, 512), (4096, 1024), (4096, 2048), (4096, 4096), (8192, 1024), (16384, 1024))
 IMAGES = (1, 2, 4, 8)
 BUDGETS = ("1300MiB", "1500MiB", "1700MiB", "2GiB", "4GiB")
+# Columns of a panel, and order of the parts that are solved in memory.
+PANELS = ((512, 500), (256, 500), (128, 250))
 OPTIONS = {"network": "resnet18", "images": "samples", "blocks": "layer4.1", "device": "cpu"}
 
 
@@ -71,6 +78,36 @@ def session(options, workers=None):
         }
 
 
+def moved():
+    """Bytes that this process has read and written."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["rchar"]), int(lines["wchar"])
+
+
+def divided(panel, leaf):
+    with tempfile.TemporaryDirectory() as folder:
+        executor = InProcess(lambda event: None)
+        prepared = prepare(folder + "/run", OPTIONS | {"count": 1, "solver": "divide", "memory": "6GiB"}, executor)
+        [unit] = prepared.plan.units
+        unit = replace(unit, panel=panel, leaf=leaf)
+        prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
+        before = moved()
+        run, outcome = carry_out_plan(folder + "/run", prepared, executor, lambda event: None)
+        assert not outcome.failed, outcome.failed
+        read, written = (b - a for a, b in zip(before, moved(), strict=True))
+        [record] = run.records().values()
+        return {
+            "panel": panel,
+            "leaf": leaf,
+            "held_bytes": 8 * max(DIVIDE_PANELS * panel * record["k"], leaf**2),
+            "splits": len(record["divided"]["splits"]),
+            "error": record["divided"]["error"],
+            "seconds": record["seconds"],
+            "read_bytes": read,
+            "written_bytes": written,
+        }
+
+
 def in_budget(memory, count):
     try:
         return {"memory": memory, **session({"memory": memory, "count": count})}
@@ -89,5 +126,6 @@ if __name__ == "__main__":
     at_order(ORDERS[0])  # what is imported at a first solve
     orders = [at_order(n) for n in ORDERS[: 2 if QUICK else None]]
     waists = [at_waist(n, waist) for n, waist in WAISTS[: 2 if QUICK else None]]
-    grown = {"orders": orders, "slope": slope(*orders[-2:]), "waists": waists}
+    parts = [divided(*sizes) for sizes in PANELS[: 2 if QUICK else None]]
+    grown = {"orders": orders, "slope": slope(*orders[-2:]), "waists": waists, "divided": parts}
     write(__file__, grown | {"images": images, "budgets": budgets})

@@ -184,6 +184,17 @@ def growth(f: dict[str, Any]) -> str:
         stages_ = (f"{w['stages'].get(name, 0):.2f}" for name in DENSE_STAGES)
         waists.append([f"{w['n']:,}", f"{w['k']:,}", f"{w['seconds']:.2f}", *stages_])
     images = [[i["images"], seconds(i["seconds"]), f"{i['seconds'] / i['images']:.2f}"] for i in f["images"]]
+    parts = []
+    for d in f["divided"]:
+        sizes = [mib(d[name]) for name in ("read_bytes", "written_bytes")]
+        row = [
+            d["panel"],
+            d["leaf"],
+            f"{d['held_bytes'] / (1 << 20):.1f}",
+            d["splits"],
+            seconds(d["seconds"]["solved"]),
+        ]
+        parts.append([*row, *sizes, f"{d['error']:.0e}"])
     budgets = []
     for b in f["budgets"]:
         if "refused" in b:
@@ -197,6 +208,7 @@ def growth(f: dict[str, Any]) -> str:
             f"Seconds grow as n to the power {f['slope']:.2f} between the last two.",
             table(waists, ["n", "k", "s", *DENSE_STAGES.values()]),
             table(images, ["images", "s", "s an image"]),
+            table(parts, ["panel", "leaf", "held, MiB", "divisions", "s", "read, MiB", "written, MiB", "neglected"]),
             table(budgets, ["allowed", "workers", "s", "peak, MiB", "moved by plan, MiB", ""]),
         ]
     )

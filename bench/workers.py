@@ -9,7 +9,7 @@ import time
 from common import write
 
 from stiffcore.cluster import local_workers
-from stiffcore.run import carry_out_plan, prepare
+from stiffcore.session import carry_out_plan, prepare
 
 OPTIONS = {"network": "resnet18", "images": "samples", "count": 12, "blocks": "layer4.1"}
 

@@ -17,7 +17,8 @@ from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
 from stiffcore.networks.images import Images
 from stiffcore.plan import Machine, check_budget, make_plan
-from stiffcore.run import Run, as_planned, carry_out_plan, check_free, prepare
+from stiffcore.run import Run
+from stiffcore.session import as_planned, carry_out_plan, check_free, prepare
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore, stored_spectrum
 from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Solver, Study, unit_key

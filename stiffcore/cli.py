@@ -21,7 +21,8 @@ from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
-from stiffcore.run import Prepared, Run, carry_out_plan, check_free, open_run, prepare, state_of, status_summary
+from stiffcore.run import Run, open_run, state_of, status_summary
+from stiffcore.session import Prepared, carry_out_plan, check_free, prepare
 from stiffcore.study import Study, format_bytes
 from stiffcore.version import __version__
 

@@ -1,20 +1,16 @@
-"""A run in the formats of others: metrics as CSV or parquet, spectra as HDF5, all metrics as an xarray dataset."""
+"""A run in the formats of others: metrics as CSV or parquet, spectra as HDF5."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
 import pandas as pd
 
 from stiffcore.errors import InputError
-from stiffcore.metrics import NAMES
-from stiffcore.run import CERTIFICATE_COLUMNS, DONE, Run
-
-if TYPE_CHECKING:
-    import xarray
+from stiffcore.run import DONE, Run
 
 # Of the layout that `write_hdf5` documents.
 HDF5_LAYOUT = 1
@@ -118,38 +114,6 @@ WRITERS: dict[str, Callable[[Run, Path], str]] = {
     ".h5": write_hdf5,
     ".hdf5": write_hdf5,
 }
-
-
-def to_xarray(run: Run) -> "xarray.Dataset":
-    """All metrics of a run as a dataset over image, block, function and kind; nan where there is no spectrum.
-
-    Returns:
-        Variables: `stiffcore.metrics.NAMES`, those of the certificate, `n`, `m`, `elements`, `eigenvalues`, `k`,
-        `ones`, `zeros`, `certified`, `state`, `basis`. Coordinates: `image` (position), `block` (module path),
-        `function`, `kind`; along image `image_index`, `label`, `prediction`, `loss`, `correct`; along block `number`.
-
-    Raises:
-        InputError: where xarray is not installed.
-    """
-    try:
-        import xarray
-    except ImportError as error:
-        raise InputError(f"{error}; pip install 'stiffcore[export]'") from error
-
-    rows = run.metrics()
-    dims = ["image", "block", "function", "kind"]
-    # as the run has them, which is by depth
-    order = {name: list(dict.fromkeys(rows[name])) for name in dims}
-    indexed = rows.set_index(dims)
-    sizes = ("n", "m", "elements", "eigenvalues", "k", "ones", "zeros")
-    names = [*NAMES, *CERTIFICATE_COLUMNS, *sizes, "certified", "state", "basis"]
-    data = xarray.Dataset.from_dataframe(indexed[names]).reindex(order)
-    by_image = rows.drop_duplicates("image").set_index("image").loc[order["image"]]
-    for name in ("image_index", "label", "prediction", "loss", "correct"):
-        data = data.assign_coords({name: ("image", by_image[name].to_numpy())})
-    by_block = rows.drop_duplicates("block").set_index("block").loc[order["block"]]
-    data = data.assign_coords(number=("block", by_block["number"].to_numpy()))
-    return data.assign_attrs(description=run.header["description"], source=run.header["source"])
 
 
 def _counted(number: int, one: str, many: str = "") -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from stiffcore.errors import DamagedError, StiffcoreError
-from stiffcore.run import IMAGE_ARRAYS, Run, same_images
+from stiffcore.run import IMAGE_ARRAYS, Run
+from stiffcore.session import same_images
 from stiffcore.spectra import Ends, certified_choice
 from stiffcore.store import IMAGES, RunStore, stored_spectrum
 from stiffcore.study import Kind, Solver

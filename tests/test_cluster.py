@@ -12,7 +12,8 @@ import pytest
 
 import stiffcore
 from stiffcore.cluster import ConnectionLostError, InProcess, local_workers, workers_at
-from stiffcore.run import carry_out_plan, prepare, state_of
+from stiffcore.run import state_of
+from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore
 from tests.test_run import OPTIONS, execute, spectra_bytes
 

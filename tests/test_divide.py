@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from stiffcore.eigen import divide, panels
 from stiffcore.eigen.panels import SingularError
-from stiffcore.run import carry_out_plan, prepare
+from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace, TiledMatrix
 from stiffcore.unit import carry_out
 from tests.test_run import OPTIONS, InProcess, execute

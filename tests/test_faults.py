@@ -20,7 +20,7 @@ import stiffcore.preload
 from zarr.storage import LocalStore
 from stiffcore.cluster import InProcess
 from stiffcore.errors import StiffcoreError
-from stiffcore.run import carry_out_plan, check_free, prepare
+from stiffcore.session import carry_out_plan, check_free, prepare
 
 OPTIONS = {{"network": "smallnet:make", "images": "six.npz", "blocks": "4", "count": 1}}
 OPERATIONS = ("get", "set", "set_if_not_exists", "exists", "delete", "delete_dir", "list", "list_dir", "list_prefix")

@@ -17,7 +17,7 @@ def main():
     sys.path.insert(0, {folder!r})
     from contextlib import nullcontext
     from stiffcore.cluster import InProcess, local_workers
-    from stiffcore.run import carry_out_plan, prepare
+    from stiffcore.session import carry_out_plan, prepare
     process, found = psutil.Process(), []
 
     def on_event(event):

@@ -15,7 +15,7 @@ import json, sys
 import stiffcore.preload
 from stiffcore.cluster import InProcess
 from stiffcore.memory import release_free_memory
-from stiffcore.run import prepare, carry_out_plan
+from stiffcore.session import prepare, carry_out_plan
 url, network, block, dtype, memory = sys.argv[1:]
 
 def status(name):
@@ -79,7 +79,7 @@ import sys
 from stiffcore.cluster import local_workers
 from stiffcore.memory import PeakMeter
 from stiffcore.plan import RESERVED_VARIES_BYTES
-from stiffcore.run import prepare, carry_out_plan
+from stiffcore.session import prepare, carry_out_plan
 from stiffcore.errors import InputError
 
 if __name__ == "__main__":
@@ -117,7 +117,7 @@ import json, resource, sys
 import stiffcore.preload
 from stiffcore.cluster import InProcess
 from stiffcore.memory import release_free_memory
-from stiffcore.run import prepare, carry_out_plan
+from stiffcore.session import prepare, carry_out_plan
 url, share = sys.argv[1], float(sys.argv[2])
 
 def status(name):

@@ -22,7 +22,8 @@ from torch import nn
 import stiffcore
 from stiffcore.cluster import InProcess, local_workers
 from stiffcore.memory import tree_bytes
-from stiffcore.run import carry_out_plan, prepare, state_of
+from stiffcore.run import state_of
+from stiffcore.session import carry_out_plan, prepare
 from tests.cases import Basic
 
 OPTIONS = {"network": "smallnet:make", "images": "six.npz", "normalize": "cifar10", "functions": "block,branch"}
@@ -159,7 +160,7 @@ sys.path.insert(0, {folder!r})
 import stiffcore.preload
 {prelude}
 from stiffcore.cluster import InProcess
-from stiffcore.run import carry_out_plan, prepare
+from stiffcore.session import carry_out_plan, prepare
 
 def session(url, at):
     child = os.fork()
@@ -331,7 +332,7 @@ def test_on_one_thread_or_two_the_values_agree_within_their_errors_and_a_run_kee
 def test_many_images_are_looked_at_by_all_workers_and_seen_as_by_one(small, monkeypatch):
     options = OPTIONS | {"count": 6, "memory": "4GiB"}
     one = prepare(str(small / "one"), options, InProcess(print))
-    monkeypatch.setattr("stiffcore.run.IMAGES_A_LOOK", 3)
+    monkeypatch.setattr("stiffcore.session.IMAGES_A_LOOK", 3)
     with local_workers(lambda event: None) as executor:
         two = prepare(str(small / "two"), options, executor, workers=2)
         assert len(executor.workers()) == 2

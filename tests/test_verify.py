@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import stiffcore
-from stiffcore.run import check_free, open_run
+from stiffcore.run import open_run
+from stiffcore.session import check_free
 from stiffcore.store import RunStore
 from stiffcore.verify import verify
 from tests.test_run import OPTIONS, execute, sessions, spectra_bytes

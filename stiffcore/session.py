@@ -1,0 +1,516 @@
+"""A session of a run: it is begun or continued, planned for this machine, and carried out under its budget."""
+
+import errno
+import json
+import os
+import time
+import timeit
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+from threadpoolctl import threadpool_limits
+
+from stiffcore.cluster import ConnectionLostError, Event, Executor, Worker, WorkerDiedError
+from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
+from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
+from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
+from stiffcore.run import DONE, IMAGE_ARRAYS, Run, state_of
+from stiffcore.store import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
+from stiffcore.study import (
+    Device,
+    Keep,
+    Solver,
+    Study,
+    Survey,
+    Unit,
+    fingerprint,
+    image_digest,
+    merged,
+    versions,
+)
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How carrying out a run ended.
+
+    Attributes:
+        done: units with a spectrum, those of earlier sessions too.
+        failed: reasons by unit.
+        wall_s: seconds of this session.
+        peak_bytes: most memory seen in the process tree, see `tree_bytes`.
+    """
+
+    done: int
+    failed: dict[str, str]
+    wall_s: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study ready to be carried out: its plan, and what the store will begin with.
+
+    Attributes:
+        study: settled.
+        plan: of the units that are not done, for this machine.
+        machine: what the plan counts on.
+        survey: None where the run exists and continues as first asked.
+        damaged: of the run that exists: what is wrong with records of units, by key, and with its images (`IMAGES`);
+            these are written again.
+        unreadable: what is wrong with the arrays of units that were done, by key; these are computed again.
+    """
+
+    study: Study
+    plan: Plan
+    machine: Machine
+    survey: Survey | None
+    damaged: Mapping[str, str]
+    unreadable: Mapping[str, str]
+
+
+def prepare(
+    url: str,
+    options: Mapping[str, Any],
+    executor: Executor,
+    module: Any = None,
+    images: Any = None,
+    *,
+    workers: int | None = None,
+    suppose: bool = False,
+) -> Prepared:
+    """Look at a study before any work; writes nothing.
+
+    Args:
+        url: of the run, which may exist.
+        options: fields of `Study`; None means not given.
+        executor: where the look is taken.
+        module: the network, where it is in memory.
+        images: `Images`, where they are in memory.
+        workers: at most so many processes; None: one a core.
+        suppose: plan for a CUDA device of `device_memory` bytes where there is none.
+
+    Raises:
+        InputError: whatever is wrong with the request, or disagrees with what the run began with.
+        NoRunError: where there is none, and no network is given.
+    """
+    store = _existing(url)
+    header = store.header if store else None
+    units, damaged = _trusted(store) if store else ({}, {})
+    given = {name: value for name, value in options.items() if value is not None}
+    study = Study.stored(header).with_options(given) if header else Study.ask(given)
+    if not header and "network" not in given:
+        raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
+    found: Survey | None = None
+    if not header or damaged or given.keys() - {"memory", "keep", "solver", "device_memory"}:
+        found = _surveyed(executor, study, module, images, workers)
+        if header:
+            _check_same(header["identity"], found.identity, url)
+        study = found.study
+        facts = list(found.units)
+    else:
+        facts = [Unit(**record) for record in units.values()]
+    unreadable = _unreadable(store, units) if store else {}
+    ended = {key for key, record in units.items() if _ended(record, study.solver)} - unreadable.keys()
+    recorded = {
+        u.key: UnitPlan.from_json(u, units[u.key]["plan"])
+        for u in facts
+        if "made_with" in units.get(u.key, {}) or (u.key in units and not given.keys() & {"device", "solver"})
+    }
+    pending = [u for u in facts if u.key not in ended]
+    processes = executor.workers()
+    machine = _machine(executor, processes, study, workers, suppose=suppose)
+    # this process carries out one unit at a time
+    most = workers if processes else 1
+    plan = make_plan(pending, study, machine, workers=most, recorded=recorded)
+    return Prepared(study, plan, machine, found, damaged, unreadable)
+
+
+def check_free(url: str) -> None:
+    """Say at once where another process works on the run, before anything is loaded.
+
+    A damaged header is written again from its copy.
+
+    Raises:
+        BusyError: where one does.
+    """
+    RunStore.restore(url)
+    store = _existing(url)
+    if store:
+        with store.hold():
+            pass
+
+
+def _existing(url: str) -> RunStore | None:
+    """A run that may exist; where it does not, the place is one for a new run."""
+    try:
+        return RunStore(url)
+    except NoRunError:
+        RunStore.check_new(url)
+        return None
+
+
+def _trusted(store: RunStore) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The records that can be trusted, and what is wrong with the others, and with the images."""
+    units, damaged = store.whole_units()
+    problems = [f"{part}: {problem}" for part, _, problem in store.read_again(IMAGES, IMAGE_ARRAYS) if problem]
+    if not problems and not same_images(store):
+        problems = [f"{IMAGES}/x: not the images that the run began with"]
+    return units, damaged | ({IMAGES: problems[0]} if problems else {})
+
+
+def same_images(store: RunStore) -> bool:
+    """Whether the stored images have the digests that the header names."""
+    return [image_digest(image) for image in store.get_array(IMAGES, "x")] == (store.header or {})["identity"]["images"]
+
+
+def _unreadable(store: RunStore, units: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What is wrong with units that are done, by key: found now, or by `stiffcore verify`."""
+    found = {}
+    for key, record in units.items():
+        if record["stage"] != "done" or record["plan"]["solver"] == Solver.NONE:
+            continue
+        damaged = {*SCRATCH, "eigenvalues", *HISTOGRAM} & set(record.get("damaged", ()))
+        if damaged:
+            found[key] = f"{', '.join(sorted(damaged))}: damaged"
+            continue
+        try:
+            if record["plan"]["solver"] != Solver.MATRIX_ONLY:
+                stored_spectrum(store, key)
+            for name in HISTOGRAM if not record.get("values_kept", True) else ():
+                store.get_array(f"units/{key}", name)
+        except DamagedError as error:
+            found[key] = str(error)
+    return found
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], url: str) -> None:
+    differing = [name for name in before if before[name] != now.get(name)]
+    if differing:
+        shown = "\n".join(f"  - {n}: {_short(before[n])} in the run, {_short(now.get(n))} asked for" for n in differing)
+        raise InputError(f"{url} was made by other settings:\n{shown}\nGive a new RUN, or leave these options out.")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(json.dumps(value)) > 60:
+        return f"{len(value)} of them (digest {fingerprint({'': value})[:12]})"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# Images that are worth another worker to look at them.
+IMAGES_A_LOOK = 8
+
+
+def _surveyed(executor: Executor, study: Study, module: Any, images: Any, workers: int | None) -> Survey:
+    """Look at network and images: in one worker, or where there are many images in as many as will work on them."""
+    asked = len(images) if images is not None else study.count or len(study.index or ()) or 10 * (study.per_label or 0)
+    there = len(executor.workers())
+    cores = there if executor.separate else len(psutil.Process().cpu_affinity())
+    parts = min(workers or cores, asked // IMAGES_A_LOOK) if there else 1
+    if parts <= 1:
+        return executor.submit(_survey, study, module, images, 0, 1).result()
+    executor.scale(parts)
+    looks = [executor.submit(_survey, study, module, images, part, parts) for part in range(parts)]
+    return merged([look.result() for look in looks])
+
+
+def _survey(study: Study, module: Any, images: Any, part: int, parts: int, emit: OnEvent) -> Survey:
+    from stiffcore.survey import survey
+
+    found = survey(study, module, images, part, parts)
+    release_free_memory(cycles=True)  # what this process holds from here on is reserved
+    return found
+
+
+def _machine(
+    executor: Executor, found: Sequence[Worker], study: Study, workers: int | None, *, suppose: bool
+) -> Machine:
+    gpus = sum(w.gpu for w in found)
+    device = None
+    if not executor.separate or gpus:
+        supposed = study.device_memory if suppose else None
+        device = executor.submit(_device, study.device, supposed, gpu=bool(gpus)).result()
+    elif study.device is Device.CUDA:
+        raise InputError("--device cuda: no worker of the cluster declares a GPU: start one with `--resources GPU=1`")
+    rate = executor.submit(_product_rate).result()
+    common = {
+        "device_bytes": device and device[0],
+        "device_reserved_bytes": device[1] if device else 0,
+        "flops_per_s": rate,
+    }
+    if executor.separate:
+        on_host = Counter(w.host for w in found)
+        return Machine(
+            cores=min(w.threads for w in found),
+            reserved_bytes=max(w.reserved_bytes for w in found),
+            worker_bytes=0,
+            gpus=gpus,
+            free_bytes=min(w.free_bytes // on_host[w.host] + w.reserved_bytes for w in found),
+            separate=len(found),
+            **common,
+        )
+    cores, threads = len(psutil.Process().cpu_affinity()), os.environ.get("OMP_NUM_THREADS", "")
+    return Machine(
+        most_threads=int(threads) if threads.isdecimal() and int(threads) else None,
+        cores=min(cores, workers or cores),
+        reserved_bytes=tree_bytes() - sum(w.reserved_bytes for w in found[1:]),
+        worker_bytes=max((w.reserved_bytes for w in found), default=0),
+        **common,
+    )
+
+
+def _device(device: Device, supposed: int | None, emit: OnEvent) -> tuple[int, int] | None:
+    from stiffcore.survey import device_memory
+
+    return device_memory(device, supposed)
+
+
+def _product_rate(emit: OnEvent, order: int = 512) -> float:
+    a = np.random.default_rng(0).standard_normal((order, order))
+    with threadpool_limits(1):
+        # the best of a few: the first makes BLAS ready, and others of the machine may be busy
+        return 2 * order**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=6))
+
+
+def carry_out_plan(
+    url: str, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any = None
+) -> tuple[Run, Outcome]:
+    """Create the run or open it, and bring every unit to its end.
+
+    Args:
+        url: of the run.
+        prepared: from `prepare`.
+        executor: where units are worked on.
+        on_event: told when units begin and end, in this thread; the units' own events come through the executor.
+        module: the network, where it is in memory.
+
+    Returns:
+        The run, and how it ended. A unit that fails is recorded as failed, and the others go on.
+
+    Raises:
+        InputError: where budget or disk do not hold the plan.
+        BusyError: where another process holds the run.
+        StiffcoreError: where the store cannot be written.
+    """
+    check_budget(prepared.plan)
+    store = RunStore(url, create=True)
+    with store.hold() as token, PeakMeter() as meter:
+        start = time.perf_counter()
+        store.sweep()
+        check_disk(prepared.plan, store.free_bytes())
+        for key, why in {**prepared.damaged, **prepared.unreadable}.items():
+            note = f"{why}: {'read' if key == IMAGES else 'computed'} again"
+            on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
+        _write_beginning(store, prepared)
+        try:
+            executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
+            failed = _work(store, prepared, executor, on_event, module, token)
+        except BaseException as error:
+            executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes
+            if isinstance(error, OSError):
+                raise _unwritable(error) from error
+            raise
+        run = Run(RunStore(url))
+        done = sum(state_of(r) in DONE for r in run.records().values())
+        return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
+
+
+def _write_beginning(store: RunStore, prepared: Prepared) -> None:
+    """Inputs, then units, then the header, which makes it a run; of one that exists, only what may change."""
+    study = prepared.study.model_dump(mode="json")
+    found = prepared.survey
+    if store.header is not None:
+        # another process may have begun or changed the run since it was looked at
+        if found is not None:
+            _check_same(store.header["identity"], found.identity, store.url)
+        else:
+            _check_same(_settings(store.header["study"]), _settings(study), store.url)
+        if store.whole_units()[1].keys() - prepared.damaged.keys():
+            raise DamagedError(f"{store.url} was damaged while it was being opened: run again")
+        if found is not None and IMAGES in prepared.damaged:
+            _write_images(store, found)
+        for plan in prepared.plan.units:
+            if plan.unit.key in prepared.damaged:
+                store.clear(f"units/{plan.unit.key}")
+                store.update(plan.unit.key, **as_planned(plan))
+        store.header = {**store.header, "study": study}
+        return
+    if found is None:
+        raise StiffcoreError(f"{store.url} was emptied while it was being opened")
+    _write_images(store, found)
+    for plan in prepared.plan.units:
+        store.update(plan.unit.key, **as_planned(plan))
+    store.header = {
+        "version": versions()["stiffcore"],
+        "study": study,
+        "identity": found.identity,
+        "description": found.description,
+        "source": found.source,
+        "versions": versions(),
+        "threads": prepared.plan.threads,
+        "units": [plan.unit.key for plan in prepared.plan.units],
+    }
+
+
+def _write_images(store: RunStore, found: Survey) -> None:
+    store.clear(IMAGES)
+    for name, values in found.images.items():
+        store.put_array(IMAGES, name, values, ("image", *(f"axis{i}" for i in range(1, values.ndim))))
+
+
+def as_planned(plan: UnitPlan) -> dict[str, Any]:
+    """The record of a unit that nothing was done of."""
+    return {**plan.unit.model_dump(mode="json"), "plan": plan.to_json(), "stage": "planned"}
+
+
+def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stored study, what a process that continues it without looking again must agree with."""
+    names = ("network", "normalize", "pool", "blocks", "functions", "kinds", "dtype", "reduce")
+    return {name: study[name] for name in names}
+
+
+# How often a unit whose worker died is begun again in one session: memory may have been short for a moment, but a unit
+# that kills its worker each time must not do so for ever.
+DEATHS = 2
+
+
+def _work(
+    store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any, token: str
+) -> dict[str, str]:
+    records = store.units()
+    threads = (store.header or {})["threads"]
+    again = prepared.unreadable.keys()
+    pending = [
+        p for p in prepared.plan.units if p.works and (p.unit.key in again or not _ended(records[p.unit.key], p.solver))
+    ]
+    begun = {plan.unit.key for plan in pending}
+    for key, record in records.items():
+        _settle(store, key, record, prepared.study, again=key in again, begun=key in begun)
+    where = str(store.local or store.url)  # a worker elsewhere has another current folder
+    running: dict[Future, UnitPlan] = {}
+    failed: dict[str, str] = {}
+    deaths: Counter[str] = Counter()
+
+    def tell(key: str, stage: str, note: str = "", done: int = 0) -> None:
+        on_event({"unit": key, "stage": stage, "done": done, "total": 1, "note": note})
+
+    while pending or running:
+        for plan in list(pending):
+            if prepared.plan.holds(plan, running.values()) or not running:
+                key = plan.unit.key
+                pending.remove(plan)
+                if plan.works:
+                    _record_plan(store, store.record(key), plan)
+                tell(key, "begun")
+                if records[key].get("failure"):
+                    store.update(key, failure=None)
+                gpu = plan.device_bytes > 0
+                running[executor.submit(_carry_out, where, key, threads, module, token, gpu=gpu)] = plan
+        # a time-out, so that signals are seen while a long solve goes on
+        finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+        for future in finished:
+            plan = running.pop(future)
+            key, error = plan.unit.key, future.exception()
+            if isinstance(error, WorkerDiedError) and deaths[key] < DEATHS:
+                deaths[key] += 1
+                tell(key, "restarted", "its worker died: another one goes on from what is stored")
+                pending.insert(0, plan)
+                continue
+            if isinstance(error, DeviceFullError):
+                below = plan_below(plan, prepared.study, prepared.machine, prepared.plan.data_bytes, str(error))
+                if below.works:
+                    tell(key, "fallback", f"{error}: {below.solver} takes it")
+                    _record_plan(store, store.record(key), below)
+                    pending.insert(0, below)
+                    continue
+                failed[key] = below.why
+            elif error is not None:
+                failed[key] = _failure(error)
+            if key in failed:
+                store.update(key, failure=failed[key])
+            tell(key, "failed" if key in failed else "ended", failed.get(key, ""), 1)
+    return failed
+
+
+def _ended(record: Mapping[str, Any], solver: Solver | None) -> bool:
+    """Whether there is nothing more to do; a matrix that was only stored, or solved at its ends, may yet be solved."""
+    if record["stage"] != "done":
+        return False
+    less = {Solver.MATRIX_ONLY: (Solver.MATRIX_ONLY,), Solver.EXTREMES: (Solver.MATRIX_ONLY, Solver.EXTREMES)}
+    found = Solver(record["plan"]["solver"])
+    return found not in less or solver in less[found]
+
+
+def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> None:
+    """Record the plan of a unit; one that another rung had begun goes back to its matrix, which all rungs share."""
+    fields: dict[str, Any] = {"plan": plan.to_json()}
+    if "made_with" in record:
+        before = UnitPlan.from_json(plan.unit, record["plan"])
+        ways = {
+            (p.solver, p.device_bytes > 0, p.factor_bytes, p.panel, p.leaf, p.matrix_free, p.stored)
+            for p in (before, plan)
+        }
+        if len(ways) == 1:
+            return
+        if record.get(DIVISION):
+            fields[DIVISION] = None
+            store.drop(plan.unit.key, DIVISION)
+        if plan.stored and not before.stored:
+            fields["stage"] = "planned"
+        if before.solver is not plan.solver and record["stage"] in ("reduced", "solved", "counted", "done"):
+            gone = not before.stored or (record["stage"] == "done" and not record.get("kept"))
+            fields["stage"] = "planned" if gone else "built"
+            fields["seconds"] = {} if gone else {"built": record["seconds"].get("built", 0.0)}
+    store.update(plan.unit.key, **fields)
+
+
+def _settle(store: RunStore, key: str, record: Mapping[str, Any], study: Study, *, again: bool, begun: bool) -> None:
+    """Of what is stored of a unit, delete what is damaged and not computed again, and what is not to be kept.
+
+    Eigenvalues stay until others are written.
+    """
+    damaged = set(record.get("damaged", ()))
+    if again or (begun and damaged):
+        store.update(key, stage="planned", damaged=[])
+        store.drop(key, *SCRATCH)
+    elif damaged:
+        store.update(key, damaged=[])
+    store.drop(key, *damaged.difference(SCRATCH, HISTOGRAM, ["eigenvalues"]))  # pictures, which are taken on request
+    spare = (
+        record["stage"] == "done" and not begun and record["plan"]["solver"] not in (Solver.NONE, Solver.MATRIX_ONLY)
+    )
+    # matrices that were kept on request stay, whatever is asked of later units
+    if spare and study.keep is not Keep.ALL and not record.get("kept"):
+        store.drop(key, *SCRATCH)
+
+
+def _carry_out(url: str, key: str, threads: int, module: Any, token: str, emit: OnEvent) -> str:
+    from stiffcore.unit import carry_out, open_operator
+
+    check = partial(RunStore(url).check_held, token)
+    return carry_out(url, key, threads=threads, emit=emit, opener=partial(open_operator, module=module), check=check)
+
+
+def _failure(error: BaseException) -> str:
+    """Why a unit failed; raises where the whole session ends with it."""
+    if isinstance(error, (ConnectionLostError, BusyError)):
+        raise error
+    if isinstance(error, OSError):
+        raise _unwritable(error) from error
+    if isinstance(error, (StiffcoreError, MemoryError)):
+        return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error}"
+
+
+def _unwritable(error: OSError) -> StiffcoreError:
+    room = "free some space, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return StiffcoreError(f"the store cannot be written: {error}; {room}run again to continue")
