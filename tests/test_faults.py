@@ -19,8 +19,9 @@ sys.path.insert(0, {folder!r})
 import stiffcore.preload
 from zarr.storage import LocalStore
 from stiffcore.cluster import InProcess
-from stiffcore.errors import StiffcoreError
+from stiffcore.errors import NoRunError, StiffcoreError
 from stiffcore.session import carry_out_plan, check_free, prepare
+from stiffcore.store import RunStore
 
 OPTIONS = {{"network": "smallnet:make", "images": "six.npz", "blocks": "4", "count": 1}}
 OPERATIONS = ("get", "set", "set_if_not_exists", "exists", "delete", "delete_dir", "list", "list_dir", "list_prefix")
@@ -59,6 +60,12 @@ def wrapped(name, at, how):
             return await inner(self, *args, **kwargs)
     return operation
 
+def begun(url):
+    try:
+        return RunStore(url).header is not None
+    except NoRunError:
+        return False
+
 def session(url, at, how):
     sys.stdout.flush()
     child = os.fork()
@@ -69,7 +76,8 @@ def session(url, at, how):
     try:
         executor = InProcess(lambda event: None)
         check_free(url)
-        prepared = prepare(url, OPTIONS if not os.path.exists(url + "/units") else {{}}, executor)
+        # what was killed before its header was written is no run yet: its command starts it once more
+        prepared = prepare(url, {{}} if begun(url) else OPTIONS, executor)
         failed = carry_out_plan(url, prepared, executor, lambda event: None)[1].failed
     except (StiffcoreError, OSError) as error:
         print("SAID", url, at, how, str(error).replace(chr(10), " "), flush=True)

