@@ -508,7 +508,8 @@ class _Progress:
         elif key in self._tasks:
             # a stage that cannot be counted pulses
             total = event["total"] if event["total"] > 1 else None
-            self.bars.update(self._tasks[key], total=total, completed=event["done"], note=STAGE_NAMES[stage])
+            note = event.get("note") or STAGE_NAMES[stage]
+            self.bars.update(self._tasks[key], total=total, completed=event["done"], note=note)
 
     def _report(self, key: str, event: Event) -> None:
         if event["stage"] == "failed":

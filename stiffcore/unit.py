@@ -237,6 +237,9 @@ def carry_out(
                 release_free_memory()  # the next stage counts on it
                 timing[stage] = timing.get(stage, 0.0) + time.perf_counter() - start
                 run.reach(stage, **fields, seconds=timing, **_measured(run, before))
+        if run.solver is Solver.DIVIDE:  # what it was divided into is far larger, and of no further use
+            run.store.drop(key, DIVISION)
+            run.store.update(key, **{DIVISION: None})
         if run.solver is not Solver.MATRIX_ONLY:
             _keep_metrics(run)
         if run.keep is not Keep.ALL and run.solver is not Solver.MATRIX_ONLY:

@@ -356,3 +356,4 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
     assert len(found.record["divided"]["splits"]) >= 3
     assert found.numerical_abscissa == pytest.approx(expected.numerical_abscissa, rel=1e-6)
     assert not (small / "divided" / "units" / key / "division").exists()
+    assert found.record["division"] is None

@@ -176,7 +176,7 @@ def eigenvectors(
         value = values[number]
         shift = value + OFFSET * size if value.imag else value.real + OFFSET * size
         dtype = np.dtype(complex if value.imag else float)
-        moved, lu = space.matrix("moved", n, n, dtype), space.matrix("lu", n + 1, n, dtype)
+        moved, lu = space.matrix(f"moved{number}", n, n, dtype), space.matrix(f"lu{number}", n + 1, n, dtype)
         panels.copy(a, moved, shift=-shift)
         try:
             panels.factor(
@@ -190,7 +190,7 @@ def eigenvectors(
     found = np.empty((2, n, len(values)), complex)
     for number in range(len(values)):
         found[:, :, number] = space.once_array(f"vectors{number}", partial(pair, number))
-        space.drop("moved", "lu")
+        space.drop(f"moved{number}", f"lu{number}")
     return Eigenvectors(found[0], found[1], np.asarray(np.isfinite(found).all(axis=(0, 1))))
 
 
