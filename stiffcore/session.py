@@ -378,8 +378,8 @@ def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
     return {name: study[name] for name in names}
 
 
-# How often a unit whose worker died is begun again in one session: memory may have been short for a moment, but a unit
-# that kills its worker each time must not do so for ever.
+# How often a unit whose worker died, or what it had stored is damaged, is begun again in one session: memory may have
+# been short for a moment, but a unit that kills its worker each time must not do so for ever.
 DEATHS = 2
 
 
@@ -423,6 +423,11 @@ def _work(
             if isinstance(error, WorkerDiedError) and deaths[key] < DEATHS:
                 deaths[key] += 1
                 tell(key, "restarted", "its worker died: another one goes on from what is stored")
+                pending.insert(0, plan)
+                continue
+            if isinstance(error, DamagedError) and deaths[key] < DEATHS:
+                deaths[key] += 1
+                tell(key, "restarted", f"{error}: made anew")  # it was deleted where it was found
                 pending.insert(0, plan)
                 continue
             if isinstance(error, DeviceFullError):
