@@ -4,7 +4,7 @@ Order: one dense function of n inputs, nothing to reduce, n doubled again and ag
 Waist: a residual block relu(x + B relu(A x)) of random matrices, its waist doubled at one n, then n at one waist.
 Images: one block of ResNet18 at 1, 2, 4, 8 images, one worker. Budget: the same eight images in budgets from the
 least up; how many units work side by side, the time, the peak of all processes. Divided: the same block at one image by
-`--solver divide`, its matrix (k = 939, 6.7 MiB) in ever narrower panels, as ever smaller budgets have them: seconds of
+`--solver divide`, its matrix (k = 939, 6.7 MiB) in ever narrower blocks, as ever smaller budgets have them: seconds of
 the solve, and bytes that its process has read and written meanwhile (/proc/self/io). `--quick` takes the smaller half.
 """
 
@@ -20,7 +20,7 @@ from common import QUICK, write
 import stiffcore
 from stiffcore.cluster import InProcess, local_workers
 from stiffcore.errors import InputError
-from stiffcore.plan import DIVIDE_PANELS
+from stiffcore.plan import DIVIDE_PASSING
 from stiffcore.session import carry_out_plan, prepare
 
 ORDERS = (256, 512, 1024, 2048)
@@ -28,8 +28,8 @@ ORDERS = (256, 512, 1024, 2048)
 WAISTS = ((4096, 512), (4096, 1024), (4096, 2048), (4096, 4096), (8192, 1024), (16384, 1024))
 IMAGES = (1, 2, 4, 8)
 BUDGETS = ("1300MiB", "1500MiB", "1700MiB", "2GiB", "4GiB")
-# Columns of a panel, and order of the parts that are solved in memory.
-PANELS = ((512, 500), (256, 500), (128, 250))
+# Panels of a block, and order of the parts that are solved in memory.
+BLOCKS = ((8, 500), (4, 500), (2, 250), (1, 125))
 OPTIONS = {"network": "resnet18", "images": "samples", "blocks": "layer4.1", "device": "cpu"}
 
 
@@ -84,12 +84,12 @@ def moved():
     return int(lines["rchar"]), int(lines["wchar"])
 
 
-def divided(panel, leaf):
+def divided(at_once, leaf):
     with tempfile.TemporaryDirectory() as folder:
         executor = InProcess(lambda event: None)
         prepared = prepare(folder + "/run", OPTIONS | {"count": 1, "solver": "divide", "memory": "6GiB"}, executor)
         [unit] = prepared.plan.units
-        unit = replace(unit, panel=panel, leaf=leaf)
+        unit = replace(unit, at_once=at_once, leaf=leaf)
         prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
         before = moved()
         run, outcome = carry_out_plan(folder + "/run", prepared, executor, lambda event: None)
@@ -97,9 +97,9 @@ def divided(panel, leaf):
         read, written = (b - a for a, b in zip(before, moved(), strict=True))
         [record] = run.records().values()
         return {
-            "panel": panel,
+            "columns": at_once * unit.panel,
             "leaf": leaf,
-            "held_bytes": 8 * max(DIVIDE_PANELS * panel * record["k"], leaf**2),
+            "held_bytes": 8 * max((2 * at_once + DIVIDE_PASSING) * unit.panel * record["k"], leaf**2),
             "splits": len(record["divided"]["splits"]),
             "error": record["divided"]["error"],
             "seconds": record["seconds"],
@@ -126,6 +126,6 @@ if __name__ == "__main__":
     at_order(ORDERS[0])  # what is imported at a first solve
     orders = [at_order(n) for n in ORDERS[: 2 if QUICK else None]]
     waists = [at_waist(n, waist) for n, waist in WAISTS[: 2 if QUICK else None]]
-    parts = [divided(*sizes) for sizes in PANELS[: 2 if QUICK else None]]
+    parts = [divided(*sizes) for sizes in BLOCKS[: 2 if QUICK else None]]
     grown = {"orders": orders, "slope": slope(*orders[-2:]), "waists": waists, "divided": parts}
     write(__file__, grown | {"images": images, "budgets": budgets})

@@ -188,7 +188,7 @@ def growth(f: dict[str, Any]) -> str:
     for d in f["divided"]:
         sizes = [mib(d[name]) for name in ("read_bytes", "written_bytes")]
         row = [
-            d["panel"],
+            d["columns"],
             d["leaf"],
             f"{d['held_bytes'] / (1 << 20):.1f}",
             d["splits"],
@@ -208,7 +208,7 @@ def growth(f: dict[str, Any]) -> str:
             f"Seconds grow as n to the power {f['slope']:.2f} between the last two.",
             table(waists, ["n", "k", "s", *DENSE_STAGES.values()]),
             table(images, ["images", "s", "s an image"]),
-            table(parts, ["panel", "leaf", "held, MiB", "divisions", "s", "read, MiB", "written, MiB", "neglected"]),
+            table(parts, ["block", "leaf", "held, MiB", "divisions", "s", "read, MiB", "written, MiB", "neglected"]),
             table(budgets, ["allowed", "workers", "s", "peak, MiB", "moved by plan, MiB", ""]),
         ]
     )

@@ -18,6 +18,7 @@ import numpy as np
 
 from stiffcore.eigen import dense
 from stiffcore.eigen.extremes import DENSE_SHARE
+from stiffcore.eigen.panels import STRIPE
 from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
@@ -61,10 +62,10 @@ ENTRY_SECONDS = 1e-7
 SQUARES_BYTES = 96 << 20
 SQUARE_SECONDS = 6e-7
 KRYLOV_VECTORS = 320
-# Of `eigen.divide`: panels in memory at once; columns of one at most; steps of Newton's iteration, and flops of all,
-# in k^3, as measured.
-DIVIDE_PANELS = 7
-DIVIDE_PANEL_MOST = 1024
+# Of `eigen.divide`: columns of a panel; how often one that passes through a block is in memory (as Zarr reads it, as
+# LAPACK takes it, and a product); steps of Newton's iteration, and flops of all, in k^3, as measured.
+DIVIDE_PANEL = 128
+DIVIDE_PASSING = 3
 DIVIDE_STEPS = 16
 DIVIDE_FLOPS = 60
 FOUND_MOST = 8
@@ -85,7 +86,8 @@ class UnitPlan:
         matrix_free: whether no matrix is built, only products with it are taken.
         stored: whether the matrix goes through the store; else it is built again where a killed unit needs it.
         factor_bytes: what a sparse factorisation may take, of what is projected.
-        panel: columns of a panel, and
+        panel: columns of a panel,
+        at_once: panels of a block, and
         leaf: order that is solved in memory, where the matrix is divided in the store.
         stages: projected bytes by stage, host memory on top of what is reserved.
         device_bytes: projected bytes on the device, on top of what is reserved there.
@@ -107,6 +109,7 @@ class UnitPlan:
     stored: bool = True
     factor_bytes: int = 0
     panel: int = 0
+    at_once: int = 1
     leaf: int = 0
     stages: dict[str, int] | None = None
     device_bytes: int = 0
@@ -417,29 +420,31 @@ def _host_dense(
 def _divide(
     unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
 ) -> tuple[UnitPlan, str]:
-    """Spectral divide and conquer in the store (`eigen.divide`), with panels as wide as fit.
+    """Spectral divide and conquer in the store (`eigen.divide`), with blocks as wide as fit.
 
     disk: the matrix, and while it is divided six of its order in float64.
-    moved: `DIVIDE_STEPS` steps, each with LU (panels / 3 times the matrix read), an inverse (panels times) and five
-        matrices more; twice the panels to part it; and a third of all that for the parts.
+    moved: `DIVIDE_STEPS` steps, each with LU (blocks / 3 times the matrix read), an inverse (blocks times) and five
+        matrices more; twice the blocks to part it; and a third of all that for the parts.
     """
-    k = unit.k
-    room = data_bytes - BLAS_BYTES
-    panel = max(TILE_ROWS // 4, min(room // (8 * DIVIDE_PANELS * max(k, 1)), DIVIDE_PANEL_MOST, max(k, 1)))
-    leaf = max(panel, min(k, math.isqrt(max(0, room - 8 * panel * k) // 8) - 64))
+    k, width = max(unit.k, 1), min(DIVIDE_PANEL, max(unit.k, 1))
+    room = max(0, data_bytes - BLAS_BYTES)
+    fit = (room // (8 * width) - DIVIDE_PASSING * k) // (2 * k + STRIPE)
+    at_once = max(1, min(fit, -(-k // width)))
+    leaf = max(width, min(k, math.isqrt(max(0, room - 16 * width * k) // 8) - 64))
     base, matrix, vectors, why_not = _rung(
-        Solver.DIVIDE, unit, study, machine, data_bytes, partial(_divide_stages, panel, leaf), stored
+        Solver.DIVIDE, unit, study, machine, data_bytes, partial(_divide_stages, width, at_once, leaf), stored
     )
-    count = -(-k // panel)
-    step = 8 * k * k * (count / 3 + count + 5)
+    blocks = -(-k // (width * at_once))
+    step = 8 * k * k * (blocks / 3 + blocks + 5)
     plan = replace(
         base,
-        why=f"panels of {panel:,} columns, parts of {leaf:,} in memory",
-        panel=panel,
+        why=f"blocks of {width * at_once:,} columns, parts of {leaf:,} in memory",
+        panel=width,
+        at_once=at_once,
         leaf=leaf,
         disk_bytes=matrix + vectors + 6 * 8 * k * k,
         kept_bytes=vectors + _kept(study, matrix),
-        moved_bytes=int(4 / 3 * (DIVIDE_STEPS * step + 2 * count * 8 * k * k)),
+        moved_bytes=int(4 / 3 * (DIVIDE_STEPS * step + 2 * blocks * 8 * k * k)),
     )
     return plan, why_not
 
@@ -831,18 +836,23 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
     }
 
 
-def _divide_stages(panel: int, leaf: int, unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
+def _divide_stages(
+    width: int, at_once: int, leaf: int, unit: Unit, column_bytes: int, itemsize: int, shard: int
+) -> dict[str, int]:
     """Stages of the division: panels of all kernels (`eigen.panels`), a part in memory, the certificate's vectors.
 
-    divide: 7 * panel * k * 8 (measured); before it, the logarithmic norm: the sparse matrix, if any, Krylov vectors.
+    divide: two blocks, a stripe of one, and a panel three times: 8 * width * (at_once * (2 k + 512) + 3 k); before it,
+        the logarithmic norm: the sparse matrix, if any, and Krylov vectors.
     leaf: LAPACK's own, and a panel that is read.
     certify: as for the dense rungs.
     """
     k = unit.k
     sparse = 24 * unit.nonzeros
     return {
-        "divide": max(DIVIDE_PANELS * 8 * panel * k + BLAS_BYTES, sparse + _krylov_bytes(k)),
-        "leaf": dense.to_hessenberg_bytes(leaf, 8) + 8 * panel * leaf + BLAS_BYTES,
+        "divide": max(
+            8 * width * (at_once * (2 * k + STRIPE) + DIVIDE_PASSING * k) + BLAS_BYTES, sparse + _krylov_bytes(k)
+        ),
+        "leaf": dense.to_hessenberg_bytes(leaf, 8) + 16 * width * leaf + BLAS_BYTES,
         "certify": 2 * CERTIFIED_MOST * (column_bytes + 2 * (unit.n + k) * itemsize)
         + operator_bytes(unit.kernel_items, column_bytes, itemsize),
     }

@@ -461,7 +461,7 @@ def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> 
     if "made_with" in record:
         before = UnitPlan.from_json(plan.unit, record["plan"])
         ways = {
-            (p.solver, p.device_bytes > 0, p.factor_bytes, p.panel, p.leaf, p.matrix_free, p.stored)
+            (p.solver, p.device_bytes > 0, p.factor_bytes, p.panel, p.at_once, p.leaf, p.matrix_free, p.stored)
             for p in (before, plan)
         }
         if len(ways) == 1:

@@ -541,7 +541,7 @@ def _divide(run: UnitRun) -> dict[str, Any]:
         moments = space.once("moments", arranged)
         whole = space.matrix("whole", k, k)
         growth = space.once("growth", lambda: _growth(run, _product_operator(whole)))
-        found = divide.eigenvalues(whole, space, plan["leaf"], first=first, tell=tell)
+        found = divide.eigenvalues(whole, space, plan["leaf"], first=first, at_once=plan["at_once"], tell=tell)
     division = {"splits": [asdict(split) for split in found.splits], "error": found.error}
     return (
         _store_eigenvalues(run, found.values)
@@ -725,4 +725,5 @@ def _divided_eigenvectors(run: UnitRun, values: np.ndarray) -> dense.Eigenvector
 
     with _undoing(run, "built", DIVISION):
         space, k = _workspace(run), run.record["k"]
-        return divide.eigenvectors(space.matrix("whole", k, k), space, values, tell)
+        whole, at_once = space.matrix("whole", k, k), run.record["plan"]["at_once"]
+        return divide.eigenvectors(whole, space, values, at_once=at_once, tell=tell)

@@ -129,8 +129,10 @@ def test_rows_of_a_panel_are_read_alone(tmp_path):
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(60, 60, 60), (33, 60, 17), (5, 4, 3)])
 def test_products(space, rows, inner, columns):
     a, b = random(rows, inner), random(inner, columns, seed=2)
-    out = space.matrix("out", rows, columns)
+    out, wide = (space.matrix(name, rows, columns) for name in ("out", "wide"))
     panels.product(stored(space, "a", a), stored(space, "b", b), out)
+    panels.product(space.matrix("a", rows, inner), space.matrix("b", inner, columns), wide, at_once=3)
+    assert np.allclose(wide.read(), a @ b, atol=1e-13)
     assert np.allclose(out.read(), a @ b, atol=1e-13)
 
 
@@ -142,29 +144,34 @@ def test_a_product_with_a_shift_and_columns_made_as_they_are_needed(space):
 
 
 @pytest.mark.parametrize("dtype", [float, complex])
-@pytest.mark.parametrize("order", [1, 16, 17, 60])
-def test_lu_solves_and_inverts(space, dtype, order):
+@pytest.mark.parametrize(("order", "at_once"), [(1, 1), (16, 2), (17, 1), (17, 2), (60, 1), (60, 2), (60, 3), (60, 9)])
+def test_lu_solves(space, dtype, order, at_once):
     a, b = random(order, order, dtype=dtype), random(order, 3, dtype=dtype, seed=2)
     lu = space.matrix("lu", order + 1, order, np.dtype(dtype))
-    panels.factor(stored(space, "a", a), lu)
+    panels.factor(stored(space, "a", a), lu, at_once=at_once)
     assert panels.log_determinant(lu) == pytest.approx(np.linalg.slogdet(a)[1])
     assert np.allclose(panels.solve(lu, b.copy(order="F")), np.linalg.solve(a, b), atol=1e-11)
     assert np.allclose(panels.solve_adjoint(lu, b.copy(order="F")), np.linalg.solve(a.conj().T, b), atol=1e-11)
 
 
-def test_lu_exchanges_rows_across_panels_as_lapack_does(space):
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
+def test_lu_is_that_of_lapack_whatever_the_block(space, at_once):
     a = random(N, N)
-    lu = space.matrix("lu", N + 1, N)
-    panels.factor(stored(space, "a", a), lu)
-    _, pivots = scipy.linalg.lu_factor(a)
+    lu, alone = space.matrix("lu", N + 1, N), space.matrix("alone", N + 1, N)
+    panels.factor(stored(space, "a", a), lu, at_once=at_once)
+    panels.factor(stored(space, "b", a), alone)
+    found, pivots = scipy.linalg.lu_factor(a)
     assert np.array_equal(lu.read()[-1], pivots)
+    assert np.allclose(np.triu(lu.read()[:-1]), np.triu(found), atol=1e-12)
+    assert np.allclose(lu.read(), alone.read(), atol=1e-12)
 
 
-def test_an_inverse_beside_other_terms(space):
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_inverse_beside_other_terms(space, at_once):
     a, b = random(N, N), random(N, N, seed=3)
     lu, out = space.matrix("lu", N + 1, N), space.matrix("out", N, N)
     panels.factor(stored(space, "a", a), lu)
-    panels.inverse(lu, out, scale=2.0, shift=-0.5, beside=(0.25, stored(space, "b", b)))
+    panels.inverse(lu, out, scale=2.0, shift=-0.5, beside=(0.25, stored(space, "b", b)), at_once=at_once)
     assert np.allclose(out.read(), 2 * np.linalg.inv(a) - 0.5 * np.eye(N) + b / 4, atol=1e-10)
 
 
@@ -176,15 +183,16 @@ def test_a_singular_matrix_is_said_to_be(space, column):
         panels.factor(stored(space, "a", a), space.matrix("lu", N + 1, N))
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("columns", [1, 16, 37, 60])
-def test_reflectors_are_an_orthogonal_matrix_that_spans_the_columns(space, columns):
+def test_reflectors_are_an_orthogonal_matrix_that_spans_the_columns(space, columns, at_once):
     a = random(N, columns)
     a[:, columns // 2] = 0  # no reflector, or any
     qr = space.matrix("qr", N + PANEL, columns)
-    panels.orthogonalise(stored(space, "a", a), qr)
+    panels.orthogonalise(stored(space, "a", a), qr, at_once=at_once)
     turned, identity = space.matrix("turned", N, columns), space.matrix("identity", N, N)
     panels.rotate(qr, stored(space, "b", a), turned)
-    panels.rotate(qr, stored(space, "eye", np.eye(N)), identity)
+    panels.rotate(qr, stored(space, "eye", np.eye(N)), identity, at_once=at_once)
     q = identity.read().T
     assert np.allclose(q.T @ q, np.eye(N), atol=1e-13)
     assert np.allclose(turned.read(), q.T @ a, atol=1e-13)
@@ -292,7 +300,7 @@ def solved(space):
     matrix = space.matrix("a", N, N)
     for i in matrix.missing():
         matrix.write(i, a[:, slice(*matrix.columns(i))].copy(order="F"))
-    return divide.eigenvalues(matrix, space, 20, first=0.0).values.tobytes()
+    return divide.eigenvalues(matrix, space, 20, first=0.0, at_once=2).values.tobytes()
 
 
 def test_cut_off_at_any_panel_it_goes_on_to_the_same_bytes():
@@ -306,7 +314,7 @@ def test_cut_off_at_any_panel_it_goes_on_to_the_same_bytes():
             solved(space)
         InMemory.due = 0
         assert solved(space) == expected
-        # nothing that was done is done again, but the panel that was cut off
+        # nothing that was written is written again
         assert -InMemory.due <= total - at + 1
 
 
@@ -331,10 +339,10 @@ def test_cut_off_in_the_store_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
 # ---------------------------------------------------------------------------------------------------- runs
 
 
-def in_parts(url, panel, leaf, key):
+def in_parts(url, key, **sizes):
     """A planned run whose unit is to be divided although it would fit."""
     store = RunStore(url)
-    store.update(key, plan={**store.record(key)["plan"], "panel": panel, "leaf": leaf})
+    store.update(key, plan={**store.record(key)["plan"], **sizes})
 
 
 def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
@@ -346,7 +354,7 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
     assert not outcome.failed
     key = next(iter(run.records()))
     expected = dense.spectrum(block=1)
-    in_parts(url, 32, len(expected.computed) // 3, key)
+    in_parts(url, key, panel=32, at_once=2, leaf=len(expected.computed) // 3)
     RunStore(url).update(key, stage="planned", division=None)
     carry_out(url, key, threads=1, emit=lambda event: None)
     found = run.spectrum(block=1)

@@ -24,7 +24,7 @@ import numpy as np
 
 from stiffcore.eigen import panels
 from stiffcore.eigen.dense import Eigenvectors, hessenberg_eigenvalues, sort_eigenvalues, to_hessenberg
-from stiffcore.eigen.panels import Panels, SingularError, Tell
+from stiffcore.eigen.panels import Panels, SingularError
 from stiffcore.errors import StiffcoreError
 
 # The block that should vanish, beside the matrix (Frobenius norms).
@@ -127,6 +127,7 @@ def eigenvalues(
     most: int,
     *,
     first: float | None = None,
+    at_once: int = 1,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Division:
     """All eigenvalues of a.
@@ -136,6 +137,7 @@ def eigenvalues(
         space: of its intermediate matrices; one that is used again goes on where it was left.
         most: order that LAPACK may solve in memory.
         first: the line Re = first is tried before others, so that the eigenvalues left of it are counted on the way.
+        at_once: panels of a block, see `stiffcore.eigen.panels`.
         tell: told of what is done, panels done and panels in all.
 
     Raises:
@@ -146,7 +148,7 @@ def eigenvalues(
     if size and not SMALLEST < size < 1 / SMALLEST:
         raise DivisionError(f"a matrix of norm {size:.1e} is too far from 1 to be divided: scale the function")
     splits: list[Split] = []
-    work = _Work(space, most, tell, splits)
+    work = _Work(space, most, at_once, tell, splits)
     values = list(_divided(work, "", lambda: a, a.shape[0], first))
     neglected = sum(s.neglected for s in splits if not s.failure)
     return Division(sort_eigenvalues(np.concatenate(values)), tuple(splits), neglected)
@@ -156,6 +158,8 @@ def eigenvectors(
     a: Panels,
     space: Workspace,
     values: np.ndarray,
+    *,
+    at_once: int = 1,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Eigenvectors:
     """Right and left eigenvectors for a few eigenvalues, by inverse iteration with one LU each.
@@ -164,6 +168,7 @@ def eigenvectors(
         a: (n, n).
         space: as for `eigenvalues`.
         values: (m,) complex, eigenvalues that were found.
+        at_once: panels of a block.
         tell: as for `eigenvalues`.
 
     Returns:
@@ -179,9 +184,7 @@ def eigenvectors(
         moved, lu = space.matrix(f"moved{number}", n, n, dtype), space.matrix(f"lu{number}", n + 1, n, dtype)
         panels.copy(a, moved, shift=-shift)
         try:
-            panels.factor(
-                moved, lu, lambda done, total: tell(f"eigenvector {number + 1} of {len(values)}", done, total)
-            )
+            panels.factor(moved, lu, at_once=at_once, tell=partial(tell, f"eigenvector {number + 1} of {len(values)}"))
             sides = [_iterated(solve, lu, start[i]) for i, solve in enumerate((panels.solve, panels.solve_adjoint))]
         except SingularError:
             sides = [np.full(n, np.nan)] * 2
@@ -205,11 +208,13 @@ def _iterated(solve: Callable[[Panels, np.ndarray], np.ndarray], lu: Panels, x: 
 class _Work:
     space: Workspace
     most: int
+    at_once: int
     tell: Callable[[str, int, int], None]
     splits: list[Split]
 
-    def told(self, what: str) -> Tell:
-        return lambda done, total: self.tell(what, done, total)
+    def told(self, what: str) -> dict[str, Any]:
+        """How a kernel is called: in which blocks, and what it tells."""
+        return {"at_once": self.at_once, "tell": partial(self.tell, what)}
 
 
 def _divided(
@@ -299,11 +304,11 @@ def _start(work: _Work, where: str, a: Panels, curve: Curve) -> int:
     moved, lu = space.matrix(f"{where}moved", n, n), space.matrix(f"{where}lu", n + 1, n)
     panels.copy(a, moved, shift=-curve.centre - curve.radius)
     try:
-        panels.factor(moved, lu, work.told(f"circle of order {n:,}, LU"))
+        panels.factor(moved, lu, **work.told(f"circle of order {n:,}, LU"))
     except SingularError:
         space.drop(f"{where}moved", f"{where}lu", f"{where}x0")
         raise
-    panels.inverse(lu, x, scale=2 * curve.radius, shift=1.0, tell=work.told(f"circle of order {n:,}, inverse"))
+    panels.inverse(lu, x, scale=2 * curve.radius, shift=1.0, **work.told(f"circle of order {n:,}, inverse"))
     space.drop(f"{where}moved", f"{where}lu")
     return n
 
@@ -315,9 +320,9 @@ def _sign(work: _Work, where: str, n: int) -> int:
     def step(number: int, *, scaled: bool) -> float:
         old, new = (space.matrix(f"{where}x{number + i}", n, n) for i in (0, 1))
         lu, what = space.matrix(f"{where}lu{number}", n + 1, n), f"sign of order {n:,}, step {number + 1}, "
-        panels.factor(old, lu, work.told(what + "LU"))
+        panels.factor(old, lu, **work.told(what + "LU"))
         mu = float(np.exp(-panels.log_determinant(lu) / n)) if scaled else 1.0
-        panels.inverse(lu, new, scale=1 / (2 * mu), beside=(mu / 2, old), tell=work.told(what + "inverse"))
+        panels.inverse(lu, new, scale=1 / (2 * mu), beside=(mu / 2, old), **work.told(what + "inverse"))
         return panels.distance(old, new) / panels.norm(new)
 
     for number in range(MOST_STEPS):
@@ -350,19 +355,19 @@ def _parted(
 
     def basis() -> int:
         spanned = space.matrix(y, n, small)
-        panels.product(x(), partial(_gaussian, n), spanned, shift=sign, tell=work.told(f"projector of order {n:,}"))
+        panels.product(x(), partial(_gaussian, n), spanned, shift=sign, **work.told(f"projector of order {n:,}"))
         width = spanned.columns(0)[1]
-        panels.orthogonalise(spanned, space.matrix(qr, n + width, small), work.told(f"QR of {n:,} x {small:,}"))
+        panels.orthogonalise(spanned, space.matrix(qr, n + width, small), **work.told(f"QR of {n:,} x {small:,}"))
         return width
 
     def left() -> int:
-        panels.rotate(reflectors, opened(), space.matrix(turned, n, n), work.told(f"rotation of order {n:,}, left"))
+        panels.rotate(reflectors, opened(), space.matrix(turned, n, n), **work.told(f"rotation of order {n:,}, left"))
         panels.transpose(space.matrix(turned, n, n), space.matrix(across, n, n))
         return n
 
     def right() -> tuple[float, float]:
         done = space.matrix(both, n, n)  # (Q^T a Q)^T
-        panels.rotate(reflectors, space.matrix(across, n, n), done, work.told(f"rotation of order {n:,}, right"))
+        panels.rotate(reflectors, space.matrix(across, n, n), done, **work.told(f"rotation of order {n:,}, right"))
         return panels.norm(done), panels.norm(done, rows=(0, small), columns=(small, n))
 
     width = space.once(f"{where}basis", basis)

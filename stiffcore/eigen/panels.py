@@ -1,12 +1,15 @@
 """Linear algebra on matrices that fit no memory, in column panels: products, LU, inverse, QR, transposes.
 
 A matrix is a sequence of column panels, each written once. Every function here writes the panels that its result still
-lacks, in order, from what its arguments hold: a few panels are in memory at once, whatever the order, and a call that
-was cut off is finished by the same call. LU and QR look left: a panel takes all that went before it, and is written
-when it is done with.
+lacks, in order, from what its arguments hold, and a call that was cut off is finished by the same call, to the same
+bits. LU and QR look left: a panel takes all that went before it, and is written when it is done with.
+
+Memory is a block, `at_once` panels of the result side by side, and a panel or two that pass through it: each panel that
+is read works on the whole block, so the wider the block, the fewer bytes are read for the same arithmetic, 4 / columns
+bytes an operation. Blocks begin at multiples of `at_once`: what is written in one session or several is the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -44,8 +47,50 @@ class SingularError(StiffcoreError):
     """A matrix has no inverse, to working precision."""
 
 
+# Rows of a block that are updated at once: what a product takes beside it.
+STRIPE = 512
+
+
 def _silent(done: int, total: int) -> None:
     pass
+
+
+def _blocks(out: Panels, at_once: int) -> Iterator[tuple[int, int]]:
+    """First and one past the last panel of each block that is not written whole."""
+    missing = set(out.missing())
+    for first in range(0, out.shards, at_once):
+        last = min(first + at_once, out.shards)
+        if not missing.isdisjoint(range(first, last)):
+            yield first, last
+
+
+def _span(a: Panels, first: int, last: int) -> tuple[int, int]:
+    return a.columns(first)[0], a.columns(last - 1)[1]
+
+
+def _read(a: Panels, first: int, last: int) -> np.ndarray:
+    """Panels side by side."""
+    start, stop = _span(a, first, last)
+    block = np.empty((a.shape[0], stop - start), a.dtype, order="F")
+    for j in range(first, last):
+        left, right = a.columns(j)
+        block[:, left - start : right - start] = a.read_shard(j)
+    return block
+
+
+def _write(out: Panels, first: int, last: int, block: np.ndarray, tell: Tell) -> None:
+    """Those of a block's panels that are not written yet."""
+    start = out.columns(first)[0]
+    for j in sorted(set(out.missing()) & set(range(first, last))):
+        left, right = out.columns(j)
+        out.write(j, block[:, left - start : right - start])
+    tell(last, out.shards)
+
+
+def _add_product(block: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray) -> None:
+    """block += factor a b, in place."""
+    for row in range(0, len(block), STRIPE):
+        block[row : row + STRIPE] += factor * (a[row : row + STRIPE] @ b)
 
 
 def copy(a: Panels, out: Panels, *, shift: complex = 0.0, first: int = 0, tell: Tell = _silent) -> None:
@@ -81,19 +126,19 @@ def product(
     out: Panels,
     *,
     shift: float = 0.0,
+    at_once: int = 1,
     tell: Tell = _silent,
 ) -> None:
-    """out = (a + shift I) b; b is stored, or a function that makes columns start..stop-1 of it.
+    """out = (a + shift I) b; b is stored, in panels like those of `out`, or makes columns start..stop-1 of it.
 
-    Memory: three panels. Each panel of `out` reads all of a.
+    Memory: two blocks, and a panel. Each block reads all of a.
     """
-    for j in out.missing():
-        right = b(*out.columns(j)) if callable(b) else b.read_shard(j)
-        block = shift * right if shift else np.zeros((out.shape[0], right.shape[1]), order="F")
+    for first, last in _blocks(out, at_once):
+        right = b(*_span(out, first, last)) if callable(b) else _read(b, first, last)
+        block = np.asfortranarray(shift * right) if shift else np.zeros((out.shape[0], right.shape[1]), order="F")
         for i in range(a.shards):
-            block += a.read_shard(i) @ right[slice(*a.columns(i))]
-        out.write(j, block)
-        tell(j + 1, out.shards)
+            _add_product(block, 1.0, a.read_shard(i), right[slice(*a.columns(i))])
+        _write(out, first, last, block, tell)
 
 
 def trace(a: Panels) -> float:
@@ -137,32 +182,37 @@ def distance(a: Panels, b: Panels) -> float:
     return float(np.sqrt(sum(np.sum((a.read_shard(i) - b.read_shard(i)) ** 2) for i in range(a.shards))))
 
 
-def factor(a: Panels, lu: Panels, tell: Tell = _silent) -> None:
+def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent) -> None:
     """P a = L U by partial pivoting (Golub and Van Loan, 3.2.11, in its left-looking form).
+
+    Memory: a block, LAPACK's copy of it, and a panel.
 
     Args:
         a: (n, n).
         lu: (n + 1, n), like a: L below the diagonal, each panel's rows in the order in which it was factored, U above,
             and in the last row the pivots: the row that was swapped with each.
+        at_once: panels of a block.
         tell: told of panels done and panels in all.
 
     Raises:
         SingularError: where a pivot is zero, or not finite.
     """
     n = a.shape[0]
-    for j in lu.missing():
-        start, stop = lu.columns(j)
-        block = a.read_shard(j)
-        for i in range(j):
-            _eliminate(block, lu, i)
+    for first, last in _blocks(lu, at_once):
+        start, stop = _span(lu, first, last)
+        block = np.empty((n + 1, stop - start), a.dtype, order="F")
+        block[:n] = _read(a, first, last)
+        for i in range(first):
+            _eliminate(block[:n], lu, i)
         (getrf,) = get_lapack_funcs(("getrf",), (block,))
-        found, pivots, info = getrf(block[start:])
-        if info > 0 or not np.isfinite(found).all():
+        block[start:n], pivots, info = getrf(block[start:n])
+        if info > 0 or not np.isfinite(block[start:n]).all():
             raise SingularError(f"a pivot of columns {start} to {stop - 1} is zero, or not finite")
-        whole = np.empty((n + 1, stop - start), block.dtype, order="F")
-        whole[:start], whole[start:n], whole[n] = block[:start], found, start + pivots
-        lu.write(j, whole)
-        tell(j + 1, lu.shards)
+        block[n] = start + pivots
+        for j in range(first, last - 1):  # exchanges of later panels have not been when this one was factored
+            left, right = (column - start for column in lu.columns(j))
+            _exchange(block[:n, left:right], start + right, block[n, right:], back=True)
+        _write(lu, first, last, block, tell)
 
 
 def _eliminate(block: np.ndarray, lu: Panels, i: int) -> None:
@@ -171,7 +221,7 @@ def _eliminate(block: np.ndarray, lu: Panels, i: int) -> None:
     left = lu.read_shard(i, start)
     _exchange(block, start, left[-1])
     block[start:stop] = solve_triangular(left[: stop - start], block[start:stop], lower=True, unit_diagonal=True)
-    block[stop:] -= left[stop - start : -1] @ block[start:stop]
+    _add_product(block[stop:], -1.0, left[stop - start : -1], block[start:stop])
 
 
 def _exchange(block: np.ndarray, start: int, pivots: np.ndarray, *, back: bool = False) -> None:
@@ -198,7 +248,7 @@ def solve(lu: Panels, block: np.ndarray) -> np.ndarray:
         start, stop = lu.columns(i)
         right = lu.read_shard(i, 0, stop)
         block[start:stop] = solve_triangular(right[start:], block[start:stop])
-        block[:start] -= right[:start] @ block[start:stop]
+        _add_product(block[:start], -1.0, right[:start], block[start:stop])
     return block
 
 
@@ -226,64 +276,70 @@ def inverse(
     scale: float = 1.0,
     shift: float = 0.0,
     beside: tuple[float, Panels] | None = None,
+    at_once: int = 1,
     tell: Tell = _silent,
 ) -> None:
     """out = scale a^-1 + shift I + weight b, from a's factors; `beside` is (weight, b).
 
-    Memory: three panels. Each panel of `out` reads the factors twice.
+    Memory: a block, and two panels. Each block reads the factors once, half of them on the way down and half up.
     """
-    for j in out.missing():
-        start, stop = out.columns(j)
+    for first, last in _blocks(out, at_once):
+        start, stop = _span(out, first, last)
+        diagonal = np.arange(start, stop), np.arange(stop - start)
         block = np.zeros((out.shape[0], stop - start), order="F")
-        block[np.arange(start, stop), np.arange(stop - start)] = 1
+        block[diagonal] = 1
         block = solve(lu, block)
         block *= scale
         if beside is not None:
-            block += beside[0] * beside[1].read_shard(j)
-        block[np.arange(start, stop), np.arange(stop - start)] += shift
-        out.write(j, block)
-        tell(j + 1, out.shards)
+            for j in range(first, last):
+                left, right = (column - start for column in out.columns(j))
+                block[:, left:right] += beside[0] * beside[1].read_shard(j)
+        block[diagonal] += shift
+        _write(out, first, last, block, tell)
 
 
-def orthogonalise(a: Panels, qr: Panels, tell: Tell = _silent) -> None:
+def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _silent) -> None:
     """a = Q R by Householder reflectors (Golub and Van Loan, 5.2.2), of which Q is kept.
+
+    Memory: a block, and two panels.
 
     Args:
         a: (n, r), r <= n.
         qr: (n + width of a panel, r): the reflectors V of each panel, lower trapezoidal with a unit diagonal, and below
             them T^-1, upper triangular, for which the panel's reflectors together are I - V T V^T.
+        at_once: panels of a block.
         tell: told of panels done and panels in all.
     """
     n = a.shape[0]
-    for j in qr.missing():
-        start, stop = qr.columns(j)
-        block = a.read_shard(j)
-        for i in range(j):
-            _reflect(block, qr.read_shard(i), n, transposed=True)
-        compact, tau = np.linalg.qr(block[start:], mode="raw")
-        v = np.tril(compact.T, -1)
-        v[np.arange(stop - start), np.arange(stop - start)] = 1
-        v[:, tau == 0] = 0  # no reflector at all
-        whole = np.zeros((qr.shape[0], stop - start), order="F")
-        whole[start:n] = v
-        # Joffrain et al. 2006: T^-1 + T^-T = V^T V
-        whole[n : n + stop - start] = np.triu(v.T @ v, 1) + np.diag(1 / np.where(tau == 0, 1, tau))
-        qr.write(j, whole)
-        tell(j + 1, qr.shards)
+    for first, last in _blocks(qr, at_once):
+        block, begin = _read(a, first, last), qr.columns(first)[0]
+        for i in range(first):
+            _reflect(block, qr.read_shard(i), n)
+        whole = np.zeros((qr.shape[0], block.shape[1]), order="F")
+        for j in range(first, last):
+            start, stop = qr.columns(j)
+            mine = slice(start - begin, stop - begin)
+            compact, tau = np.linalg.qr(block[start:, mine], mode="raw")
+            v = np.tril(compact.T, -1)
+            v[np.arange(stop - start), np.arange(stop - start)] = 1
+            v[:, tau == 0] = 0  # no reflector at all
+            whole[start:n, mine] = v
+            # Joffrain et al. 2006: T^-1 + T^-T = V^T V
+            whole[n : n + stop - start, mine] = np.triu(v.T @ v, 1) + np.diag(1 / np.where(tau == 0, 1, tau))
+            _reflect(block[:, stop - begin :], whole[:, mine], n)
+        _write(qr, first, last, whole, tell)
 
 
-def _reflect(block: np.ndarray, panel: np.ndarray, n: int, *, transposed: bool) -> None:
-    """Take the reflectors of one panel through a block, in place: Q^T block, or Q block."""
+def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:
+    """Q^T block, Q of one panel's reflectors, in place."""
     v, inverse = panel[:n], panel[n : n + panel.shape[1]]
-    block -= v @ solve_triangular(inverse, v.T @ block, trans=1 if transposed else 0)
+    _add_product(block, -1.0, v, solve_triangular(inverse, v.T @ block, trans=1))
 
 
-def rotate(qr: Panels, a: Panels, out: Panels, tell: Tell = _silent) -> None:
-    """out = Q^T a, Q all n x n of it, from `orthogonalise`."""
-    n = a.shape[0]
-    for j in out.missing():
-        block = a.read_shard(j)
+def rotate(qr: Panels, a: Panels, out: Panels, *, at_once: int = 1, tell: Tell = _silent) -> None:
+    """out = Q^T a, Q all n x n of it, from `orthogonalise`. Memory: a block, and two panels."""
+    for first, last in _blocks(out, at_once):
+        block = _read(a, first, last)
         for i in range(qr.shards):
-            _reflect(block, qr.read_shard(i), n, transposed=True)
-        out.write(j, block)
-        tell(j + 1, out.shards)
+            _reflect(block, qr.read_shard(i), a.shape[0])
+        _write(out, first, last, block, tell)
