@@ -141,6 +141,8 @@ def analyze(
     Raises:
         InputError: whatever is wrong with the request.
         BusyError: where another process works on the run.
+        DamagedError: where the run is damaged beyond what is made anew.
+        StiffcoreError: where the store cannot be written, or the cluster is lost.
     """
     given = dict(options)
     unknown = [name for name in given if name not in Study.model_fields]
@@ -151,11 +153,13 @@ def analyze(
     in_memory = None
     if isinstance(images, str):
         given["images"] = images
+        if labels is not None:
+            raise InputError("labels are for images given as an array: those of a source have their own")
     else:
         given["images"] = IN_MEMORY
         in_memory = _images(images, labels)
-        if in_memory.x.dtype != np.uint8:
-            given.setdefault("normalize", "none")
+        if in_memory.x.dtype != np.uint8 and given.get("normalize") is None:
+            given["normalize"] = "none"
     tell = on_event or (lambda event: None)
     here = workers is None and scheduler is None
     context = nullcontext(InProcess(tell)) if here else workers_at(scheduler, tell)

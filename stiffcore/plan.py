@@ -365,7 +365,7 @@ def _first_that_fits(
         if not why_not:
             return replace(found, why="; ".join([*passed, found.why]))
         passed.append(why_not)
-    return replace(found, solver=Solver.NONE, refused=True, why="; ".join(passed), seconds=0.0)
+    return replace(found, solver=Solver.NONE, refused=True, why="; ".join(passed) or found.why, seconds=0.0)
 
 
 def _cuda_dense(
@@ -532,8 +532,8 @@ def _slices(
 
     solve: blocks or a chunk of products, one position's squares twice, a batch with its eigenvalues, and the kernel's
         copies; where spectra are kept, all eigenvalues four times (parts, whole, sorted, written):
-        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 24 MiB
-        + 3 * kernel_items * itemsize + 4 * 2 * itemsize * k.
+        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 96 MiB
+        + 3 * kernel_items * itemsize + 2 * column_bytes + 4 * 2 * itemsize * k.
     moved: what is kept, once.
     """
     itemsize = np.dtype(study.dtype).itemsize

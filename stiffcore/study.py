@@ -242,6 +242,23 @@ class Study(BaseModel):
             raise ValueError(f"--solver {self.solver} is for --kind singular alone")
         return self
 
+    @model_validator(mode="after")
+    def _no_option_for_nothing(self) -> "Study":
+        chosen = [name for name in ("count", "index", "per_label", "data_root") if getattr(self, name) is not None]
+        chosen += ["download"] if self.download else []
+        if self.network == IN_MEMORY and (self.weights not in (None, IN_MEMORY) or self.pool is not Pool.AUTO):
+            raise ValueError("--weights and --pool are for a network by name: a module in memory has its own")
+        if self.images == IN_MEMORY and chosen:
+            named = ", ".join("--" + name.replace("_", "-") for name in chosen)
+            raise ValueError(f"{named}: for images from a source; of an array, give those that are wanted")
+        if self.images != "cifar10" and (self.data_root is not None or self.download):
+            raise ValueError("--data-root and --download are for --images cifar10")
+        if Kind.MATRIX not in self.kinds and self.solver not in (None, Solver.SVD, Solver.SYMMETRIC):
+            raise ValueError(f"--solver {self.solver} is for --kind matrix")
+        if Kind.MATRIX not in self.kinds and self.reduce is Reduce.NONE:
+            raise ValueError("--reduce none is for --kind matrix")
+        return self
+
     @classmethod
     def ask(cls, options: Mapping[str, Any]) -> "Study":
         """A study from options as a user gives them; None means not given.
@@ -307,7 +324,7 @@ class Unit(BaseModel):
         fill: entries of the triangular factors of the matrix at most; 0 where unknown.
         kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
         network_bytes: parameters and buffers of the network, and of the checkpoint or module that it is made from.
-        fingerprint: sha256 of all that decides the result.
+        fingerprint: sha256 of all that decides the result, for the record: a run goes on by its header and `made_with`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")

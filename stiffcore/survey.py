@@ -173,8 +173,7 @@ def open_images(study: Study) -> Images:
 
 def image_input(image: np.ndarray, study: Study) -> torch.Tensor:
     """One image as the network takes it."""
-    normalize = "none" if image.dtype != np.uint8 else str(study.normalize)
-    return network_input(image, normalize, getattr(torch, study.dtype))
+    return network_input(image, str(study.normalize), getattr(torch, study.dtype))
 
 
 def device_memory(device: Device, supposed: int | None = None) -> tuple[int, int] | None:

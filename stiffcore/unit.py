@@ -488,7 +488,7 @@ def _by_columns(reduction: Reduction, chunk: int) -> csc_array:
 
 @contextmanager
 def _undoing(run: UnitRun, stage: str, *names: str) -> Iterator[None]:
-    """Where what is read is damaged, drop it and go back to the stage before, so that the next run makes it again."""
+    """Where what is read is damaged, drop it and go back to the stage before, so that it is made again."""
     try:
         yield
     except DamagedError:

@@ -152,13 +152,31 @@ def test_lists_are_given_as_text_or_as_lists():
         Study.ask({"index": "1,1"})
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"network": IN_MEMORY, "weights": "w.pt"}, "a module in memory"),
+        ({"network": IN_MEMORY, "pool": "max"}, "a module in memory"),
+        ({"images": IN_MEMORY, "count": 1}, "--count: for images from a source"),
+        ({"images": "samples", "data_root": "data"}, "for --images cifar10"),
+        ({"images": "samples", "download": True}, "for --images cifar10"),
+        ({"kinds": "tensor-slices", "solver": "extremes"}, "for --kind matrix"),
+        ({"kinds": "singular", "reduce": "none"}, "for --kind matrix"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        Study.ask({"network": "resnet18"} | options)
+
+
 def test_paths_mean_the_same_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    study = Study.ask({"weights": "w.pt", "images": "folder/x.npz", "data_root": Path("data")})
+    study = Study.ask({"weights": "w.pt", "images": "folder/x.npz"})
+    source = Study.ask({"images": "cifar10", "data_root": Path("data")})
     monkeypatch.chdir("/")
     assert study.weights == str(tmp_path / "w.pt")
     assert study.images == str(tmp_path / "folder/x.npz")
-    assert study.data_root == str(tmp_path / "data")
+    assert source.data_root == str(tmp_path / "data")
     assert study.with_options({"count": 1}).weights == study.weights
     assert Study.ask({"weights": "~/w.pt"}).weights == os.path.expanduser("~/w.pt")
     assert Study.ask({"images": tmp_path}).images == str(tmp_path)

@@ -1,1 +1,1 @@
-"""Spectra from matrices: dense solvers, and the certificate."""
+"""Answers from matrices: spectra, their ends, counts with proofs, singular values, and certificates."""

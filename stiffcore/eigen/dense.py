@@ -70,7 +70,7 @@ def check_lapack_order(k: int) -> None:
     if k > LAPACK_MAX_ORDER:
         raise InputError(
             f"dense eig: a matrix of order {k:,} has more entries than 32-bit LAPACK can count (order"
-            f" {LAPACK_MAX_ORDER:,} at most): choose a smaller block, or the out-of-core solver"
+            f" {LAPACK_MAX_ORDER:,} at most): choose a smaller block, or --solver divide"
         )
 
 

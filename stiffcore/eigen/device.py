@@ -39,7 +39,7 @@ def check_cusolver_order(k: int) -> None:
     if k > CUSOLVER_MAX_ORDER:
         raise InputError(
             f"eig on the device: a matrix of order {k:,} has more entries than cuSOLVER can count (order"
-            f" {CUSOLVER_MAX_ORDER:,} at most): solve it on the CPU, or out of core"
+            f" {CUSOLVER_MAX_ORDER:,} at most): use --solver host-dense, or divide"
         )
 
 

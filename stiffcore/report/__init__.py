@@ -1,1 +1,1 @@
-"""What goes out: tables, pages and exports."""
+"""What goes out: tables, statistics, figures and the page."""

@@ -138,7 +138,7 @@ class RunStore:
         attributes = dict(self.root.attrs)
         if attributes == BEGUN:
             if not create:
-                raise NoRunError(f"{self.url} is a Zarr group, but not a run of stiffcore")
+                raise NoRunError(f"{self.url} was begun, but nothing is recorded in it: start the run again")
         elif attributes.get(DIGEST) != digest(attributes) or "stiffcore" not in attributes:
             self._refuse_damaged("not what was written")
             self._refuse_other(attributes)
