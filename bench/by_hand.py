@@ -4,7 +4,7 @@ The same square block of ResNet18 (bundled weights) at the same CIFAR-10 image i
 `torch.func.jacrev(chunk_size=64)`, then `torch.linalg.eigvals`, or NumPy's; against `stiffcore.analyze` in one
 process. Seconds without imports, the peak of each process (`ru_maxrss`), and the largest distance from an eigenvalue
 of one to the nearest of the other. From the largest by hand, what n = 65,536 would take: n products, n^3 operations,
-n^2 numbers. `--quick` solves n = 2,048, `--long` adds 16,384 (an hour or two); `--device cuda` does all on the
+n^2 numbers. `--quick` solves n = 2,048, `--long` adds 16,384 (half an hour in all); `--device cuda` does all on the
 device.
 """
 

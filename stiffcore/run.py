@@ -49,7 +49,7 @@ class Run:
         self.store = store
         header = store.header
         if header is None:
-            raise InputError(f"{store.url} was begun, but nothing is recorded in it: start the run again")
+            raise store.nothing_recorded()
         self.header: dict[str, Any] = header
         self.study = Study.stored(header)
 

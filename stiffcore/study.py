@@ -234,29 +234,25 @@ class Study(BaseModel):
         return value if known else str(Path(value).expanduser().absolute())
 
     @model_validator(mode="after")
-    def _one_selection(self) -> "Study":
-        given = [name for name in ("count", "index", "per_label") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"give one of {', '.join('--' + g.replace('_', '-') for g in given)}, not several")
-        if self.solver in (Solver.SVD, Solver.SYMMETRIC) and self.kinds != (Kind.SINGULAR,):
-            raise ValueError(f"--solver {self.solver} is for --kind singular alone")
-        return self
-
-    @model_validator(mode="after")
-    def _no_option_for_nothing(self) -> "Study":
-        chosen = [name for name in ("count", "index", "per_label", "data_root") if getattr(self, name) is not None]
-        chosen += ["download"] if self.download else []
-        if self.network == IN_MEMORY and (self.weights not in (None, IN_MEMORY) or self.pool is not Pool.AUTO):
-            raise ValueError("--weights and --pool are for a network by name: a module in memory has its own")
-        if self.images == IN_MEMORY and chosen:
-            named = ", ".join("--" + name.replace("_", "-") for name in chosen)
-            raise ValueError(f"{named}: for images from a source; of an array, give those that are wanted")
+    def _go_together(self) -> "Study":
+        chosen = ["--" + n.replace("_", "-") for n in ("count", "index", "per_label") if getattr(self, n) is not None]
+        of_singular = self.solver in (Solver.SVD, Solver.SYMMETRIC)
+        if len(chosen) > 1:
+            raise ValueError(f"give one of {', '.join(chosen)}, not several")
+        # an option that would do nothing is refused
+        if chosen and self.images == IN_MEMORY:
+            raise ValueError(f"{chosen[0]}: for images from a source; of an array, give those that are wanted")
         if self.images != "cifar10" and (self.data_root is not None or self.download):
             raise ValueError("--data-root and --download are for --images cifar10")
-        if Kind.MATRIX not in self.kinds and self.solver not in (None, Solver.SVD, Solver.SYMMETRIC):
-            raise ValueError(f"--solver {self.solver} is for --kind matrix")
-        if Kind.MATRIX not in self.kinds and self.reduce is Reduce.NONE:
-            raise ValueError("--reduce none is for --kind matrix")
+        if self.network == IN_MEMORY and (self.weights not in (None, IN_MEMORY) or self.pool is not Pool.AUTO):
+            raise ValueError("--weights and --pool are for a network by name: a module in memory has its own")
+        if of_singular and self.kinds != (Kind.SINGULAR,):
+            raise ValueError(f"--solver {self.solver} is for --kind singular alone")
+        if Kind.MATRIX not in self.kinds:
+            if self.solver is not None and not of_singular:
+                raise ValueError(f"--solver {self.solver} is for --kind matrix")
+            if self.reduce is Reduce.NONE:
+                raise ValueError("--reduce none is for --kind matrix")
         return self
 
     @classmethod

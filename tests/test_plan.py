@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stiffcore import memory
 from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.errors import InputError
-from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan
+from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.study import BlockFunction, Keep, Kind, Precision, Solver, Study, Unit
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -48,6 +48,14 @@ def machine(**changes):
 
 def planned(units, memory, m=None, workers=None, **options):
     return make_plan(units, Study(memory=memory, **options), m or machine(), workers=workers)
+
+
+def test_below_the_last_rung_nothing_is_left():
+    plan = planned([unit(300)], 4 * GIB).units[0]
+    assert plan.solver is Solver.HOST_DENSE
+    below = plan_below(plan, Study(memory=4 * GIB), machine(), 4 * GIB, "out of memory")
+    assert below.refused
+    assert below.why == "host-dense: out of memory; no rung is left"
 
 
 UNITS = st.builds(

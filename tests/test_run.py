@@ -600,6 +600,15 @@ def test_a_disk_that_is_full_half_way_ends_the_session_and_the_run_continues_to_
         assert spectra_bytes(small / f"run{part}") == spectra_bytes(small / "whole")
 
 
+def test_what_images_in_memory_or_from_a_source_do_not_take_is_refused(tmp_path):
+    network, images = nn.Sequential(Basic(3)).double().eval(), torch.rand(1, 3, 4, 4).double()
+    with pytest.raises(stiffcore.InputError, match="use normalize 'none', not 'imagenet'"):
+        stiffcore.analyze(network, images, run=tmp_path / "run", blocks="0", normalize="imagenet")
+    with pytest.raises(stiffcore.InputError, match="labels are for images given as an array"):
+        stiffcore.analyze("resnet18", "samples", [0], run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_unit_leaves_the_callers_threads_as_they_were(tmp_path, monkeypatch):
     network, images = nn.Sequential(Basic(3)).double().eval(), torch.rand(1, 3, 4, 4).double()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

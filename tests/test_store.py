@@ -165,6 +165,12 @@ def test_nan_infinity_and_subnormals_are_numbers_too(store):
     assert same_bits(m.read(), a)
 
 
+def test_a_run_that_was_killed_before_its_header_says_so(tmp_path):
+    RunStore(str(tmp_path / "run"), create=True)
+    with pytest.raises(NoRunError, match="was begun, but nothing is recorded in it"):
+        RunStore(str(tmp_path / "run"))
+
+
 def test_a_read_only_block_is_not_written_to(store):
     m = TiledMatrix.create(store.unit_group("u"), "matrix", (4, 2), np.dtype("f8"), 2, 2)
     a = np.full((4, 2), -0.0, order="F")

@@ -138,7 +138,7 @@ class RunStore:
         attributes = dict(self.root.attrs)
         if attributes == BEGUN:
             if not create:
-                raise NoRunError(f"{self.url} was begun, but nothing is recorded in it: start the run again")
+                raise self.nothing_recorded()
         elif attributes.get(DIGEST) != digest(attributes) or "stiffcore" not in attributes:
             self._refuse_damaged("not what was written")
             self._refuse_other(attributes)
@@ -203,6 +203,10 @@ class RunStore:
 
     def _no_run(self) -> NoRunError:
         return NoRunError(f"there is no run at {self.url}: `stiffcore run {self.url} --network ...` starts one")
+
+    def nothing_recorded(self) -> NoRunError:
+        """The error of a run that was killed before its header was written."""
+        return NoRunError(f"{self.url} was begun, but nothing is recorded in it: start the run again")
 
     @property
     def header(self) -> dict[str, Any] | None:
