@@ -6,6 +6,7 @@ of the rest), `done` (those of J, and the certificate). Tensor slices and singul
 from what the store holds and writes its arrays first, its record last; killed anywhere, it is begun again.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,7 @@ LARGE_NETWORK_BYTES = 16 << 20
 # From this order on, a dense solve takes so long that opening the operator twice does not matter.
 SLOW_ORDER = 2500
 CUDA = "cuda"
+_LIBRARY_FULL = re.compile(r"CUDA error: out of memory|_STATUS_ALLOC_FAILED")
 STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
 
@@ -228,6 +230,8 @@ def carry_out(
             run.record = run.store.record(key)
         timing = dict(run.record.get("seconds", {}))
         before = reset_peak()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         for stage, work in _route(run):
             if STAGES.index(run.record["stage"]) < STAGES.index(stage):
                 start = time.perf_counter()
@@ -617,7 +621,9 @@ def _solve_on_device(run: UnitRun) -> dict[str, Any]:
 def _device_memory() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch's own, and what CUDA's libraries say where they allocate themselves
+        if not isinstance(error, torch.OutOfMemoryError) and not _LIBRARY_FULL.search(str(error)):
+            raise
         raise DeviceFullError(f"the device is out of memory ({str(error).splitlines()[0]})") from error
     finally:
         if torch.cuda.is_initialized():

@@ -183,6 +183,19 @@ def test_a_cluster_without_workers_is_refused(cluster, monkeypatch):
         pass
 
 
+@pytest.mark.gpu
+def test_a_worker_with_a_cuda_device_takes_the_units_that_are_planned_for_one(small, cluster):
+    cluster.worker("--resources", "GPU=1")
+    cluster.worker()
+    prepared, outcome = on(cluster, small / "run", OPTIONS | {"memory": "6GiB", "device": "cuda"})
+    assert outcome.failed == {}
+    assert prepared.plan.gpus == 1
+    run = stiffcore.open_run(small / "run")
+    assert {r["plan"]["solver"] for r in run.records().values()} == {"cuda-dense"}
+    assert all(r["measured_device_bytes"] > 0 for r in run.records().values())
+    assert all(run.stored(key).certificate.passed for key in run.records())
+
+
 def test_a_gpu_that_no_worker_declares_is_refused(small, cluster):
     cluster.worker()
     with pytest.raises(stiffcore.InputError, match="--resources GPU=1"):

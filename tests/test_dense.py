@@ -20,7 +20,8 @@ from stiffcore.eigen import dense, device, lapack
 from stiffcore.errors import InputError, StiffcoreError
 
 DTYPES = [np.float32, np.float64]
-SOLVERS = ["lapack", "device"]
+SOLVERS = ["lapack", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""LAPACK, and the functions of `eigen.device` by the torch device they work on."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +36,14 @@ def fortran(a, dtype=np.float64):
 
 
 def eigenvalues(a, solver="lapack"):
-    if solver == "device":
-        return device.device_eigenvalues(a, "cpu")
+    if solver != "lapack":
+        return device.device_eigenvalues(a, solver)
     return dense.hessenberg_eigenvalues(dense.to_hessenberg(a.copy(order="F")))
 
 
 def eigenvectors(a, values, solver="lapack"):
-    if solver == "device":
-        return device.device_eigenvectors(a, values, "cpu")
+    if solver != "lapack":
+        return device.device_eigenvectors(a, values, solver)
     return dense.hessenberg_eigenvectors(dense.to_hessenberg(a.copy(order="F")), values)
 
 
@@ -244,11 +245,11 @@ def test_the_reduced_matrix_survives_the_eigenvectors_bit_for_bit():
         assert before == [h.a.tobytes(order="A"), h.tau.tobytes(), h.scale.tobytes()]
 
 
-def test_asking_for_no_vectors_gives_none():
-    for solver in SOLVERS:
-        vectors = eigenvectors(gaussian(5), np.zeros(0, complex), solver)
-        assert vectors.right.shape == vectors.left.shape == (5, 0)
-        assert vectors.converged.shape == (0,)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_asking_for_no_vectors_gives_none(solver):
+    vectors = eigenvectors(gaussian(5), np.zeros(0, complex), solver)
+    assert vectors.right.shape == vectors.left.shape == (5, 0)
+    assert vectors.converged.shape == (0,)
 
 
 def test_the_reduction_works_in_the_memory_it_is_given():
@@ -386,19 +387,22 @@ def test_orders_beyond_32_bit_counting_are_refused(check):
         check(46_341)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("values", [np.array([np.nan + 0j]), np.zeros((2, 2), complex)])
-def test_values_that_are_no_finite_vector_are_refused(values):
-    for solver in SOLVERS:
-        with pytest.raises(InputError, match="finite"):
-            eigenvectors(gaussian(3), values, solver)
+def test_values_that_are_no_finite_vector_are_refused(values, solver):
+    with pytest.raises(InputError, match="finite"):
+        eigenvectors(gaussian(3), values, solver)
 
 
-def test_impossible_requests_of_tiny_matrices_are_refused():
+def test_a_matrix_of_order_one_has_no_complex_eigenvalue():
     with pytest.raises(InputError, match="no complex eigenvalue"):
         eigenvectors(fortran([[1.0]]), np.array([1j]))
-    for solver in SOLVERS:
-        with pytest.raises(InputError, match="eigenvalue"):
-            eigenvectors(gaussian(0), np.array([1.0 + 0j]), solver)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_matrix_of_order_zero_has_no_eigenvector(solver):
+    with pytest.raises(InputError, match="eigenvalue"):
+        eigenvectors(gaussian(0), np.array([1.0 + 0j]), solver)
 
 
 def test_lapack_says_which_routine_failed_and_why():

@@ -161,9 +161,10 @@ def test_a_device_without_room_for_the_matrix_leaves_its_products_to_the_host(sm
     assert all(run.stored(key).certificate.passed for key in run.records())
 
 
-def test_a_matrix_on_a_device_multiplies_as_it_does():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_matrix_on_a_device_multiplies_as_it_does(device):
     a = sp.csc_array(sp.random_array((150, 150), density=0.05, rng=np.random.default_rng(0)))
-    there = DeviceMatrix(a, "cpu")
+    there = DeviceMatrix(a, device)
     x = np.random.default_rng(1).standard_normal(150)
     z = x + 1j * x[::-1]
     assert np.allclose(there @ x, a @ x, atol=1e-14)
@@ -173,7 +174,6 @@ def test_a_matrix_on_a_device_multiplies_as_it_does():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_cuda_device_the_ends_are_those_of_the_host(small):
     options = OPTIONS | {"solver": "extremes"}
     there, outcome = execute(small / "device", options | {"device": "cuda"})

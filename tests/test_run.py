@@ -490,7 +490,6 @@ def test_workers_are_gone_before_the_run_is_released(small):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_cuda_device_a_run_gives_the_spectra_of_the_host(small):
     options = {"network": "resnet18", "blocks": "layer3.1,layer4.1", "functions": "block,branch"}
     host, _ = execute(small / "host", options | {"device": "cpu"})
@@ -500,6 +499,26 @@ def test_on_a_cuda_device_a_run_gives_the_spectra_of_the_host(small):
         assert record["plan"]["solver"] == "cuda-dense"
         assert cuda.stored(key).certificate.passed
         assert np.allclose(cuda.stored(key).computed.real, host.stored(key).computed.real, atol=1e-8)
+        assert 0 < record["measured_device_bytes"] <= record["plan"]["device_bytes"]
+
+
+@pytest.mark.gpu
+def test_a_cuda_device_that_is_full_hands_the_unit_to_the_host(small):
+    execute(small / "host", OPTIONS | {"blocks": "1", "solver": "host-dense"})
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    held = torch.cuda.memory_reserved()
+    events = []
+    try:
+        torch.cuda.set_per_process_memory_fraction((held + (64 << 10)) / total)
+        run, outcome = execute(small / "run", OPTIONS | {"blocks": "1", "device": "cuda"}, events.append)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert outcome.failed == {}
+    assert {e["stage"] for e in events} >= {"fallback"}
+    assert {r["plan"]["solver"] for r in run.records().values()} == {"host-dense"}
+    for key in run.records():
+        assert run.stored(key).certificate.passed
 
 
 def test_the_cuda_rung_gives_the_spectra_of_the_host(small, supposed_device):
