@@ -439,6 +439,8 @@ def _sparse(run: UnitRun, chunk: int) -> csc_array | None:
     """The whole matrix, sparse; None where it is not what the operator says."""
     build = Build(run.record["plan"]["build"])
     try:
+        if build not in run.reduction.builds:
+            raise ReachError(f"on {run.device} its graph does not show what reaches where, as it did for the plan")
         return checked_sparse(run.reduction, chunk, run.step_seldom("built"), build)
     except ReachError as error:
         note = f"{error}: column by column"

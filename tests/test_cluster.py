@@ -26,7 +26,8 @@ class Cluster:
 
     def __init__(self, folder):
         self.folder, self.file = folder, str(folder / "scheduler.json")
-        self.environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self.scheduler = self.start("scheduler", "--port", "0", "--scheduler-file", self.file, "--no-dashboard")
         self.processes = [self.scheduler]
         deadline = time.monotonic() + 60

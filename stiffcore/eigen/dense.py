@@ -20,6 +20,9 @@ LAPACK_MAX_ORDER = 46_340
 CUSOLVER_MAX_ORDER = 46_340
 """Largest order that Xgeev is trusted with: 2^31 - 1 entries are reported as its limit (CUDA 12.8)."""
 
+CUBLAS_BYTES = 32 << 20
+"""Workspace that torch gives cuBLAS on a Hopper GPU; a quarter of it on older ones."""
+
 _BLOCK_BYTES = 1 << 20
 
 
@@ -248,18 +251,17 @@ def hessenberg_eigenvectors_bytes(k: int, m: int, itemsize: int) -> int:
 
 
 def device_bytes(k: int, itemsize: int) -> int:
-    """Estimate device memory of the functions of `eigen.device`: itemsize * (5 k^2 + 64 k) bytes.
+    """Estimate device memory of the functions of `eigen.device`: itemsize * (5 k^2 + 64 k) bytes and 32 MiB.
 
-    Nobody has measured this on a GPU. Eigenvalues: the matrix, torch's column-major copy of it, and three
-    matrices for what Xgeev asks for, which cuSOLVER does not document. Eigenvectors: the matrix, the shifted
-    one in complex numbers (two) and its LU (two). Xgeev wants pinned host memory too, likewise undocumented
-    and not in this.
+    Eigenvectors take most: the matrix, the shifted one in complex numbers (two) and its LU (two); eigenvalues
+    took two matrices. The 32 MiB are cuBLAS's workspace, as torch asks for it on Hopper. Measured by
+    `bench/rates.py --device cuda` on one H200 (torch 2.11) at k = 1,024 to 8,192.
 
     Args:
         k: order of the matrix.
         itemsize: 4 or 8.
     """
-    return itemsize * (5 * k * k + 64 * k)
+    return itemsize * (5 * k * k + 64 * k) + CUBLAS_BYTES
 
 
 def to_hessenberg_flops(k: int) -> int:

@@ -145,7 +145,7 @@ class DeviceMatrix(LinearOperator):
 
 def _to_sparse_device(a: sp.csr_array, device: str) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # in beta, and not checked
         pointers, indices, data = (torch.from_numpy(part).to(device) for part in (a.indptr, a.indices, a.data))
         return torch.sparse_csr_tensor(pointers, indices, data, size=a.shape, check_invariants=False)
 

@@ -104,7 +104,7 @@ class _Recorder(fx.Interpreter):
             raise _UnknownError
         stride, padding, dilation = geometry
         c, h, w = value.shape[1:]
-        return Step((c, h, w), (source,), (), kernel.numpy(), stride, padding, dilation)
+        return Step((c, h, w), (source,), (), kernel.cpu().numpy(), stride, padding, dilation)
 
     def _sum(self, n: fx.Node, args: list[Any], value: Any, moving: list[int], sources: list[int]) -> Step:
         result = value[0] if isinstance(value, (tuple, list)) else value
@@ -119,7 +119,9 @@ class _Recorder(fx.Interpreter):
                 found = target(*args[:i], v, *args[i + 1 :], **n.kwargs)
                 return found[0] if isinstance(found, (tuple, list)) else found
 
-            return torch.func.jvp(call, (args[i],), (torch.ones_like(args[i]),))[1].detach().reshape(shape).numpy()
+            return (
+                torch.func.jvp(call, (args[i],), (torch.ones_like(args[i]),))[1].detach().reshape(shape).cpu().numpy()
+            )
 
         return Step(shape, tuple(sources), tuple(slope(i) for i in moving))
 
@@ -136,12 +138,12 @@ class Steps:
 
         Args:
             module: from `FunctionGraph.between`.
-            x: (1, C, H, W), the point, on the CPU.
+            x: (1, C, H, W), the point; the steps have their numbers on the host, wherever it is.
 
         Returns:
             None where an operation is not known, or the input is no such map.
         """
-        if x.dim() != 4 or x.shape[0] != 1 or x.device.type != "cpu":
+        if x.dim() != 4 or x.shape[0] != 1:
             return None
         _, channels, height, width = x.shape
         recorder = _Recorder(module, (channels, height, width))

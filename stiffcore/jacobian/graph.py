@@ -64,7 +64,8 @@ class FunctionGraph:
         Raises:
             Exception: whatever tracing raises; the caller goes on without a graph.
         """
-        with differentiable_kernels():
+        # without cuDNN the operations are the same ones on a device as on the host
+        with differentiable_kernels(), torch.backends.cudnn.flags(enabled=False):
             trace = make_fx(torch.func.functionalize(f), tracing_mode="real", _error_on_data_dependent_ops=False)
             self.module = trace(x.clone())
         nodes = list(self.module.graph.nodes)

@@ -506,7 +506,7 @@ def _from_waist(
     before, after = Steps.of(out, head.value), Steps.of(into, x)
     if before is not None and after is not None and before.destination == after.source:
         if mask is not None:
-            before = before.masked(mask.to(x.dtype).numpy().reshape(before.destination))
+            before = before.masked(mask.to(x.dtype).cpu().numpy().reshape(before.destination))
         found = _accumulated(found, before.then(after))
     first, second = reach_of(out), reach_of(into)
     if first is None or second is None or first.destination != second.source:
@@ -586,7 +586,7 @@ def _accumulated(reduction: Reduction, steps: Steps | None) -> Reduction:
     """The reduction with its accumulation, where its steps lead from a map back to one of the same shape."""
     if steps is None or steps.source != steps.destination or not reduction.k:
         return reduction
-    index = reduction.index.numpy()
+    index = reduction.index.cpu().numpy()
     return replace(reduction, accumulation=Accumulation(steps, index, index))
 
 
