@@ -50,9 +50,10 @@ def stiffcore(*args):
 
 
 def block_calls(network):
-    """Every residual block of a bundled network at the first sample image, in float64, by name."""
+    """Every residual block of a bundled network at the first sample image, in float64 on the device, by name."""
     opened = load_network(network, None, torch.float64)
-    x = network_input(load_images("samples").x[0], opened.normalize, torch.float64)
+    opened.module.to(device())
+    x = network_input(load_images("samples").x[0], opened.normalize, torch.float64).to(device())
     return capture(opened.module, x, residual_blocks(opened.module, x, is_residual))[0]
 
 

@@ -188,7 +188,7 @@ def test_a_cluster_without_workers_is_refused(cluster, monkeypatch):
 def test_a_worker_with_a_cuda_device_takes_the_units_that_are_planned_for_one(small, cluster):
     cluster.worker("--resources", "GPU=1")
     cluster.worker()
-    prepared, outcome = on(cluster, small / "run", OPTIONS | {"memory": "6GiB", "device": "cuda"})
+    prepared, (_, outcome) = on(cluster, small / "run", OPTIONS | {"memory": "6GiB", "device": "cuda"})
     assert outcome.failed == {}
     assert prepared.plan.gpus == 1
     run = stiffcore.open_run(small / "run")
