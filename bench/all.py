@@ -13,11 +13,11 @@ from page import SECTIONS
 # Without a quick way: the long ones.
 SLOW = ("extremes", "imagenet_extremes", "imagenet_plan", "slices", "builds", "unreduced", "workers")
 
-ON_DEVICE = ("by_hand", "cost", "stages")
+ON_DEVICE = ("by_hand", "cost", "rates", "stages")
 
 if __name__ == "__main__":
     failed = []
-    for name in SECTIONS:
+    for name in (*SECTIONS, "rates"):
         if QUICK and name in SLOW:
             continue
         if "--device" in sys.argv and name not in ON_DEVICE:

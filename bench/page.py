@@ -18,8 +18,9 @@ HEAD = """# Benchmarks
 
 One question a script; `python bench/NAME.py` answers it anew and rewrites its figures in `bench/results/NAME.json`,
 with the machine, the versions and the command. This page is made from those by `python bench/page.py`. `python
-bench/all.py` runs them all, `python bench/all.py --quick` the smallest of each in minutes. Nothing here ran on a GPU:
-`python bench/by_hand.py --device cuda`, and so `cost.py` and `stages.py`, are ready to, into files of their own.
+bench/all.py` runs them all, `python bench/all.py --quick` the smallest of each in minutes. Nothing on it ran on a GPU:
+`python bench/by_hand.py --device cuda`, and so `cost.py`, `rates.py` and `stages.py`, go into files of their own, of
+which there is `results/rates-cuda.json`, what an H200 does.
 """
 
 

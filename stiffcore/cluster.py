@@ -25,6 +25,9 @@ CONNECT_S = 10
 WORKERS_S = 30
 # A worker maps more of its libraries as it goes; these pages are shared and reserved already.
 MAPPED_BYTES = 256 << 20
+# There where an NVIDIA driver is loaded. A process that has asked for devices cannot use one after a fork, and the
+# first trace asks: workers are started anew there, each with its own 0.4 GB of torch.
+CUDA_DRIVER = "/dev/nvidiactl"
 # For the process that workers are forked from: libraries that each allocate a pool of threads, unless told not to
 # before they are imported; and Python's resource tracker, which warns of what a killed worker could not give back.
 ENVIRONMENT = {
@@ -126,8 +129,8 @@ class DaskWorkers:
     """Runs functions on a Dask cluster: its scheduler places them, the run's own records say what is done.
 
     On this machine workers are forked from one server process that has imported torch once, so that its 0.4 GB is
-    shared, and die with this process. A worker of a cluster that is not ours carries out one unit at a time, whatever
-    its number of threads.
+    shared (where there is no CUDA driver), and die with this process. A worker of a cluster that is not ours carries
+    out one unit at a time, whatever its number of threads.
     """
 
     def __init__(self, client: Any, on_event: Callable[[Event], None], *, separate: bool) -> None:
@@ -307,7 +310,7 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
     from distributed.utils import get_mp_context
 
     settings = {
-        "distributed.worker.multiprocessing-method": "forkserver",
+        "distributed.worker.multiprocessing-method": "spawn" if Path(CUDA_DRIVER).exists() else "forkserver",
         "distributed.scheduler.allowed-failures": 0,
         "distributed.scheduler.worker-ttl": None,
         "distributed.admin.low-level-log-length": 1000,
@@ -324,7 +327,8 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
     }
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     with dask.config.set(settings):
-        get_mp_context().set_forkserver_preload(["distributed", "stiffcore.preload"])
+        if not Path(CUDA_DRIVER).exists():
+            get_mp_context().set_forkserver_preload(["distributed", "stiffcore.preload"])
         os.environ.update(ENVIRONMENT)
         try:
             cluster = LocalCluster(

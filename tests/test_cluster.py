@@ -87,6 +87,21 @@ def test_units_go_to_the_workers_and_give_the_bytes_of_one_process(small, cluste
     assert spectra_bytes(small / "run")[0] == spectra_bytes(small / "one")[0]
 
 
+def test_where_a_cuda_driver_is_loaded_workers_are_not_forked(small, monkeypatch):
+    monkeypatch.setattr("stiffcore.cluster.CUDA_DRIVER", "/dev/null")
+    with local_workers(lambda event: None) as executor:
+        assert executor.submit(_was_forked).result() is False
+        prepared = prepare(str(small / "run"), ONE | {"device": "cpu"}, executor, workers=1)
+        _, outcome = carry_out_plan(str(small / "run"), prepared, executor, lambda event: None)
+    assert outcome.failed == {}
+
+
+def _was_forked(emit):
+    import multiprocessing
+
+    return "stiffcore.preload" in sys.modules or multiprocessing.get_start_method(allow_none=True) == "forkserver"
+
+
 def test_the_dashboard_answers_at_the_address_that_is_told():
     with local_workers(lambda event: None) as executor, urllib.request.urlopen(executor.dashboard, timeout=30) as page:
         assert page.status == 200

@@ -1,6 +1,6 @@
 """Eigenvalues of one dense matrix on a torch device, by cuSOLVER's Xgeev on CUDA; and products with a sparse one.
 
-Nothing here has run on a GPU: the tests run every line with device "cpu", where torch calls its own LAPACK.
+The tests run every line with device "cpu", where torch calls its own LAPACK; those marked `gpu` run it on CUDA.
 A device that runs out of memory raises `torch.OutOfMemoryError`, which is the caller's cue to fall back.
 """
 
