@@ -57,6 +57,21 @@ def block_calls(network):
     return capture(opened.module, x, residual_blocks(opened.module, x, is_residual))[0]
 
 
+def disk_rates(folder, size=256 << 20):
+    """Bytes a second: written with fsync, and read again without the kernel's cache."""
+    data, path = os.urandom(size), f"{folder}/probe"
+    start = time.perf_counter()
+    with open(path, "wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    written = time.perf_counter() - start
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        file.read()
+    return {"write": size / written, "read": size / (time.perf_counter() - start)}
+
+
 def write(script, figures):
     """Write and print the figures of a benchmark; of another device than the host in a file of their own."""
     folder = RESULTS / "quick" if QUICK else RESULTS

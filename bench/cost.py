@@ -29,11 +29,10 @@ def blocks_of(network, options, folder):
             continue
         assert record["stage"] == "done", record
         plan, certificate = record["plan"], run.stored(key).certificate
-        on_device = {"measured_device_bytes": record["measured_device_bytes"]} if plan["device_bytes"] else {}
         found.append(
             {name: record[name] for name in ("block", "n", "k", "measured_bytes")}
-            | on_device
             | {"planned_device_bytes": plan["device_bytes"]}
+            | {"measured_device_bytes": record.get("measured_device_bytes", 0)}
             | {"solver": plan["solver"], "seconds": {s: record["seconds"].get(s, 0.0) for s in STAGES}}
             | {"planned_seconds": plan["seconds"], "planned_bytes": max(plan["stages"].values())}
             | {"planned_disk_bytes": plan["disk_bytes"], "planned_moved_bytes": plan["moved_bytes"]}

@@ -1,11 +1,11 @@
 """What can the machine do: rates of the dense kernels that every cost in this project is made of.
 
-In float64, on the host with all cores and, with `--device cuda`, on the device: a product, an LU, a triangular solve, a
-QR and all eigenvalues at orders up to 8,192 (`--quick`: 1,024), the median of three; the device's peak memory while
-it finds eigenvalues, of what is planned for that; copies to the device and back; and writing and reading 1 GiB on disk.
+In float64, on the host with all cores or, with `--device cuda`, on the device: a product, an LU, a triangular solve
+and a QR of order 8,192 (`--quick`: 1,024), the median of three; all eigenvalues of random matrices, once after a
+first time, on a device up to order 8,192, with its peak memory, and what is planned for that; copies to the device
+and back; and writing and reading 1 GiB on disk.
 """
 
-import os
 import statistics
 import tempfile
 import threading
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from common import QUICK, device, write
+from common import QUICK, device, disk_rates, write
 
 from stiffcore.eigen import dense
 from stiffcore.eigen.device import device_eigenvalues, device_eigenvectors
@@ -106,22 +106,10 @@ def copies():
     return found
 
 
-def disk():
-    data = os.urandom(COPIED)
-    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/probe", "w+b", buffering=0) as file:
-        start = time.perf_counter()
-        file.write(data)
-        os.fsync(file.fileno())
-        written = time.perf_counter() - start
-        os.posix_fadvise(file.fileno(), 0, COPIED, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        start = time.perf_counter()
-        file.read()
-        return {"disk_write": COPIED / written, "disk_read": COPIED / (time.perf_counter() - start)}
-
-
 if __name__ == "__main__":
     name = torch.cuda.get_device_name() if device() != "cpu" else None
     figures = {"device": name, "order": ORDER, "flops_per_s": kernels(ORDER)}
     figures["eigenvalues"] = [eigenvalues(k) for k in EIGENVALUES]
-    write(__file__, figures | {"bytes_per_s": copies() | disk()})
+    with tempfile.TemporaryDirectory() as folder:
+        disk = {f"disk_{name}": rate for name, rate in disk_rates(folder, COPIED).items()}
+    write(__file__, figures | {"bytes_per_s": copies() | disk})

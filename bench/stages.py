@@ -6,12 +6,11 @@ run. Operations of the dense stages: 10/3 k^3 for the Hessenberg form, 20/3 k^3 
 Van Loan). `stored` forces the way that an accumulated matrix took before it was held in memory: through the store.
 """
 
-import os
 import tempfile
 import time
 
 import numpy as np
-from common import QUICK, device, stiffcore, write
+from common import QUICK, device, disk_rates, stiffcore, write
 from threadpoolctl import threadpool_limits
 
 from stiffcore import open_run
@@ -35,20 +34,6 @@ def product_rate(order=2048):
             a @ a
             taken.append(time.perf_counter() - start)
     return 2 * order**3 / min(taken)
-
-
-def disk_rates(folder, size=256 << 20):
-    data, path = os.urandom(size), f"{folder}/probe"
-    start = time.perf_counter()
-    with open(path, "wb") as file:
-        file.write(data)
-        os.fsync(file.fileno())
-    written = time.perf_counter() - start
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
-        start = time.perf_counter()
-        file.read()
-    return {"write": size / written, "read": size / (time.perf_counter() - start)}
 
 
 def measured(options):

@@ -309,8 +309,9 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
     from distributed import Client, LocalCluster
     from distributed.utils import get_mp_context
 
+    forked = not Path(CUDA_DRIVER).exists()
     settings = {
-        "distributed.worker.multiprocessing-method": "spawn" if Path(CUDA_DRIVER).exists() else "forkserver",
+        "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
         "distributed.scheduler.allowed-failures": 0,
         "distributed.scheduler.worker-ttl": None,
         "distributed.admin.low-level-log-length": 1000,
@@ -327,7 +328,7 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
     }
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     with dask.config.set(settings):
-        if not Path(CUDA_DRIVER).exists():
+        if forked:
             get_mp_context().set_forkserver_preload(["distributed", "stiffcore.preload"])
         os.environ.update(ENVIRONMENT)
         try:

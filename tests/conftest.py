@@ -21,6 +21,7 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
+    # the README says what this leaves out: code on CUDA has no other place to run than a CUDA device
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 

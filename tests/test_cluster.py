@@ -1,5 +1,6 @@
 """A cluster that is not ours: units go to its workers, and whatever dies, the run ends with the same bytes."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -97,8 +98,6 @@ def test_where_a_cuda_driver_is_loaded_workers_are_not_forked(small, monkeypatch
 
 
 def _was_forked(emit):
-    import multiprocessing
-
     return "stiffcore.preload" in sys.modules or multiprocessing.get_start_method(allow_none=True) == "forkserver"
 
 

@@ -586,7 +586,7 @@ def _accumulated(reduction: Reduction, steps: Steps | None) -> Reduction:
     """The reduction with its accumulation, where its steps lead from a map back to one of the same shape."""
     if steps is None or steps.source != steps.destination or not reduction.k:
         return reduction
-    index = reduction.index.cpu().numpy()
+    index = reduction._host_index(0, reduction.k)
     return replace(reduction, accumulation=Accumulation(steps, index, index))
 
 
