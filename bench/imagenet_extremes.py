@@ -2,52 +2,63 @@
 
 The first square block (n = 802,816) of the bundled CIFAR-10 checkpoint, at a test image enlarged to 112 x 112, so that
 its layer1 works on 56 x 56 as ImageNet's does: minutes. With `--all`, too, all square blocks of torchvision's ResNet50,
-7 x 7 stem, random weights, at a photograph of 224 x 224 pixels: an hour or two. One worker, one core.
+7 x 7 stem, random weights, at a photograph of 224 x 224 pixels: about an hour for each block whose signs are doubtful.
+One worker, one core. Each block is a run of its own in store/imagenet-extremes: figures are written after each, and
+blocks that stand in them already are not run again.
 """
 
 import json
+import os
 import sys
-import tempfile
+import time
 
 import numpy as np
-from common import stiffcore, write
+from common import HERE, RESULTS, stiffcore, write
 from PIL import Image
 
 from stiffcore import open_run
 from stiffcore.networks.images import load_images
 
 COMMON = ["--solver", "extremes", "--memory", "8GiB", "--workers", 1, "--device", "cpu"]
+STORE = HERE.parent / "store" / "imagenet-extremes"
+# The square blocks of a ResNet50, cheap ones first.
+SQUARE = [16, 15, 13, 12, 11, 10, 9, 7, 6, 5, 3, 2]
 
 
-def blocks_of(folder, *options):
-    _, seconds = stiffcore("run", folder, *options, *COMMON)
+def figures_of(folder):
+    """What a run of one block says."""
     run = open_run(folder)
-    found = []
-    for key, row in zip(run.records(), run.metrics().to_dict("records"), strict=True):
-        record = run.store.record(key)
-        if row["state"] not in ("done", "not certified"):
-            continue
-        left = record["ends"]["left_of_zero"]
-        found.append(
-            {name: row[name] for name in ("block", "n", "k", "S_active", "S_active_error", "certified", "note")}
-            | {"negative": left["count"], "basis": left["basis"], "margin": left["margin"], "why": left["note"]}
-            | {"abscissa": row["abscissa"], "min_re_active": row["min_re_active"], "radius": row["radius"]}
-            | {name: record["ends"][name] for name in ("range_left", "range_right")}
-            | {"seconds": record["seconds"], "plan": record["plan"]["why"]}
-            | {"projected_bytes": max(record["plan"]["stages"].values()), "measured_bytes": record["measured_bytes"]}
-        )
-    print(json.dumps(found, indent=1), file=sys.stderr, flush=True)
-    return {"wall_s": seconds, "blocks": found}
+    (record,) = run.records().values()
+    (row,) = run.metrics().to_dict("records")
+    left = record["ends"]["left_of_zero"]
+    return (
+        {name: row[name] for name in ("number", "block", "n", "k", "S_active", "S_active_error", "certified", "note")}
+        | {"negative": left["count"], "basis": left["basis"], "margin": left["margin"], "why": left["note"]}
+        | {"abscissa": row["abscissa"], "min_re_active": row["min_re_active"], "radius": row["radius"]}
+        | {name: record["ends"][name] for name in ("range_left", "range_right")}
+        | {"seconds": record["seconds"], "plan": record["plan"]["why"]}
+        | {"projected_bytes": max(record["plan"]["stages"].values()), "measured_bytes": record["measured_bytes"]}
+        | {"date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0))}
+    )
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        image = Image.fromarray(load_images("samples").x[0]).resize((112, 112), Image.Resampling.BILINEAR)
-        np.savez(f"{folder}/large.npz", x=np.asarray(image)[None], y=load_images("samples").y)
-        trained = ["--network", "resnet50", "--images", f"{folder}/large.npz", "--normalize", "cifar10"]
-        trained = blocks_of(f"{folder}/trained", *trained, "--blocks", "2")
-        figures = {"allowed_bytes": 8 << 30, "trained": trained}
-        if "--all" in sys.argv:
-            random = ["--network", "torchvision.models:resnet50", "--images", "imagenet-samples"]
-            figures["random"] = blocks_of(f"{folder}/random", *random, "--normalize", "imagenet")
-    write(__file__, figures)
+    STORE.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(load_images("samples").x[0]).resize((112, 112), Image.Resampling.BILINEAR)
+    np.savez(STORE / "large.npz", x=np.asarray(image)[None], y=load_images("samples").y)
+    trained = ["--network", "resnet50", "--images", STORE / "large.npz", "--normalize", "cifar10"]
+    random = ["--network", "torchvision.models:resnet50", "--images", "imagenet-samples", "--normalize", "imagenet"]
+    asked = [("trained", trained, 2)]
+    if "--all" in sys.argv:
+        asked += [("random", random, number) for number in SQUARE]
+    known = RESULTS / "imagenet_extremes.json"
+    found = json.loads(known.read_text())["figures"] if known.exists() else {}
+    figures = {"allowed_bytes": 8 << 30} | {name: found.get(name, []) for name in ("trained", "random")}
+    for name, options, number in asked:
+        if "--all" in sys.argv and any(b["number"] == number for b in figures[name]):
+            continue
+        folder = STORE / f"{name}-{number}"
+        stiffcore("run", folder, *options, *COMMON, "--blocks", number)
+        others = [b for b in figures[name] if b["number"] != number]
+        figures[name] = sorted([*others, figures_of(folder)], key=lambda b: b["number"])
+        write(__file__, figures)

@@ -18,9 +18,9 @@ HEAD = """# Benchmarks
 
 One question a script; `python bench/NAME.py` answers it anew and rewrites its figures in `bench/results/NAME.json`,
 with the machine, the versions and the command. This page is made from those by `python bench/page.py`. `python
-bench/all.py` runs them all, `python bench/all.py --quick` the smallest of each in minutes. Nothing on it ran on a GPU:
-`python bench/by_hand.py --device cuda`, and so `cost.py`, `rates.py` and `stages.py`, go into files of their own, of
-which there is `results/rates-cuda.json`, what an H200 does.
+bench/all.py` runs them all, `python bench/all.py --quick` the smallest of each in minutes. With `--device cuda`,
+`by_hand.py`, `cost.py`, `rates.py` and `stages.py` go into files of their own, `NAME-cuda.json`, and stand here beside
+the host's where a device was there.
 """
 
 
@@ -89,20 +89,19 @@ def imagenet_extremes(f: dict[str, Any]) -> str:
     }
     parts = []
     for name, title in titles.items():
-        if name not in f:
+        if not f[name]:
             continue
         rows = []
-        for b in f[name]["blocks"]:
+        for b in f[name]:
             proof = f"{b['negative']} ({b['basis']}, margin {b['margin']:.2g})"
             row = [b["block"], f"{b['n']:,}", f"{b['k']:,}", f"{b['S_active']:.7g}", f"{b['S_active_error']:.1e}"]
             row += ["yes" if b["certified"] else f"NO: {b['note']}", b["why"] if b["negative"] is None else proof]
             row += [seconds(b["seconds"][s]) for s in ("built", "solved", "counted", "done")]
-            row += [seconds(total(b["seconds"])), mib(b["measured_bytes"]), mib(b["projected_bytes"])]
+            row += [seconds(total(b["seconds"])), mib(b["measured_bytes"]), mib(b["projected_bytes"]), b["date"]]
             rows.append(row)
         header = ["block", "n", "k", "S active", "+-", "certified", "negative"]
         header += ["build", "ends", "counts", "certificate"]
-        parts.append(f"{title} {seconds(f[name]['wall_s'])} s in all.")
-        parts.append(table(rows, [*header, "sum, s", "measured, MiB", "projected, MiB"]))
+        parts += [title, table(rows, [*header, "sum, s", "measured, MiB", "projected, MiB", "on"])]
     return "\n\n".join(parts)
 
 
@@ -244,12 +243,29 @@ def stages(f: dict[str, Any]) -> str:
     )
 
 
+def rates(f: dict[str, Any]) -> str:
+    rows = [[name.replace("_", " "), f"{rate / 1e9:,.1f}"] for name, rate in f["flops_per_s"].items()]
+    parts = [f"{f['device'] or 'The host'}, order {f['order']:,}:", table(rows, ["kernel", "GF/s"])]
+    rows = []
+    for e in f["eigenvalues"]:
+        row = [f"{e['k']:,}", f"{e['seconds']:.2f}", f"{e['flops_per_s'] / 1e9:,.1f}"]
+        if f["device"]:
+            row += [f"{e['vectors_seconds']:.3f}", mib(e["values_taken_bytes"]), mib(e["vectors_taken_bytes"])]
+            row += [mib(e["planned_bytes"])]
+        rows.append(row)
+    header = ["order", "all eigenvalues, s", "GF/s"]
+    header += ["vectors of one, s", "taken, MiB", "taken for vectors, MiB", "planned, MiB"] if f["device"] else []
+    rows_of_bytes = [[name.replace("_", " "), f"{rate / 1e9:,.2f}"] for name, rate in f["bytes_per_s"].items()]
+    return "\n\n".join([*parts, table(rows, header), table(rows_of_bytes, ["bytes", "GB/s"])])
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "by_hand": by_hand,
     "cost": cost,
     "growth": growth,
     "honesty": honesty,
     "stages": stages,
+    "rates": rates,
     "builds": builds,
     "extremes": extremes,
     "imagenet_extremes": imagenet_extremes,
@@ -331,16 +347,18 @@ def draw() -> None:
 def page() -> str:
     parts = [HEAD]
     for name, section in SECTIONS.items():
-        result = HERE / f"results/{name}.json"
-        if not result.exists():
+        results = [HERE / f"results/{name}{device}.json" for device in ("", "-cuda")]
+        results = [result for result in results if result.exists()]
+        if not results:
             continue
-        found = json.loads(result.read_text())
         question, _, rest = (ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or "").partition("\n\n")
-        machine = found["machine"]
-        versions = ", ".join(f"{k} {machine[k]}" for k in ("python", "stiffcore", "torch", "numpy", "scipy"))
-        where = f"{machine['cores']} cores of {machine['cpu']}, {mib(machine['memory_bytes'])} MiB"
-        ran = f"{found['date']}, {where}; {versions}"
-        parts += [f"## {question}", rest, f"`{found['command']}`, {ran}.", section(found["figures"])]
+        parts += [f"## {question}", rest]
+        for found in (json.loads(result.read_text()) for result in results):
+            machine = found["machine"]
+            versions = ", ".join(f"{k} {machine[k]}" for k in ("python", "stiffcore", "torch", "numpy", "scipy"))
+            where = f"{machine['cores']} cores of {machine['cpu']}, {mib(machine['memory_bytes'])} MiB"
+            ran = f"{found['date']}, {where}; {versions}"
+            parts += [f"`{found['command']}`, {ran}.", section(found["figures"])]
         parts += [f"![{question}](figures/{name}.svg)"] if name in PICTURES else []
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 

@@ -61,6 +61,7 @@ def spectrum(
     Raises:
         InputError: where f cannot be linearised, has no square Jacobian, is not deterministic, or the budget is too
             small; the message says what to do.
+        StiffcoreError: where f is not finite, or a solver fails.
     """
     if not isinstance(x, Tensor):
         raise InputError(f"x must be a torch tensor, got {type(x).__name__}")

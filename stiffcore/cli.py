@@ -23,7 +23,8 @@ from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
 from stiffcore.run import Run, open_run, state_of, status_summary
 from stiffcore.session import Prepared, carry_out_plan, check_free, prepare
-from stiffcore.study import Study, format_bytes
+from stiffcore.store import IMAGES
+from stiffcore.study import Study, counted, format_bytes
 from stiffcore.version import __version__
 
 app = typer.Typer(
@@ -249,7 +250,7 @@ def verify(
         for key, why in said.unchecked.items():
             _say(out, f"{key}: its certificate could not be made again: {why}")
         read = f"{said.parts} parts read, {format_bytes(said.read_bytes)}"
-        made = f"; {tables.count(said.recomputed, 'certificate', 'certificates')} made again" if certificates else ""
+        made = f"; {counted(said.recomputed, 'certificate', 'certificates')} made again" if certificates else ""
         _say(out, f"{read}{made}: {'all whole' if not said.findings else 'damaged'}")
     if said.findings:
         anew = f"`stiffcore run {run}` makes just these anew" if said.recorded else "nothing could be recorded there"
@@ -366,7 +367,7 @@ def _run(url: str, options: dict[str, Any], workers: int | None, scheduler: str 
         with show.bars:
             run, outcome = carry_out_plan(url, prepared, executor, show.event)
     _show(run)
-    spectra = tables.count(outcome.done, "spectrum", "spectra")
+    spectra = counted(outcome.done, "spectrum", "spectra")
     allowed = format_bytes(prepared.plan.allowed_bytes)
     _say(
         out,
@@ -521,7 +522,7 @@ class _Progress:
             _say(err, f"{key}: matrix of order {record['k']:,} stored")
             return
         spectrum = run.stored(key)
-        index = run.store.get_array("images", "index")
+        index = run.store.get_array(IMAGES, "index")
         image = f"image {index[spectrum.record['image']]}, " if len(index) > 1 else ""
         m = spectrum.metrics
         _say(

@@ -11,6 +11,8 @@ import pandas as pd
 
 from stiffcore.errors import InputError
 from stiffcore.run import DONE, Run
+from stiffcore.store import IMAGES
+from stiffcore.study import counted
 
 # Of the layout that `write_hdf5` documents.
 HDF5_LAYOUT = 1
@@ -57,13 +59,13 @@ def check_target(to: Path) -> None:
 def _write_csv(run: Run, to: Path) -> str:
     rows = run.metrics()
     rows.to_csv(to, index=False, na_rep="nan")
-    return f"{_counted(len(rows), 'row')} in {to}"
+    return f"{counted(len(rows), 'row', 'rows')} in {to}"
 
 
 def _write_parquet(run: Run, to: Path) -> str:
     rows = run.metrics()
     rows.to_parquet(to, index=False, engine="pyarrow")
-    return f"{_counted(len(rows), 'row')} in {to}"
+    return f"{counted(len(rows), 'row', 'rows')} in {to}"
 
 
 def write_hdf5(run: Run, to: Path) -> str:
@@ -94,7 +96,7 @@ def write_hdf5(run: Run, to: Path) -> str:
         for name in rows:
             file[f"metrics/{name}"] = _column(rows[name])
         for name in ("index", "y", "prediction", "loss"):
-            file[f"images/{name}"] = run.store.get_array("images", name)
+            file[f"{IMAGES}/{name}"] = run.store.get_array(IMAGES, name)
         for key, row in zip(keys, rows.to_dict("records"), strict=True):
             if row["state"] not in DONE:
                 continue
@@ -105,7 +107,7 @@ def write_hdf5(run: Run, to: Path) -> str:
             complete = spectrum.ends is None and spectrum.has_values
             group.attrs.update({"complete": int(complete), "certified": int(spectrum.certificate.passed)})
             written += 1
-    return f"{_counted(written, 'spectrum', 'spectra')} in {to}"
+    return f"{counted(written, 'spectrum', 'spectra')} in {to}"
 
 
 WRITERS: dict[str, Callable[[Run, Path], str]] = {
@@ -114,10 +116,6 @@ WRITERS: dict[str, Callable[[Run, Path], str]] = {
     ".h5": write_hdf5,
     ".hdf5": write_hdf5,
 }
-
-
-def _counted(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _column(values: pd.Series) -> Any:

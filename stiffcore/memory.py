@@ -99,20 +99,17 @@ def release_free_memory(*, cycles: bool = False) -> None:
         trim(0)
 
 
-def tree_bytes(pid: int | None = None) -> int:
-    """What a process and its children hold now, shared pages once.
+def tree_bytes() -> int:
+    """What this process and its children hold now, shared pages once.
 
     Data as proportional set size; mapped files (libraries) as what the process with most of them has mapped, since the
     kernel's proportion of those depends on who else on the machine has mapped the same files, and for how long.
-
-    Args:
-        pid: of the root; None for this process.
     """
-    return _together(_held(p) for p in _tree(pid))
+    return _together(_held(p) for p in _tree())
 
 
-def _tree(pid: int | None = None) -> list[psutil.Process]:
-    root = psutil.Process(pid)
+def _tree() -> list[psutil.Process]:
+    root = psutil.Process()
     return [root, *root.children(recursive=True)]
 
 
@@ -145,9 +142,9 @@ def _resident(process: psutil.Process) -> tuple[int, int]:
         return _held(process)
 
 
-def own_bytes(pid: int | None = None) -> int:
-    """What would be freed if a process ended: its unique set size."""
-    return int(psutil.Process(pid).memory_full_info().uss)
+def own_bytes() -> int:
+    """What would be freed if this process ended: its unique set size."""
+    return int(psutil.Process().memory_full_info().uss)
 
 
 def reset_peak() -> int | None:

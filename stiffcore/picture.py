@@ -18,7 +18,6 @@ from stiffcore.jacobian.reduction import Reduction
 from stiffcore.store import RunStore, TiledMatrix, is_there
 from stiffcore.unit import open_operator, sparse_matrix
 
-ANGLES = 72
 # How far beyond the numerical range the grid reaches, relative to its size.
 BORDER = 0.1
 ARRAYS = ("numerical_range", "pseudospectrum_re", "pseudospectrum_im", "pseudospectrum")
@@ -70,7 +69,7 @@ def take_picture(
         FillError: where no LU fits.
     """
     a = shifted_matrix(store, key, module)
-    _, curve = numerical_range(a, ANGLES)
+    _, curve = numerical_range(a)
     before = stored_picture(store, key)
     if not grid and before is not None:
         re, im, smallest = before.re, before.im, before.smallest

@@ -5,7 +5,7 @@ held before any unit: interpreters and libraries, or the CUDA context; measured)
 its fullest stage, on top of that; computed here) and *measured* (the peak that was seen).
 
 The ladder, from the top: `cuda-dense`, `host-dense`. Each rung says what it would take, and why it is passed over.
-`extremes` answers less, and is taken only where it is asked for.
+`divide` needs least memory and most time, `extremes` answers less: both are taken only where they are asked for.
 """
 
 import math
@@ -53,6 +53,8 @@ DENSE_EFFICIENCY = 0.6
 # Of `eigen.extremes`: matrix products of all runs together, as seen on blocks of ResNets (600 to 2,500); vectors of
 # length k that are held at most; and eigenvalues that are kept at most, all with their vectors.
 ARNOLDI_PRODUCTS = 2000
+KRYLOV_VECTORS = 320
+FOUND_MOST = 8
 # A flop of a sparse product, in those of a dense one, where all cores take such products: they wait for memory.
 PRODUCT_COST = 25
 WHOLE_SPECTRUM = "the whole spectrum takes no longer than its ends"
@@ -64,14 +66,12 @@ DEVICE_SECONDS = (1.1e-4, 6.2e-8)
 # Of tensor slices: a batch of squares with all that is made of it, and the time that an eigenvalue takes.
 SQUARES_BYTES = 96 << 20
 SQUARE_SECONDS = 6e-7
-KRYLOV_VECTORS = 320
 # Of `eigen.divide`: columns of a panel; how often one that passes through a block is in memory (as Zarr reads it, as
 # LAPACK takes it, and a product); steps of Newton's iteration, and flops of all, in k^3, as measured.
 DIVIDE_PANEL = 128
 DIVIDE_PASSING = 3
 DIVIDE_STEPS = 16
 DIVIDE_FLOPS = 60
-FOUND_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class UnitPlan:
         matrix_free: whether no matrix is built, only products with it are taken.
         stored: whether the matrix goes through the store; else it is built again where a killed unit needs it.
         factor_bytes: what a sparse factorisation may take, of what is projected.
-        panel: columns of a panel,
-        at_once: panels of a block, and
-        leaf: order that is solved in memory, where the matrix is divided in the store.
+        panel: where the matrix is divided in the store: columns of a panel.
+        at_once: there, panels of a block, which is what memory holds.
+        leaf: there, the largest order that is solved in memory.
         stages: projected bytes by stage, host memory on top of what is reserved.
         device_bytes: projected bytes on the device, on top of what is reserved there.
         disk_bytes: most bytes in the store while it runs.
@@ -385,7 +385,6 @@ def _cuda_dense(
         base,
         why="fits the device",
         device_bytes=needed,
-        seconds=_build_seconds(unit, base.build, machine) + DEVICE_SECONDS[0] * unit.k + DEVICE_SECONDS[1] * unit.k**2,
         disk_bytes=matrix + vectors,
         kept_bytes=vectors + _kept(study, matrix),
         moved_bytes=5 * matrix + 2 * vectors,
@@ -503,9 +502,11 @@ def _extremes(
             return plan, ""
     if itemsize < 8:
         return base, why_not  # products in single precision are too coarse for proofs and vectors
-    stages = _first_stages(unit, 0, unit.column_items * itemsize, itemsize, 1, 1)
-    del stages["build"]
-    stages["solve"] = _krylov_bytes(unit.k) + operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize)
+    column_bytes = unit.column_items * itemsize
+    stages = {
+        "open": _open_bytes(unit, column_bytes, itemsize),
+        "solve": _krylov_bytes(unit.k) + operator_bytes(unit.kernel_items, column_bytes, itemsize),
+    }
     plan = replace(
         base,
         why="ends and counts from products alone: no room for the matrix",
@@ -545,9 +546,10 @@ def _slices(
     kept = 0 if study.keep is Keep.METRICS else 2 * itemsize * unit.k + METADATA_BYTES
     chunk = _products_at_once(column_bytes)
     blocks = (unit.accumulated_items + 2 * unit.nonzeros) * itemsize or 2 * chunk * column_bytes
-    stages = _first_stages(unit, 0, column_bytes, itemsize, 1, 1)
-    del stages["build"]
-    stages["solve"] = blocks + SQUARES_BYTES + operator_bytes(unit.kernel_items, column_bytes, itemsize) + 4 * kept
+    stages = {
+        "open": _open_bytes(unit, column_bytes, itemsize),
+        "solve": blocks + SQUARES_BYTES + operator_bytes(unit.kernel_items, column_bytes, itemsize) + 4 * kept,
+    }
     build = Build.ACCUMULATED if unit.accumulated_items else Build.COLUMNS
     products = 0.0 if unit.accumulated_items else unit.column_s * unit.m
     plan = UnitPlan(
@@ -607,11 +609,13 @@ def _singular(
     column_bytes = unit.column_items * itemsize
     chunk = _products_at_once(column_bytes)
     operator = operator_bytes(unit.kernel_items, column_bytes, itemsize)
-    stages = _first_stages(unit, 0, column_bytes, itemsize, 1, 1)
     blocks = unit.accumulated_items * itemsize or chunk * column_bytes
-    stages["build"] = blocks + 2 * unit.nonzeros * (itemsize + 8) + operator + 6 * column_bytes
-    stages["solve"] = 3 * 16 * unit.nonzeros + dense_bytes + BLAS_BYTES + operator
-    stages["certify"] = 8 * 40 * min(unit.m, unit.n) + operator + 2 * column_bytes
+    stages = {
+        "open": _open_bytes(unit, column_bytes, itemsize),
+        "build": blocks + 2 * unit.nonzeros * (itemsize + 8) + operator + 6 * column_bytes,
+        "solve": 3 * 16 * unit.nonzeros + dense_bytes + BLAS_BYTES + operator,
+        "certify": 8 * 40 * min(unit.m, unit.n) + operator + 2 * column_bytes,
+    }
     kept = 8 * unit.k + METADATA_BYTES
     build = Build.ACCUMULATED if unit.accumulated_items else Build.COLUMNS
     plan = UnitPlan(
@@ -652,6 +656,8 @@ def _rung(
     itemsize = np.dtype(study.dtype).itemsize
     found = _fitting(unit, itemsize, data_bytes, solving, stored)
     flops = FLOPS[solver](unit)
+    on_device = DEVICE_SECONDS[0] * unit.k + DEVICE_SECONDS[1] * unit.k**2
+    solve_seconds = on_device if solver is Solver.CUDA_DENSE else _seconds(flops, machine)
     plan = UnitPlan(
         unit,
         solver,
@@ -661,7 +667,7 @@ def _rung(
         build=found.build,
         stages=found.stages,
         flops=flops,
-        seconds=_build_seconds(unit, found.build, machine) + _seconds(flops, machine),
+        seconds=_build_seconds(unit, found.build, machine) + solve_seconds,
     )
     why_not = "" if found.fits else _too_small(solver, unit, found.stages, machine, data_bytes)
     return plan, _stored_bytes(unit.k, found.shard, itemsize), 2 * itemsize * unit.k, why_not
@@ -751,9 +757,10 @@ def _fitting(unit: Unit, itemsize: int, data_bytes: int, solving: "Stages", stor
         most = 2 * SHARD_COLUMNS if sparse else SHARD_COLUMNS
         sizes = _chunks_and_shards(unit.k, rows, most, column_bytes, itemsize, data_bytes)
         for chunk, shard in [stored] if stored else sizes:
-            stages = _first_stages(unit, rows, column_bytes, itemsize, chunk, shard)
+            build_bytes = _build_bytes(unit, rows, column_bytes, itemsize, chunk, shard)
+            build_bytes += _sparse_bytes(unit, build, itemsize, chunk) if sparse else 0
+            stages = {"open": _open_bytes(unit, column_bytes, itemsize), "build": build_bytes}
             stages |= solving(unit, column_bytes, itemsize, shard)
-            stages["build"] += _sparse_bytes(unit, build, itemsize, chunk) if sparse else 0
             found = _Sizes(chunk, shard, build, stages, max(stages.values()) <= data_bytes)
             if found.fits:
                 return found
@@ -789,20 +796,30 @@ def _chunks_and_shards(
         columns = max(chunk, SHARD_COLUMNS_LEAST, columns // 2)
 
 
-def _first_stages(unit: Unit, rows: int, column_bytes: int, itemsize: int, chunk: int, shard: int) -> dict[str, int]:
-    """Stages before the solve.
+def _open_bytes(unit: Unit, column_bytes: int, itemsize: int) -> int:
+    """The stage before all others.
 
-    open: the network and its checkpoint, the probes of the reduction (three tangents through it, in and out), three
-    copies of the largest kernel, and what libraries touch:
+    The network and its checkpoint, the probes of the reduction (three tangents through it, in and out), three copies of
+    the largest kernel, and what libraries touch:
         network_bytes + 2 * 3 * column_bytes + 3 * kernel_items * itemsize + 24 MiB.
-    build: a chunk of columns, the kernel's copies, and a shard with the copies that Zarr makes of it:
-        chunk * column_bytes + 3 * kernel_items * itemsize + `_shard_bytes`.
     """
     kernels = KERNEL_COPIES * unit.kernel_items * itemsize
-    return {
-        "open": unit.network_bytes + 2 * PROBES * column_bytes + kernels + LIBRARY_BYTES,
-        "build": chunk * column_bytes + kernels + _shard_bytes(rows, shard, itemsize),
-    }
+    return unit.network_bytes + 2 * PROBES * column_bytes + kernels + LIBRARY_BYTES
+
+
+def _build_bytes(unit: Unit, rows: int, column_bytes: int, itemsize: int, chunk: int, shard: int) -> int:
+    """To build column by column.
+
+    A chunk of columns, the kernel's copies, and a shard with the copies that Zarr makes of it:
+        chunk * column_bytes + 3 * kernel_items * itemsize + `_shard_bytes`.
+    """
+    return chunk * column_bytes + KERNEL_COPIES * unit.kernel_items * itemsize + _shard_bytes(rows, shard, itemsize)
+
+
+def _certify_bytes(vectors: int, unit: Unit, column_bytes: int, itemsize: int) -> int:
+    """The operator, and products of so many lifted vectors, right and left, each with its eigenvalue's pair."""
+    lifted = 2 * vectors * (column_bytes + 2 * (unit.n + unit.k) * itemsize)
+    return lifted + operator_bytes(unit.kernel_items, column_bytes, itemsize)
 
 
 Stages = Callable[[Unit, int, int, int], dict[str, int]]
@@ -826,7 +843,7 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
     eigenvalues, before LAPACK: the Hessenberg form, and a shard of it.
     eigenvectors holds the operator too, for what follows: its kernels and the values it was linearised at:
         + 3 * kernel_items * itemsize + 2 * column_bytes.
-    certify: 2 * 20 lifted vectors' products, after the matrices of the inverse iteration are gone.
+    certify: after the matrices of the inverse iteration are gone.
     """
     k, matrix, a_shard = unit.k, unit.k**2 * itemsize, _shard_bytes(unit.k, shard, itemsize)
     operator = operator_bytes(unit.kernel_items, column_bytes, itemsize)
@@ -836,7 +853,7 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
         ),
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, matrix + a_shard),
         "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED_MOST, itemsize) + BLAS_BYTES + operator,
-        "certify": 2 * CERTIFIED_MOST * (column_bytes + 2 * (unit.n + k) * itemsize) + operator,
+        "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize),
     }
 
 
@@ -848,7 +865,6 @@ def _divide_stages(
     divide: two blocks, a stripe of one, and a panel three times: 8 * width * (at_once * (2 k + 512) + 3 k); before it,
         the logarithmic norm: the sparse matrix, if any, and Krylov vectors.
     leaf: LAPACK's own, and a panel that is read.
-    certify: as for the dense rungs.
     """
     k = unit.k
     sparse = 24 * unit.nonzeros
@@ -857,8 +873,7 @@ def _divide_stages(
             8 * width * (at_once * (2 * k + STRIPE) + DIVIDE_PASSING * k) + BLAS_BYTES, sparse + _krylov_bytes(k)
         ),
         "leaf": dense.to_hessenberg_bytes(leaf, 8) + 16 * width * leaf + BLAS_BYTES,
-        "certify": 2 * CERTIFIED_MOST * (column_bytes + 2 * (unit.n + k) * itemsize)
-        + operator_bytes(unit.kernel_items, column_bytes, itemsize),
+        "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize),
     }
 
 
@@ -869,7 +884,6 @@ def _extremes_stages(factors: int, unit: Unit, column_bytes: int, itemsize: int,
     ends: the matrix, what `extremes` keeps of products and vectors, and factors where shift-invert is needed.
     count: the matrix, its symmetric part and what makes it (4 matrices more; of a branch 9, for singular values), and
         the factors.
-    certify: as for the dense rungs.
     """
     (nonzeros, _), k = _sparsity(unit), unit.k
     matrix = 12 * nonzeros + operator_bytes(unit.kernel_items, column_bytes, itemsize)
@@ -879,8 +893,7 @@ def _extremes_stages(factors: int, unit: Unit, column_bytes: int, itemsize: int,
         "read": matrix + 12 * nonzeros + _shard_bytes(file_rows(k, TILE_ROWS), shard, itemsize),
         "ends": matrix + _krylov_bytes(k) + dense_copy + max(12 * nonzeros, factors),
         "count": matrix + parts * 12 * nonzeros + _krylov_bytes(k) + factors,
-        "certify": 2 * FOUND_MOST * (column_bytes + 2 * (unit.n + k) * itemsize)
-        + operator_bytes(unit.kernel_items, column_bytes, itemsize),
+        "certify": _certify_bytes(FOUND_MOST, unit, column_bytes, itemsize),
     }
 
 
@@ -935,6 +948,9 @@ def check_budget(plan: Plan) -> None:
     lines = {u.unit.block: u.why for u in sorted(plan.refused, key=lambda u: u.projected_bytes)}
     if lines:
         head = "the budget is too small" if any("--memory" in why for why in lines.values()) else "no solver fits"
-        less = "\nS, and a proof of how many are negative, need less: --solver extremes"
+        less = (
+            "\nS, and a proof of how many are negative, need less: --solver extremes; all eigenvalues too, slowly, "
+            "with the matrix in the store: --solver divide"
+        )
         hint = less if any(str(Solver.HOST_DENSE) in why for why in lines.values()) else ""
         raise InputError(f"{head}:\n" + "\n".join(f"  - {why}" for why in lines.values()) + hint)

@@ -62,7 +62,11 @@ class Run:
         return f"<p>{escape(repr(self))}</p>{rows.to_html(max_rows=40, index=False)}"
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """What is recorded of each unit, by key."""
+        """What is recorded of each unit, by key.
+
+        Raises:
+            DamagedError: where a record is not what was written.
+        """
         return self.store.units()
 
     def spectrum(self, image: int = 0, block: str | int = 1, function: str = "block", kind: str = "matrix") -> Spectrum:
@@ -76,6 +80,7 @@ class Run:
 
         Raises:
             InputError: where there is no such unit, or it has no spectrum (yet), saying why.
+            DamagedError: where what is stored is not what was written.
         """
         key = self._key(image, block, function, kind)
         record = self.store.record(key)
@@ -95,7 +100,11 @@ class Run:
         raise InputError(f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}")
 
     def stored(self, key: str) -> Spectrum:
-        """The spectrum of a unit that is done, by its key."""
+        """The spectrum of a unit that is done, by its key.
+
+        Raises:
+            DamagedError: where what is stored is not what was written.
+        """
         return stored_spectrum(self.store, key)
 
     def picture(
@@ -122,6 +131,7 @@ class Run:
 
         Raises:
             InputError: where there is no such unit, or it has no matrix.
+            StiffcoreError: where an LU does not fit `memory`, or the weights are not those of the run.
         """
         from stiffcore.picture import take_picture
 
@@ -156,6 +166,7 @@ class Run:
 
         Raises:
             InputError: where there is no such unit, it has no matrix, or the threshold is not finite.
+            StiffcoreError: where the weights are not those of the run.
         """
         from stiffcore.eigen.counting import count_left
         from stiffcore.picture import shifted_matrix
@@ -270,7 +281,7 @@ def _certificate_row(certificate: Certificate) -> tuple[float, ...]:
 
 def state_of(record: Mapping[str, Any]) -> str:
     """A unit's state: `done`, `not certified`, `stored` (matrix), `failed`, `under way`, `planned` or `no spectrum`."""
-    if record["plan"]["solver"] == "none":
+    if record["plan"]["solver"] == Solver.NONE:
         return "no spectrum"
     if record["stage"] == "done" and record["plan"]["solver"] == Solver.MATRIX_ONLY:
         return "stored"
@@ -294,6 +305,8 @@ def open_run(url: str) -> Run:
         url: folder or URL.
 
     Raises:
-        InputError: where there is none.
+        InputError: where there is none, or it is of another version's format.
+        StoreError: where a URL cannot be reached.
+        DamagedError: where its header is not what was written.
     """
     return Run(RunStore(str(url)))

@@ -274,7 +274,8 @@ def _device(device: Device, supposed: int | None, emit: OnEvent) -> tuple[int, i
     return device_memory(device, supposed)
 
 
-def _product_rate(emit: OnEvent, order: int = 512) -> float:
+def _product_rate(emit: OnEvent) -> float:
+    order = 512
     a = np.random.default_rng(0).standard_normal((order, order))
     with threadpool_limits(1):
         # the best of a few: the first makes BLAS ready, and others of the machine may be busy

@@ -9,6 +9,7 @@ import numpy as np
 
 from stiffcore.errors import InputError
 from stiffcore.metrics import extreme_metrics, singular_metrics, spectrum_metrics, spell
+from stiffcore.study import Kind
 
 # An S whose error is more than this share of it is not determined.
 DOUBTFUL = 0.1
@@ -174,7 +175,8 @@ class Spectrum:
 
     Attributes:
         computed: (k,) complex, ascending by real part, then imaginary part; conjugate pairs are exact. Where `ends` is
-            set: those with the largest and the smallest real parts only, a few at either end.
+            set: those with the largest and the smallest real parts only, a few at either end. Of `singular` real, not
+            negative.
         ones: exact eigenvalues 1 (outputs that only the identity skip reaches).
         zeros: exact structural zeros (outputs that the outer activation holds at zero, or the rank of the waist).
         k: the order of the matrix that was solved.
@@ -220,10 +222,10 @@ class Spectrum:
 
     @cached_property
     def values(self) -> np.ndarray:
-        """(n,) complex: all eigenvalues, ascending by real part, then imaginary part.
+        """(n,): all eigenvalues, complex, ascending by real part, then imaginary part; of `singular`, real.
 
         Raises:
-            InputError: where only the ends were computed.
+            InputError: where only the ends were computed, or the run keeps metrics only.
         """
         if not self.has_values:
             raise InputError(f"{self.name}: this run keeps metrics only; a new run with --keep spectra has the values")
@@ -235,10 +237,13 @@ class Spectrum:
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """See `stiffcore.metrics.spectrum_metrics`; what the ends alone do not give is nan."""
+        """By name, as `stiffcore.metrics.spectrum_metrics` and `singular_metrics` say; nan: unknown or not of its kind.
+
+        What the ends alone do not give is nan, too.
+        """
         if self.given is not None:
             return self.given
-        if self.kind == "singular":
+        if self.kind == Kind.SINGULAR:
             return singular_metrics(self.computed, self.ones, self.zeros)
         branch = self.function == "branch"
         if self.ends is None:
@@ -274,7 +279,7 @@ class Spectrum:
     def doubts(self) -> tuple[str, ...]:
         """What a certified spectrum still leaves open: signs and an S that are within their errors."""
         certificate, lines = self.certificate, []
-        if self.kind == "singular":
+        if self.kind == Kind.SINGULAR:
             within = f"{certificate.near_axis} singular values are within their error of 0"
             return (within,) if certificate.near_axis else ()
         if self.ends is not None and self.ends.left_of_zero.count is None:

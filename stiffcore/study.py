@@ -134,6 +134,9 @@ MAX_NAME = 120
 class Study(BaseModel):
     """One question, fully stated. Frozen; validated when made.
 
+    Raises:
+        pydantic.ValidationError: where an option is wrong; `analyze` says so by an InputError.
+
     Attributes:
         network: `resnet18`, `resnet34`, `resnet50`, `package.module:factory`, or `in memory`.
         weights: checkpoint file; None takes the bundled one, or the factory's own; `random` initialises.
@@ -398,6 +401,11 @@ def parse_bytes(text: str) -> int:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValueError:
         raise InputError(f"{text!r} is not a size: write 4GiB, 500MiB or a number of bytes") from None
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else many}"
 
 
 def format_bytes(count: float) -> str:

@@ -38,6 +38,7 @@ from stiffcore.spectra import Ends, certified_choice, spelled
 from stiffcore.store import (
     DIVISION,
     HISTOGRAM,
+    IMAGES,
     SCRATCH,
     RunStore,
     StoredWorkspace,
@@ -73,7 +74,7 @@ def open_operator(
     network = open_network(study, module)
     if network.weights_digest != header["identity"]["weights"]:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
-    x = image_input(store.get_array("images", "x")[record["image"]], study)
+    x = image_input(store.get_array(IMAGES, "x")[record["image"]], study)
     function, kind = BlockFunction(record["function"]), Kind(record["kind"])
     return operator_of(network.module, x, record["block"], function, kind, study.reduce, device)
 
@@ -139,7 +140,7 @@ class UnitRun:
     @cached_property
     def sparse(self) -> csc_array | LinearOperator:
         """The matrix without its zeros; where the plan has no room for it, its products."""
-        if self.record["plan"].get("matrix_free"):
+        if self.record["plan"]["matrix_free"]:
             operator, k = self.reduction, self.record["k"]
             return LinearOperator(
                 (k, k), operator.product, rmatvec=operator.transposed_product, dtype=np.dtype(np.float64)
@@ -289,7 +290,7 @@ def _route(run: UnitRun) -> _Stages:
         return [("solved", _solve_nothing), ("done", _certify)]
     if run.solver is Solver.EXTREMES:
         ends: _Stages = [("solved", _find_ends), ("counted", _count), ("done", _certify)]
-        return ends if run.record["plan"].get("matrix_free") else [("built", _build), *ends]
+        return ends if run.record["plan"]["matrix_free"] else [("built", _build), *ends]
     if run.solver is Solver.CUDA_DENSE:
         return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
     if run.solver is Solver.DIVIDE:
@@ -438,13 +439,13 @@ def _columns(run: UnitRun, start: int, stop: int, chunk: int) -> np.ndarray:
 def _sparse(run: UnitRun, chunk: int) -> csc_array | None:
     """The whole matrix, sparse; None where it is not what the operator says."""
     build = Build(run.record["plan"]["build"])
-    try:
-        if build not in run.reduction.builds:
-            raise ReachError(f"on {run.device} its graph does not show what reaches where, as it did for the plan")
-        return checked_sparse(run.reduction, chunk, run.step_seldom("built"), build)
-    except ReachError as error:
-        note = f"{error}: column by column"
-    run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": note})
+    note = f"on {run.device} its graph does not show what reaches where, as it did for the plan"
+    if build in run.reduction.builds:
+        try:
+            return checked_sparse(run.reduction, chunk, run.step_seldom("built"), build)
+        except ReachError as error:
+            note = str(error)
+    run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": f"{note}: column by column"})
     return None
 
 
@@ -661,7 +662,7 @@ def _find_ends(run: UnitRun) -> dict[str, Any]:
 
 def _ends(run: UnitRun) -> tuple[np.ndarray, dense.Eigenvectors]:
     where, names = f"units/{run.key}", ("reduced_eigenvalues", "right_vectors", "left_vectors")
-    before = "planned" if run.record["plan"].get("matrix_free") else "built"
+    before = "planned" if run.record["plan"]["matrix_free"] else "built"
     with _undoing(run, before, *names):
         values, right, left = (run.store.get_array(where, name) for name in names)
     return values, dense.Eigenvectors(right, left, np.array(run.record["converged"]["vectors"], bool))

@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 
 def pytest_configure(config):
-    """Each process of xdist keeps to its own core: torch's threads spin, and two on one core take ten times as long."""
+    """Each process of xdist keeps to its own core: torch's threads spin, and two on one core take ten times as long.
+
+    What the imports above loaded has counted all cores already, and is told; what is loaded later counts one.
+    """
     process = os.environ.get("PYTEST_XDIST_WORKER", "")
     if process:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(process.removeprefix("gw")) % len(cores)]})
+        torch.set_num_threads(1)
+        threadpool_limits(1)
 
 
 def pytest_runtest_setup(item):

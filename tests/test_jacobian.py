@@ -337,29 +337,6 @@ def test_units_that_lead_nowhere_are_left_out():
 # ------------------------------------------------------------------- derivatives that contradict themselves
 
 
-class Wrong(torch.autograd.Function):
-    """x * x, with a forward derivative that is not its backward one."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g * ctx.saved_tensors[0]
-
-    @staticmethod
-    def jvp(ctx, t):
-        return 3 * t * ctx.saved_tensors[0]
-
-
 class NoForward(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -374,6 +351,19 @@ class NoForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return 2 * g * ctx.saved_tensors[0]
+
+
+class Wrong(NoForward):
+    """x * x, with a forward derivative that is not its backward one."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        NoForward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 3 * t * ctx.saved_tensors[0]
 
 
 def constant_by_no_grad(x):

@@ -151,7 +151,7 @@ def test_the_budget_that_check_budget_names_is_enough_for_all(units, budget, m):
         check_budget(plan)
     lines = str(caught.value).splitlines()
     assert lines[0] == "the budget is too small:"
-    assert lines[-1].endswith("--solver extremes")
+    assert lines[-1].endswith("--solver divide")
     named_lines = lines[1:-1]
     assert len(named_lines) == len({p.unit.block for p in plan.refused})
     check_budget(planned(units, max(named(line) for line in named_lines), m))

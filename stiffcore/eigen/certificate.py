@@ -15,6 +15,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from stiffcore.eigen.dense import Eigenvectors
 from stiffcore.eigen.sparse import host_matrix
+from stiffcore.jacobian.linearise import complex_product
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.metrics import stiffness_error
 from stiffcore.spectra import EACH_END, Certificate, Certified, Ends
@@ -219,8 +220,7 @@ def _certified(
 def _residual(
     product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    both = product(torch.cat([rows.real, rows.imag])).to(torch.float64)
-    image = torch.complex(both[: len(rows)], both[len(rows) :])
+    image = complex_product(product, rows).to(torch.complex128)
     return torch.linalg.vector_norm(image - values[:, None] * rows.to(torch.complex128), dim=1)
 
 

@@ -151,7 +151,6 @@ def count_left(
     *,
     memory_bytes: int | None = None,
     known: tuple[Array, Array] | None = None,
-    seed: int = 0,
 ) -> Count:
     """Count the eigenvalues with a real part under a threshold, with a proof, or leave the count open.
 
@@ -165,7 +164,6 @@ def count_left(
         threshold: the line.
         memory_bytes: what a sparse LU may take; open where it does not fit.
         known: (m,) eigenvalues and (k, m) right eigenvectors, where some are known: they are deflated from the start.
-        seed: of the start vectors.
 
     Returns:
         The count and what it rests on.
@@ -178,21 +176,21 @@ def count_left(
         raise InputError(f"count_left needs a finite threshold, got {threshold}")
     k = a.shape[0]
     sides = ((1, threshold, 0), (-1, -threshold, k))
-    found = _by_powers(a, threshold, sides, seed)
+    found = _by_powers(a, threshold, sides)
     if found is not None:
         return found
     host = host_matrix(a)
     if host is None:
         return _open(threshold, NO_MATRIX)
     a = host
-    found = _by_range(a, threshold, sides, memory_bytes, seed)
+    found = _by_range(a, threshold, sides, memory_bytes)
     if found is not None:
         return found
     if a.trace() < threshold * k and k > DENSE_ORDER:
         # most eigenvalues are left of the line: count the others; none is on it where this is proved
-        right = _by_discs(-a, _LeftOf(-threshold), threshold, memory_bytes, None, seed)
+        right = _by_discs(-a, _LeftOf(-threshold), threshold, memory_bytes, None)
         return right if right.count is None else replace(right, count=k - right.count)
-    return _by_discs(a, _LeftOf(threshold), threshold, memory_bytes, known, seed)
+    return _by_discs(a, _LeftOf(threshold), threshold, memory_bytes, known)
 
 
 def count_outside_disc(
@@ -202,7 +200,6 @@ def count_outside_disc(
     *,
     memory_bytes: int | None = None,
     known: tuple[Array, Array] | None = None,
-    seed: int = 0,
 ) -> Count:
     """Count the eigenvalues with |lambda - centre| > radius, with a proof, or leave the count open.
 
@@ -216,7 +213,6 @@ def count_outside_disc(
         radius: positive.
         memory_bytes: what a sparse LU may take; open where it does not fit.
         known: as for `count_left`.
-        seed: of the start vectors.
 
     Returns:
         The count and what it rests on; its threshold is the radius.
@@ -231,7 +227,7 @@ def count_outside_disc(
     if k == 0:
         return Count(radius, 0, "proved: norm", math.inf, computed=False)
     sides = ((1, centre + radius, k), (-1, radius - centre, k))
-    found = _by_powers(a, radius, sides, seed, centre=centre)
+    found = _by_powers(a, radius, sides, centre=centre)
     if found is not None:
         return found
     host = host_matrix(a)
@@ -241,15 +237,15 @@ def count_outside_disc(
     shifted = sp.csc_array(a - centre * sp.eye_array(k, format="csc"))
     # its eigenvalues are the singular values and their negatives
     both = sp.csc_array(sp.block_array([[None, shifted], [shifted.T, None]]))
-    end = numerical_range_end(both, right_of=-radius, memory_bytes=memory_bytes, seed=seed)
+    end = numerical_range_end(both, right_of=-radius, memory_bytes=memory_bytes)
     if end.bound > -radius:
         margin = radius + end.bound - 2 * EPS * abs(centre)
         if margin > 0:
             return Count(radius, 0, "proved: norm", margin, computed=False)
-    found = _by_range(a, radius, sides, memory_bytes, seed)
+    found = _by_range(a, radius, sides, memory_bytes)
     if found is not None:
         return found
-    return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, known, seed)
+    return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, known)
 
 
 def _matrix_or_operator(a: Any) -> sp.csc_array | LinearOperator:
@@ -269,12 +265,12 @@ _Sides = tuple[tuple[int, float, int], ...]
 
 
 def _by_powers(
-    a: sp.csc_array | LinearOperator, threshold: float, sides: _Sides, seed: int, centre: float | None = None
+    a: sp.csc_array | LinearOperator, threshold: float, sides: _Sides, centre: float | None = None
 ) -> Count | None:
     """The count, where powers prove one of the sides; with a centre first none, where all are inside the circle."""
     if a.shape[0] <= DENSE_ORDER or not _moderate(a):
         return None
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     operator = Operator.of(a, rng)
     proofs = [(partial(margin_inside, operator, centre, threshold), 0)] if centre is not None else []
     for sign, line, count in sides:
@@ -288,10 +284,10 @@ def _by_powers(
     return None
 
 
-def _by_range(a: sp.csc_array, threshold: float, sides: _Sides, memory_bytes: int | None, seed: int) -> Count | None:
+def _by_range(a: sp.csc_array, threshold: float, sides: _Sides, memory_bytes: int | None) -> Count | None:
     """The count, where the numerical range proves one of the sides."""
     for sign, line, count in sides:
-        end = numerical_range_end(a if sign == 1 else -a, right_of=line, memory_bytes=memory_bytes, seed=seed)
+        end = numerical_range_end(a if sign == 1 else -a, right_of=line, memory_bytes=memory_bytes)
         if end.bound > line:
             return Count(threshold, count, "proved: numerical range", end.bound - line, computed=False)
     return None
@@ -341,9 +337,8 @@ def _by_discs(
     threshold: float,
     memory_bytes: int | None,
     known: tuple[Array, Array] | None,
-    seed: int,
 ) -> Count:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if a.shape[0] <= DENSE_ORDER:
         return _dense_count(a.toarray(), region, threshold)
     search = _Search(a, region, memory_bytes, rng)

@@ -25,6 +25,7 @@ import numpy as np
 from stiffcore.eigen import panels
 from stiffcore.eigen.dense import Eigenvectors, hessenberg_eigenvalues, sort_eigenvalues, to_hessenberg
 from stiffcore.eigen.panels import Panels, SingularError
+from stiffcore.eigen.sparse import EPS
 from stiffcore.errors import StiffcoreError
 
 # The block that should vanish, beside the matrix (Frobenius norms).
@@ -38,7 +39,6 @@ NEAR = 1e-2
 MOST_STEPS = 60
 SEED = 0
 SMALLEST = 1e-120
-EPS = float(np.finfo(np.float64).eps)
 # Of inverse iteration: beside the eigenvalue, for factors that are not singular, relative to the norm.
 OFFSET = 1e-10
 ITERATIONS = 3

@@ -32,7 +32,9 @@ from stiffcore.eigen.sparse import (
     product,
 )
 
-# Asked for beyond `each_end`: a converged neighbour further in shows that nothing further out was passed over.
+# Eigenvalues at either end, at least.
+EACH_END = 3
+# Asked for beyond these: a converged neighbour further in shows that nothing further out was passed over.
 SPARE = 3
 # Of ARPACK, relative to each eigenvalue: a Rayleigh quotient of both vectors then has an error of its square.
 ARNOLDI_TOLERANCE = 1e-10
@@ -52,12 +54,9 @@ class Extremes:
 
     Attributes:
         values: (m,) complex, ascending by real part, then imaginary part; conjugate pairs are complete and exact, real
-            eigenvalues have imaginary part zero. `each_end` of them at either end at least, where there are so many.
+            eigenvalues have imaginary part zero. `EACH_END` of them at either end at least, where there are so many.
         vectors: right and left eigenvectors (k, m) of unit norm; the left ones NaN, and `converged` false, where A has
             no transpose.
-        residual: (m,) |A x - lambda x|.
-        left_residual: (m,) |y^H A - lambda y^H|.
-        condition: (m,) 1 / |y^H x|.
         converged_right: whether two starts agree on the eigenvalues of largest real part.
         converged_left: the same of the smallest.
         note: how they were found, and what did not converge.
@@ -65,16 +64,13 @@ class Extremes:
 
     values: Array
     vectors: Eigenvectors
-    residual: Array
-    left_residual: Array
-    condition: Array
     converged_right: bool
     converged_left: bool
     note: str
 
 
-# value, right and left vector, both residuals, condition
-_Column = tuple[complex, Array, Array, float, float, float]
+# value, right and left vector, the larger of both residuals
+_Column = tuple[complex, Array, Array, float]
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class _Side:
     note: str = ""
 
 
-def extremes(a: Any, *, each_end: int = 3, seed: int = 0, memory_bytes: int | None = None) -> Extremes:
+def extremes(a: Any, *, memory_bytes: int | None = None) -> Extremes:
     """Find the eigenvalues of largest and of smallest real part.
 
     Two starts that agree are strong evidence, not a proof: `stiffcore.eigen.counting.count_left` proves. Of a multiple
@@ -105,8 +101,6 @@ def extremes(a: Any, *, each_end: int = 3, seed: int = 0, memory_bytes: int | No
     Args:
         a: (k, k) real: sparse, dense, or a `LinearOperator` (with `rmatvec` for left vectors). Shift-invert needs a
             matrix: see `stiffcore.eigen.sparse.host_matrix`.
-        each_end: how many at either end.
-        seed: of the start vectors.
         memory_bytes: what a sparse LU may take; where it does not fit, Arnoldi's answer stands and the note says so.
 
     Returns:
@@ -118,13 +112,13 @@ def extremes(a: Any, *, each_end: int = 3, seed: int = 0, memory_bytes: int | No
     """
     matrix = a if isinstance(a, LinearOperator) else as_sparse(a)
     k = matrix.shape[0]
-    if k <= max(DENSE_ORDER, 4 * (each_end + SPARE)):
-        return _dense_extremes(_to_dense(matrix), each_end)
+    if k <= max(DENSE_ORDER, 4 * (EACH_END + SPARE)):
+        return _dense_extremes(_to_dense(matrix))
     products = _products(matrix)
     sides = {}
     for which in ("SR", "LR"):
-        rng = np.random.default_rng([seed, which == "LR"])
-        sides[which] = _search(products, matrix, which, each_end, rng, memory_bytes)
+        rng = np.random.default_rng([0, which == "LR"])
+        sides[which] = _search(products, matrix, which, rng, memory_bytes)
     left, right = sides["SR"], sides["LR"]
     return _assembled(
         products,
@@ -139,12 +133,11 @@ def extremes(a: Any, *, each_end: int = 3, seed: int = 0, memory_bytes: int | No
     )
 
 
-def spectral_radius(a: Any, *, seed: int = 0) -> float:
+def spectral_radius(a: Any) -> float:
     """The largest |lambda|, by Arnoldi from two starts: the larger of both. Not proved.
 
     Args:
         a: (k, k) real: sparse, dense or a `LinearOperator`.
-        seed: of the start vectors.
 
     Returns:
         The radius; 0 for k = 0, NaN where Arnoldi did not converge.
@@ -156,7 +149,7 @@ def spectral_radius(a: Any, *, seed: int = 0) -> float:
     k = matrix.shape[0]
     if k <= DENSE_ORDER:
         return float(np.abs(np.linalg.eigvals(_to_dense(matrix))).max(initial=0.0))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     runs = [_arnoldi(_products(matrix)[0], k, "LM", SPARE, space, rng) for space in SPACES[0]]
     if not all(run.converged for run in runs):
         return math.nan
@@ -292,23 +285,22 @@ def _search(
     products: tuple[Product, Product | None],
     matrix: sp.csc_array | LinearOperator,
     which: str,
-    each_end: int,
     rng: np.random.Generator,
     memory_bytes: int | None,
 ) -> _Side:
     """Arnoldi; then shift-invert where there is a matrix whose LU fits, Arnoldi in a larger space where not."""
-    side = _arnoldi_side(products, matrix.shape[0], which, each_end, SPACES[0], rng)
+    side = _arnoldi_side(products, matrix.shape[0], which, SPACES[0], rng)
     if side.converged:
         return side
     note = ""
     host = host_matrix(matrix)
     if host is not None:
         try:
-            inverted = _shift_invert_side(host, which, each_end, rng, memory_bytes)
+            inverted = _shift_invert_side(host, which, rng, memory_bytes)
             return inverted if inverted.converged or len(inverted.run.values) >= len(side.run.values) else side
         except (FillError, ZeroDivisionError) as error:
             note = f"; no shift-invert: {error}"
-    larger = _arnoldi_side(products, matrix.shape[0], which, each_end, SPACES[1], rng)
+    larger = _arnoldi_side(products, matrix.shape[0], which, SPACES[1], rng)
     return replace(larger, note=larger.note + note)
 
 
@@ -316,20 +308,19 @@ def _arnoldi_side(
     products: tuple[Product, Product | None],
     k: int,
     which: str,
-    each_end: int,
     spaces: tuple[int, int],
     rng: np.random.Generator,
 ) -> _Side:
     apply, transposed = products
-    run = _arnoldi(apply, k, which, each_end + SPARE, spaces[0], rng)
-    other = _arnoldi(transposed or apply, k, which, each_end + SPARE, spaces[1], rng)
+    run = _arnoldi(apply, k, which, EACH_END + SPARE, spaces[0], rng)
+    other = _arnoldi(transposed or apply, k, which, EACH_END + SPARE, spaces[1], rng)
     note = f"Arnoldi, two starts, {spaces[0]} and {spaces[1]} vectors"
-    return _compared(run, other, which, each_end, note, paired=transposed is not None)
+    return _compared(run, other, which, note, paired=transposed is not None)
 
 
-def _compared(run: _Run, other: _Run, which: str, each_end: int, note: str, *, paired: bool) -> _Side:
+def _compared(run: _Run, other: _Run, which: str, note: str, *, paired: bool) -> _Side:
     """Hold the outermost of two runs against each other; `paired` where the other one is of the transpose."""
-    outer = _outermost(run, which, each_end)
+    outer = _outermost(run, which, EACH_END)
     left = np.full((len(run.vectors), len(outer)), np.nan, complex)
     agree = run.converged and other.converged and len(outer) > 0 and len(other.values) > 0
     scale = np.abs(np.concatenate([run.values, other.values])).max(initial=0.0)
@@ -342,41 +333,38 @@ def _compared(run: _Run, other: _Run, which: str, each_end: int, note: str, *, p
             overlap = abs(np.vdot(left[:, column], run.vectors[:, i]))
             allowed = min(max(AGREEMENT, 20 * ARNOLDI_TOLERANCE / max(overlap, EPS)), WORST_AGREEMENT)
         agree &= bool(abs(other.values[j] - run.values[i]) <= allowed * scale)
-    for j in _outermost(other, which, each_end):
+    for j in _outermost(other, which, EACH_END):
         agree &= bool(np.abs(run.values - other.values[j]).min(initial=np.inf) <= WORST_AGREEMENT * scale)
     kept = _Run(run.values[outer], run.vectors[:, outer], run.converged)
     return _Side(kept, left, bool(agree), note if agree else note + ", which did not find the same eigenvalues")
 
 
-def _shift_invert_side(
-    matrix: sp.csc_array, which: str, each_end: int, rng: np.random.Generator, memory_bytes: int | None
-) -> _Side:
+def _shift_invert_side(matrix: sp.csc_array, which: str, rng: np.random.Generator, memory_bytes: int | None) -> _Side:
     """From shifts outside of the spectrum, and once more, of the transpose, from shifts beside what that found."""
     sign = 1 if which == "LR" else -1
     norm = norm_bound(matrix) or 1.0
-    rough = _arnoldi(partial(product, matrix), matrix.shape[0], which, each_end + SPARE, SPACES[1][0], rng, 1e-2)
+    rough = _arnoldi(partial(product, matrix), matrix.shape[0], which, EACH_END + SPARE, SPACES[1][0], rng, 1e-2)
     outside = sign * (logarithmic_norm(sign * matrix) + 1e-3 * norm)
     runs = []
     for adjoint, distance in ((False, 1e-2), (True, 1e-3)):
         best = rough.values[_outermost(rough, which, 3)]
         targets = [complex(outside + sign * distance * norm), *(best + sign * distance * norm)]
-        found = [nearest(Shifted(matrix, z, memory_bytes), each_end + SPARE, rng, adjoint=adjoint) for z in targets]
+        found = [nearest(Shifted(matrix, z, memory_bytes), EACH_END + SPARE, rng, adjoint=adjoint) for z in targets]
         values, vectors = (np.concatenate([pair[i] for pair in found], axis=-1) for i in (0, 1))
         values[np.abs(values) <= EPS * norm] = 0  # smaller than its rounding
         rough = _upper(values, vectors, True)
         runs.append(rough)
-    return _compared(runs[0], runs[1], which, each_end, "shift-invert, twice", paired=True)
+    return _compared(runs[0], runs[1], which, "shift-invert, twice", paired=True)
 
 
-def _dense_extremes(a: Array, each_end: int) -> Extremes:
+def _dense_extremes(a: Array) -> Extremes:
     if len(a) == 0:
-        none, empty = np.zeros(0), np.zeros((0, 0), complex)
-        vectors = Eigenvectors(empty, empty, np.zeros(0, bool))
-        return Extremes(np.zeros(0, complex), vectors, none, none, none, True, True, "order 0")
+        empty = np.zeros((0, 0), complex)
+        return Extremes(np.zeros(0, complex), Eigenvectors(empty, empty, np.zeros(0, bool)), True, True, "order 0")
     values, left, right = scipy.linalg.eig(a, left=True, right=True)
     upper = np.flatnonzero(values.imag >= 0)
     run = _Run(values[upper], right[:, upper].astype(complex), True)
-    chosen = np.unique(np.concatenate([_outermost(run, which, each_end) for which in ("SR", "LR")]))
+    chosen = np.unique(np.concatenate([_outermost(run, which, EACH_END) for which in ("SR", "LR")]))
     kept = _Run(run.values[chosen], run.vectors[:, chosen], True)
     apply, transposed = partial(product, sp.csc_array(a)), partial(product, sp.csc_array(a.T))
     return _assembled((apply, transposed), kept, left[:, upper[chosen]].astype(complex), (True, True), "dense")
@@ -398,19 +386,18 @@ def _assembled(
         value = found if abs(value - found) > AGREEMENT * scale else value
         value = complex(value.real, 0.0 if real else abs(value.imag))
         ya = transposed(y.conj()).conj() if transposed is not None else np.full_like(y, np.nan)
-        residuals = float(np.linalg.norm(ax - value * x)), float(np.linalg.norm(ya - np.conj(value) * y))
-        condition = 1 / float(abs(overlap)) if overlap != 0 else math.inf
-        columns.append((value, x, y, *residuals, condition))
+        # nan stays, unlike with max()
+        residual = float(np.maximum(np.linalg.norm(ax - value * x), np.linalg.norm(ya - np.conj(value) * y)))
+        columns.append((value, x, y, residual))
         if not real:
-            columns.append((value.conjugate(), x.conj(), y.conj(), *residuals, condition))
+            columns.append((value.conjugate(), x.conj(), y.conj(), residual))
     columns = _once(columns)
     values = np.array([c[0] for c in columns], complex)
     shape = (len(left), len(columns))
     right_vectors, left_vectors = (np.array([c[i] for c in columns], complex).T.reshape(shape) for i in (1, 2))
-    right_residual, left_residual, conditions = (np.array([c[i] for c in columns], float) for i in (3, 4, 5))
-    good = (right_residual <= AGREEMENT * scale) & (left_residual <= AGREEMENT * scale)
+    good = np.array([c[3] for c in columns]) <= AGREEMENT * scale
     vectors = Eigenvectors(right_vectors, left_vectors, good)
-    return Extremes(sort_eigenvalues(values), vectors, right_residual, left_residual, conditions, *converged, note)
+    return Extremes(sort_eigenvalues(values), vectors, *converged, note)
 
 
 def _once(columns: list[_Column]) -> list[_Column]:

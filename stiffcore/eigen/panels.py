@@ -93,7 +93,7 @@ def _add_product(block: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray)
         block[row : row + STRIPE] += factor * (a[row : row + STRIPE] @ b)
 
 
-def copy(a: Panels, out: Panels, *, shift: complex = 0.0, first: int = 0, tell: Tell = _silent) -> None:
+def copy(a: Panels, out: Panels, *, shift: complex = 0.0, first: int = 0) -> None:
     """out = a[first:, first:] + shift I, as much of it as `out` is large; panels may differ in width."""
     for j in out.missing():
         start, stop = out.columns(j)
@@ -106,7 +106,6 @@ def copy(a: Panels, out: Panels, *, shift: complex = 0.0, first: int = 0, tell: 
                 block[:, low - first - start : high - first - start] = rows[:, low - left : high - left]
         block[np.arange(start, stop), np.arange(stop - start)] += shift
         out.write(j, block)
-        tell(j + 1, out.shards)
 
 
 def transpose(a: Panels, out: Panels, tell: Tell = _silent) -> None:

@@ -44,9 +44,9 @@ UNSEEN = 100
 REACHES = (1.0, 1.15, 1.4, 1.8, 2.5, 4.0, 8.0)
 
 
-def ritz_values(apply: Product, k: int, rng: np.random.Generator, steps: int = HULL_STEPS) -> Array:
-    """Eigenvalues of the Hessenberg matrix of so many Arnoldi steps: a picture of the spectrum's hull, from inside."""
-    steps = min(steps, k)
+def ritz_values(apply: Product, k: int, rng: np.random.Generator) -> Array:
+    """Eigenvalues of the Hessenberg matrix of `HULL_STEPS` Arnoldi steps: the spectrum's hull, from inside."""
+    steps = min(HULL_STEPS, k)
     basis, h = np.zeros((steps + 1, k)), np.zeros((steps + 1, steps))
     basis[0] = rng.standard_normal(k)
     basis[0] /= np.linalg.norm(basis[0])

@@ -345,14 +345,13 @@ def proved_least(s: sp.csc_array, sigma: float) -> float | None:
     return sigma - delta - EPS * abs(sigma) if math.isfinite(delta) else None
 
 
-def smallest_singular_value(a: Any, z: complex, *, memory_bytes: int | None = None, seed: int = 0) -> float:
+def smallest_singular_value(a: Any, z: complex, *, memory_bytes: int | None = None) -> float:
     """The smallest singular value of A - zI, by inverse Lanczos iteration; converged, not a bound.
 
     Args:
         a: (k, k) real, sparse or dense, k at least 1.
         z: the shift.
         memory_bytes: what the factorisation may take.
-        seed: of the start vector.
 
     Returns:
         The distance from A - zI to the nearest singular matrix in the 2-norm; 0 where that is below working precision,
@@ -373,7 +372,7 @@ def smallest_singular_value(a: Any, z: complex, *, memory_bytes: int | None = No
         operator = LinearOperator(
             (k, k), lambda x: shifted.solve(shifted.solve(x.ravel(), adjoint=True)), dtype=shifted.dtype
         )
-        start = _random(k, shifted.dtype, np.random.default_rng(seed))
+        start = _random(k, shifted.dtype, np.random.default_rng(0))
         largest = eigsh(operator, k=1, which="LA", v0=start, tol=1e-10, return_eigenvectors=False)
     except ZeroDivisionError:
         return 0.0

@@ -1,1 +1,1 @@
-"""Linearisation of functions, and the exact reduction of their Jacobians."""
+"""Linearisation of functions: products, graphs, exact reductions, sparse matrices, tensor slices, and factors."""

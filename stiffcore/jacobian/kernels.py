@@ -34,8 +34,8 @@ def convolution_by_products(x: Tensor, weight: Tensor, bias: Tensor | None, padd
     return (total if bias is None else total + bias).permute(0, 3, 1, 2)
 
 
-def use_products(node: fx.Node) -> bool:
-    """Rewrite an `aten.convolution` node to `convolution_by_products` where that is faster; whether it was."""
+def use_products(node: fx.Node) -> None:
+    """Rewrite an `aten.convolution` node to `convolution_by_products` where that is faster."""
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
     shape = node.meta["shape"]
     plain = bool(not transposed and groups == 1 and all(s == 1 for s in (*stride, *dilation)))  # type: ignore[misc]
@@ -43,7 +43,6 @@ def use_products(node: fx.Node) -> bool:
     if plain and small:
         node.target = convolution_by_products
         node.args = (x, weight, bias, padding)
-    return plain and small
 
 
 def products_items(x: tuple[int, ...], out: tuple[int, ...], padding: list[int]) -> int:

@@ -136,3 +136,9 @@ class Linearisation:
 def _is_about_batching(error: RuntimeError) -> bool:
     text = str(error).lower()
     return ("vmap" in text or "batching rule" in text) and "random" not in text
+
+
+def complex_product(product: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """A real product of complex rows: of their real and imaginary parts, all at once."""
+    both = product(torch.cat([rows.real, rows.imag]).contiguous())
+    return torch.complex(both[: len(rows)], both[len(rows) :])

@@ -25,7 +25,7 @@ from stiffcore.errors import InputError
 from stiffcore.jacobian.accumulation import Accumulation, Steps
 from stiffcore.jacobian.colouring import Colouring, Integers, Reach, ReachError
 from stiffcore.jacobian.graph import FunctionGraph, Waist, by_position, live_items, reach_of
-from stiffcore.jacobian.linearise import Function, Linearisation
+from stiffcore.jacobian.linearise import Function, Linearisation, complex_product
 from stiffcore.study import PROBES, BlockFunction, Build
 
 # What random tangents may disagree by, relative to the largest entry of J t; rounding stays far below it.
@@ -268,13 +268,14 @@ class Reduction:
         """
         if self.route is Route.FULL:
             return _scatter(right, self.index, self.n), _scatter(left, self.index, self.n)
-        if self.head is None or self.tail is None:
+        head, tail = self.head, self.tail
+        if head is None or tail is None:
             u = _scatter(right, self.index, self.n)
-            v = _complex(self.jacobian.vjp, _scatter(left, self.index, self.n))
+            v = complex_product(self.jacobian.vjp, _scatter(left, self.index, self.n))
             v[:, self.index] = values[:, None] * left  # not through J, where mu is at the level of rounding
             return u, v
-        u = _complex(lambda t: self._masked(self.tail.jvp(t)), _scatter(right, self.index, self.tail.n))
-        v = _complex(self.head.vjp, _scatter(left, self.index, self.head.m))
+        u = complex_product(lambda t: self._masked(tail.jvp(t)), _scatter(right, self.index, tail.n))
+        v = complex_product(head.vjp, _scatter(left, self.index, head.m))
         if self.mask is not None:
             v = v * self.mask + values[:, None] * v
         return u, v
@@ -632,8 +633,3 @@ def _scatter(rows: Tensor, index: Tensor, size: int) -> Tensor:
     out = rows.new_zeros((len(rows), size))
     out[:, index] = rows
     return out
-
-
-def _complex(product, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    both = product(torch.cat([rows.real, rows.imag]).contiguous())
-    return torch.complex(both[: len(rows)], both[len(rows) :])

@@ -24,9 +24,9 @@ from stiffcore.networks.checkpoint import (
     refuse_nonfinite,
     weights_digest,
 )
+from stiffcore.study import Pool
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
-POOLS = ("auto", "max", "none")
 
 _FACTORY_FORM = "package.module:factory"
 _RANDOM = "random"
@@ -146,8 +146,8 @@ def _check_request(network: str, dtype: torch.dtype, pool: str, is_factory: bool
     problems = _dtype_problems(dtype)
     if not is_factory and network not in RESNETS:
         problems.append(f"unknown network {network!r}: use one of {', '.join(RESNETS)}, or {_FACTORY_FORM}")
-    if pool not in POOLS:
-        problems.append(f"unknown pool {pool!r}: use one of {', '.join(POOLS)}")
+    if pool not in list(Pool):
+        problems.append(f"unknown pool {pool!r}: use one of {', '.join(Pool)}")
     elif is_factory and pool != "auto":
         problems.append(f"pool {pool!r} is for {', '.join(RESNETS)} only: let {network} build its own pooling")
     if is_factory and is_random:

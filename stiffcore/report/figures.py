@@ -13,6 +13,7 @@ from stiffcore.picture import Picture, stored_picture
 from stiffcore.report.statistics import METRICS, certified, metrics_of, spread
 from stiffcore.run import DONE, Run, state_of
 from stiffcore.spectra import Spectrum
+from stiffcore.study import Kind
 
 INK, COMPUTED, EXACT, RANGE, PAPER = "#222222", "#1f5fa8", "#c2571a", "#3a8f6b", "#a8326b"
 COLUMNS = 4
@@ -71,7 +72,7 @@ def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
             both = np.concatenate([values[:0:-1], values])
             levels = np.floor(np.log10(max(values.max(), 1e-300))) - np.arange(4)[::-1]
             axis.contour(picture.re, im, np.log10(np.maximum(both, 1e-300)), levels, colors=RANGE, linewidths=0.5)
-    if spectrum.kind == "singular":
+    if spectrum.kind == Kind.SINGULAR:
         values = np.concatenate([spectrum.computed, np.ones(spectrum.ones)])
         axis.semilogy(np.sort(values[values > 0])[::-1], color=COMPUTED)
         axis.set_title(f"{spectrum.name}, {spectrum.n:,} values, {spectrum.zeros:,} zeros", fontsize=8)
@@ -167,5 +168,5 @@ def heat(rows: pd.DataFrame, function: str) -> Figure | None:
 
 def paper_values(network: str) -> list[dict[str, float]]:
     """The paper's means of S and of the negative share, by block; empty where it has none of this network."""
-    published = json.loads((files("stiffcore.report") / "paper.json").read_text())["networks"].get(network, [])
-    return [p for p in published if all(math.isfinite(v) for v in p.values())]
+    published = json.loads((files("stiffcore.report") / "paper.json").read_text())["networks"].get(network, {})
+    return [p for p in published.get("by_block", []) if all(math.isfinite(v) for v in p.values())]

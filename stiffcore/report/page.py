@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from stiffcore.errors import InputError
 from stiffcore.metrics import spell
 from stiffcore.report import figures
-from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations
+from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations, labelled
 from stiffcore.report.tables import mean_cells, means_of, percent
 from stiffcore.run import DONE, Run, status_summary
-from stiffcore.study import Kind
+from stiffcore.store import IMAGES
+from stiffcore.study import Kind, Solver
 
 # A figure and its caption.
 Drawn = tuple[Figure, str]
@@ -84,14 +85,14 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         uncertified=has[~has["certified"].astype(bool)].to_dict("records"),
         failed=rows[rows["state"] == "failed"].to_dict("records"),
         infinite=bool(np.isinf(has["S"]).any()),
-        ends=bool((has["solver"] == "extremes").any()),
+        ends=bool((has["solver"] == Solver.EXTREMES).any()),
         paper=figures.paper_values(run.header["study"]["network"]),
     )
 
 
 def _figures(run: Run, rows: pd.DataFrame) -> dict[str, Drawn]:
     found: dict[str, tuple[Figure | None, str]] = {}
-    network, index = run.header["study"]["network"], run.store.get_array("images", "index")
+    network, index = run.header["study"]["network"], run.store.get_array(IMAGES, "index")
     for (kind, function), part in rows.groupby(["kind", "function"]):
         what = f"{kind} of {function}"
         for image in sorted(set(rows["image"]))[:IMAGES_DRAWN]:
@@ -123,14 +124,14 @@ def _means(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Tables of means over images: by block and, where there are several labels, by label; kinds apart."""
     found = []
     for kind, part in certified(rows).groupby("kind", sort=False):
-        ways = [("block", ["number", "block", "function"], part)]
+        ways = [("block", ["number", "block", "function"])]
         if rows["label"].nunique() > 1:
-            ways.append(("label", ["label", "function"], part[part["label"] >= 0]))
-        for first, by, chosen in ways:
+            ways.append(("label", ["label", "function"]))
+        for first, by in ways:
             groups = [
                 {"name": " ".join(map(str, group[:-1])), "function": group[-1], "cells": mean_cells(some)}
                 | {"images": some["image"].nunique()}
-                for group, some in chosen.groupby(by)
+                for group, some in (labelled(part) if first == "label" else part).groupby(by)
             ]
             found.append({"kind": kind, "first": first, "headers": [h for h, _, _ in means_of(part)], "groups": groups})
     return found

@@ -7,6 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from stiffcore.run import DONE
+from stiffcore.study import Kind
 
 METRICS = ("S_active", "negative")
 SINGULAR_METRICS = ("condition", "effective_rank")
@@ -18,12 +19,17 @@ SIGNIFICANT = 0.05
 
 def metrics_of(rows: pd.DataFrame) -> tuple[str, ...]:
     """The metrics that a study of this kind is about: stiffness and signs, or of singular values the condition."""
-    return SINGULAR_METRICS if set(rows.get("kind", ())) == {"singular"} else METRICS
+    return SINGULAR_METRICS if set(rows.get("kind", ())) == {str(Kind.SINGULAR)} else METRICS
 
 
 def certified(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of `Run.metrics` whose spectra are certified: all statistics are of these."""
     return rows[(rows["state"].isin(DONE)) & rows["certified"].astype(bool)]
+
+
+def labelled(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of images whose label is known."""
+    return rows[rows["label"] >= 0]
 
 
 def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS) -> pd.DataFrame:
@@ -61,9 +67,7 @@ def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRI
     return pd.DataFrame(found)
 
 
-def correlations(
-    rows: pd.DataFrame, metrics: Sequence[str] | None = None, outcomes: Sequence[str] = OUTCOMES
-) -> pd.DataFrame:
+def correlations(rows: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Correlate each metric of each block with accuracy (an image classified correctly, 1 or 0) and loss.
 
     Pearson's r with the p-value of the t-test (as the paper has it), Spearman's rho, and the p-values of all tests of
@@ -73,7 +77,6 @@ def correlations(
     Args:
         rows: from `Run.metrics`, of one kind and one function.
         metrics: names of `stiffcore.metrics.NAMES`; None: those of the kind, see `metrics_of`.
-        outcomes: `correct`, `loss`.
 
     Returns:
         One row a block, metric and outcome: `number`, `block`, `metric`, `outcome`, `images` (with both finite),
@@ -83,7 +86,7 @@ def correlations(
     found = []
     for (number, block), part in certified(rows).groupby(["number", "block"], sort=True):
         for metric in metrics or metrics_of(rows):
-            for outcome in outcomes:
+            for outcome in OUTCOMES:
                 pair = part[[metric, outcome]].astype(float)
                 pair = pair[np.isfinite(pair).all(axis=1)]
                 x, y = pair[metric].to_numpy(), pair[outcome].to_numpy()

@@ -9,15 +9,15 @@ from rich.table import Table
 
 from stiffcore.metrics import spell
 from stiffcore.plan import Plan, UnitPlan
-from stiffcore.report.statistics import SIGNIFICANT, certified, correlations
+from stiffcore.report.statistics import SIGNIFICANT, certified, correlations, labelled
 from stiffcore.run import DONE, Run, state_of
-from stiffcore.study import Kind, Solver, format_bytes
+from stiffcore.study import Kind, Solver, counted, format_bytes
 
 
 def plan_table(plan: Plan) -> Table:
     """One row a unit, cheap first: what it is, how it will be solved, and what that takes."""
     images = len({p.unit.image for p in plan.units}) > 1
-    table = _table("Plan", f"{plan.workers} side by side, {count(plan.threads, 'thread', 'threads')} each")
+    table = _table("Plan", f"{plan.workers} side by side, {counted(plan.threads, 'thread', 'threads')} each")
     for name in (["image"] if images else []) + ["block", "function"]:
         table.add_column(name)
     for name in ("n", "k", "memory", "device", "disk", "moved", "flops", "time"):
@@ -67,9 +67,9 @@ def plan_summary(plan: Plan) -> str:
     without = len(plan.units) - len(working) - refused
     largest = max((p.projected_bytes for p in working), default=0)
     return (
-        f"to compute: {count(len(working), 'spectrum', 'spectra')}"
-        + (f" ({count(without, 'unit has', 'units have')} none)" if without else "")
-        + (f"; refused: {count(refused, 'unit', 'units')}, the budget is too small" if refused else "")
+        f"to compute: {counted(len(working), 'spectrum', 'spectra')}"
+        + (f" ({counted(without, 'unit has', 'units have')} none)" if without else "")
+        + (f"; refused: {counted(refused, 'unit', 'units')}, the budget is too small" if refused else "")
         + f"; about {seconds(plan.seconds)} by rates measured now, {plan.workers} side by side; "
         f"memory{' of each worker' if plan.separate else ''}: {format_bytes(plan.allowed_bytes)} allowed, "
         f"{format_bytes(plan.reserved_bytes)} reserved, "
@@ -85,11 +85,6 @@ def _device(plan: Plan) -> str:
         f"; device: {format_bytes(plan.device_allowed_bytes)} allowed, "
         f"{format_bytes(plan.device_reserved_bytes)} reserved, largest unit {format_bytes(largest)}"
     )
-
-
-def count(number: int, one: str, many: str) -> str:
-    """A number with its noun."""
-    return f"{number} {one if number == 1 else many}"
 
 
 def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -236,7 +231,8 @@ def means_table(rows: pd.DataFrame, by: str = "block") -> Table:
     for name in ("images", *(header for header, _, _ in means_of(rows))):
         table.add_column(name, justify="right")
     names = ["number", "block", "function"] if by == "block" else [by, "function"]
-    for group, part in certified(rows).groupby(names):
+    chosen = certified(rows) if by == "block" else labelled(certified(rows))
+    for group, part in chosen.groupby(names):
         first = _block(*group[:2]) if by == "block" else str(group[0])
         table.add_row(first, group[-1], str(part["image"].nunique()), *mean_cells(part))
     return table

@@ -22,7 +22,7 @@ import zarr
 from stiffcore.store.metadata import FORMAT, is_there
 from stiffcore.store.remote import StoreError
 from stiffcore.store.runs import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
-from stiffcore.store.tiles import Tile, TiledMatrix, file_rows
+from stiffcore.store.tiles import TiledMatrix, file_rows
 from stiffcore.store.workspace import StoredWorkspace
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "RunStore",
     "StoreError",
     "StoredWorkspace",
-    "Tile",
     "TiledMatrix",
     "file_rows",
     "is_there",

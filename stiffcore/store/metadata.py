@@ -120,9 +120,10 @@ def header_in(raw: bytes | None) -> dict[str, Any] | None:
         found = json.loads(raw or b"")
         attributes, header = found["attributes"], found["attributes"]["stiffcore"]
         whole = attributes[DIGEST] == digest(attributes) and header["format"] == FORMAT
+        whole = whole and (found["zarr_format"], found["node_type"]) == (3, "group")
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return attributes if whole and (found["zarr_format"], found["node_type"]) == (3, "group") else None
+    return attributes if whole else None
 
 
 def only_begun(header: bytes | None) -> bool:

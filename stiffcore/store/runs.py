@@ -46,10 +46,10 @@ from stiffcore.store.metadata import (
 from stiffcore.store.remote import open_store
 from stiffcore.store.tiles import TiledMatrix
 
-# Arrays of a unit that are not needed once its spectrum is certified.
-SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors", "division")
 # The group of what a matrix is divided into, and the field of a unit's record that says what is known of it.
 DIVISION = "division"
+# Arrays of a unit that are not needed once its spectrum is certified.
+SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors", DIVISION)
 # What a unit keeps of real parts where its spectrum is not kept.
 HISTOGRAM = ("histogram", "histogram_edges")
 HEARTBEAT_S = 15.0
