@@ -3,7 +3,8 @@
 ResNet50's block 2 by its ends and ResNet18's layer2.1 by all eigenvalues, one worker, one core. The product rate is
 that of a 2,048 x 2,048 matrix product, the disk rate that of 256 MiB written with fsync and read again, both in this
 run. Operations of the dense stages: 10/3 k^3 for the Hessenberg form, 20/3 k^3 for its eigenvalues (Golub and
-Van Loan). `stored` forces the way that an accumulated matrix took before it was held in memory: through the store.
+Van Loan); LAPACK deflates early and takes fewer, so that `solved` can be over the rate. `stored` forces the way that an
+accumulated matrix took before it was held in memory: through the store.
 """
 
 import tempfile

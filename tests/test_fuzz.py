@@ -197,3 +197,11 @@ def test_a_harmed_header_is_refused_and_the_other_one_read(header, edits, which)
     finally:
         for name, data in good.items():
             (header / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("field", [b"zarr_format", b"node_type"])
+def test_a_header_without_a_field_of_zarrs_own_is_restored_from_its_copy(header, field):
+    good = (header / "zarr.json").read_bytes()
+    (header / "zarr.json").write_bytes(good.replace(field, field[::-1]))
+    assert RunStore.restore(str(header))
+    assert (header / "zarr.json").read_bytes() == good
