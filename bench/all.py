@@ -10,8 +10,9 @@ import time
 from common import HERE, QUICK
 from page import SECTIONS
 
-# Without a quick way: the long ones.
-SLOW = ("extremes", "imagenet_extremes", "imagenet_plan", "slices", "builds", "unreduced", "workers")
+# Left out of the quick mode: the long ones, and what is made of them.
+SLOW = ("builds", "divide", "divide_costs", "extremes", "imagenet_extremes", "imagenet_plan")
+SLOW += ("slices", "unreduced", "workers")
 
 ON_DEVICE = ("by_hand", "cost", "rates", "stages")
 

@@ -12,10 +12,9 @@ import math
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from common import QUICK, write
+from common import QUICK, moved, write
 
 import stiffcore
 from stiffcore.cluster import InProcess, local_workers
@@ -76,12 +75,6 @@ def session(options, workers=None):
             "moved_bytes": sum(plan["moved_bytes"] for plan in plans),
             "chunk": plans[0]["chunk"],
         }
-
-
-def moved():
-    """Bytes that this process has read and written."""
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["rchar"]), int(lines["wchar"])
 
 
 def divided(at_once, leaf):

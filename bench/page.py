@@ -243,6 +243,42 @@ def stages(f: dict[str, Any]) -> str:
     )
 
 
+def divide(f: dict[str, Any]) -> str:
+    d, w, matrix = f["divided"], f["dense"], mib(f["matrix_bytes"])
+    moved = [f"{d[name] / 1e9:,.1f}" for name in ("read_bytes", "written_bytes")]
+    share = f"{100 * d['share_of_product_rate']:.0f} %"
+    rows = [
+        ["whole, LAPACK", matrix, "-", mib(w["peak_bytes"]), "-", "-", seconds(w["seconds"]), "-"],
+        ["divided", matrix, mib(d["allowed_bytes"]), mib(d["peak_bytes"]), *moved, seconds(d["seconds"]), share],
+    ]
+    header = ["way", "matrix, MiB", "allowed, MiB", "peak, MiB", "read, GB", "written, GB", "s", "of the product rate"]
+    said = (
+        f"{f['network']} {f['block']}, k = {f['k']:,}. Blocks of {d['columns']:,} columns, parts of {d['leaf']:,} "
+        f"solved by LAPACK; {d['operations']:.1e} operations ({d['operations'] / f['k'] ** 3:.0f} k^3); planned to "
+        f"move {d['planned_moved_bytes'] / 1e9:,.0f} GB. The largest distance from an eigenvalue of one way to the "
+        f"nearest of the other is {f['largest_difference']:.1e}, the largest eigenvalue {f['largest_eigenvalue']:.3g}, the sum "
+        f"of what was neglected {d['error']:.1e}. The divisions:"
+    )
+    splits = []
+    for s in d["splits"]:
+        verdict = s["failure"] or ("yes" if 0 < s["beyond"] < s["order"] else "all on one side")
+        small = [f"{s[name]:.0e}" for name in ("trace_error", "neglected")]
+        splits.append([f"{s['order']:,}", s["curve"], f"{s['beyond']:,}", s["steps"], *small, verdict])
+    names = ["order", "curve", "beyond", "steps", "trace off", "neglected / norm", "divided"]
+    return "\n\n".join([table(rows, header), said, table(splits, names)])
+
+
+def divide_costs(f: dict[str, Any]) -> str:
+    rows = []
+    for r in f["rows"]:
+        row = [r["block"], f"{r['k']:,}", f"{r['matrix_bytes'] / 1e9:,.1f}", r["machine"], f"{r['columns']:,}"]
+        row += [f"{r['operations']:.1e}", f"{r['moved_bytes'] / 1e12:,.1f}"]
+        row += [f"{r[name] / 3600:,.1f}" for name in ("arithmetic_s", "moving_s")]
+        rows.append(row)
+    header = ["block", "k", "matrix, GB", "machine", "columns of a block", "operations", "moved, TB"]
+    return table(rows, [*header, "arithmetic, h", "moving, h"])
+
+
 def rates(f: dict[str, Any]) -> str:
     rows = [[name.replace("_", " "), f"{rate / 1e9:,.1f}"] for name, rate in f["flops_per_s"].items()]
     parts = [f"{f['device'] or 'The host'}, order {f['order']:,}:", table(rows, ["kernel", "GF/s"])]
@@ -273,6 +309,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "workers": workers,
     "unreduced": unreduced,
     "imagenet_plan": imagenet_plan,
+    "divide": divide,
+    "divide_costs": divide_costs,
 }
 
 

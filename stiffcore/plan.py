@@ -420,25 +420,38 @@ def _host_dense(
     return plan, why_not
 
 
+def divide_sizes(k: int, data_bytes: int) -> tuple[int, int, int]:
+    """Columns of a panel, panels of a block, and the order that LAPACK solves, for a division within so many bytes."""
+    width = min(DIVIDE_PANEL, k)
+    room = max(0, data_bytes - BLAS_BYTES)
+    fit = (room // (8 * width) - DIVIDE_PASSING * k) // (2 * k + STRIPE)
+    at_once = max(1, min(fit, -(-k // width)))
+    return width, at_once, max(width, min(k, math.isqrt(max(0, room - 16 * width * k) // 8) - 64))
+
+
+def divide_moved_bytes(k: int, columns: int) -> int:
+    """Bytes read and written by a division in blocks of so many columns.
+
+    `DIVIDE_STEPS` steps, each with LU (blocks / 3 times the matrix read), an inverse (blocks times) and five matrices
+    more; twice the blocks to part it; and a third of all that for the parts.
+    """
+    blocks, matrix = -(-k // columns), 8 * k * k
+    step = matrix * (blocks / 3 + blocks + 5)
+    return int(4 / 3 * (DIVIDE_STEPS * step + 2 * blocks * matrix))
+
+
 def _divide(
     unit: Unit, study: Study, machine: Machine, data_bytes: int, stored: tuple[int, int] | None
 ) -> tuple[UnitPlan, str]:
     """Spectral divide and conquer in the store (`eigen.divide`), with blocks as wide as fit.
 
     disk: the matrix, and while it is divided six of its order in float64.
-    moved: `DIVIDE_STEPS` steps, each with LU (blocks / 3 times the matrix read), an inverse (blocks times) and five
-        matrices more; twice the blocks to part it; and a third of all that for the parts.
     """
-    k, width = max(unit.k, 1), min(DIVIDE_PANEL, max(unit.k, 1))
-    room = max(0, data_bytes - BLAS_BYTES)
-    fit = (room // (8 * width) - DIVIDE_PASSING * k) // (2 * k + STRIPE)
-    at_once = max(1, min(fit, -(-k // width)))
-    leaf = max(width, min(k, math.isqrt(max(0, room - 16 * width * k) // 8) - 64))
+    k = max(unit.k, 1)
+    width, at_once, leaf = divide_sizes(k, data_bytes)
     base, matrix, vectors, why_not = _rung(
         Solver.DIVIDE, unit, study, machine, data_bytes, partial(_divide_stages, width, at_once, leaf), stored
     )
-    blocks = -(-k // (width * at_once))
-    step = 8 * k * k * (blocks / 3 + blocks + 5)
     plan = replace(
         base,
         why=f"blocks of {width * at_once:,} columns, parts of {leaf:,} in memory",
@@ -447,7 +460,7 @@ def _divide(
         leaf=leaf,
         disk_bytes=matrix + vectors + 6 * 8 * k * k,
         kept_bytes=vectors + _kept(study, matrix),
-        moved_bytes=int(4 / 3 * (DIVIDE_STEPS * step + 2 * blocks * 8 * k * k)),
+        moved_bytes=divide_moved_bytes(k, width * at_once),
     )
     return plan, why_not
 

@@ -1,0 +1,157 @@
+"""What does the full spectrum of a matrix cost that is four times what memory holds: seconds, bytes moved, digits?
+
+ResNet50's block 2 (bundled weights, the first sample image, k = 7,386; `--quick`: ResNet18's layer4.1, k = 939), solved
+by division in a store within a quarter of the matrix, in a fresh process of one thread, against LAPACK's Hessenberg
+reduction and QR iteration on the whole matrix in another. Memory is the process's peak above what it held before.
+Bytes are those that it asked the kernel to read and write (/proc/self/io), mostly served from the page cache where that
+holds them. Operations are counted from the divisions made: 8/3 n^3 a Newton step (and for a circle), 2 n^2 s for the
+projector of the smaller part s, 2 s^2 (n - s/3) for its QR and 8 n^2 s for both rotations, 10 n^3 for what LAPACK
+solves in the end. The product rate is that of a 2,048 x 2,048 product on the same thread, before the solve.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from common import QUICK, block_calls, moved, write
+from scipy.sparse import csc_array
+from scipy.spatial import cKDTree
+from threadpoolctl import threadpool_limits
+
+from stiffcore.eigen import dense, divide
+from stiffcore.jacobian.reduction import reduce_jacobian
+from stiffcore.memory import own_peak_bytes, reset_peak
+from stiffcore.plan import DIVIDE_PANEL, TILE_ROWS, divide_moved_bytes, divide_sizes
+from stiffcore.store import RunStore, StoredWorkspace
+from stiffcore.unit import sparse_matrix
+
+NETWORK, BLOCK = ("resnet18", "layer4.1") if QUICK else ("resnet50", "layer1.1")
+KEY = "divided"
+SHARE = 4
+
+
+def product_rate(order=2048):
+    a = np.random.default_rng(0).standard_normal((order, order))
+    taken = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        taken.append(time.perf_counter() - start)
+    return 2 * order**3 / min(taken)
+
+
+def workspace(folder):
+    store = RunStore(f"{folder}/run", create=True)
+    if KEY not in store.units():
+        store.update(KEY, stage="built")
+    return StoredWorkspace(store, KEY, TILE_ROWS, DIVIDE_PANEL)
+
+
+def make(folder):
+    """The matrix, panel by panel, as the store has it; and what is added to its eigenvalues."""
+    call = block_calls(NETWORK)[BLOCK]
+    reduction = reduce_jacobian(call.function, call.x)
+    matrix = csc_array(sparse_matrix(reduction, 256))
+    whole = workspace(folder).matrix("whole", reduction.k, reduction.k)
+    for i in range(whole.shards):
+        start, stop = whole.columns(i)
+        whole.write(i, np.asfortranarray(matrix[:, start:stop].toarray()))
+    return {"n": reduction.n, "k": reduction.k, "nonzeros": matrix.nnz, "shift": reduction.shift}
+
+
+def solve_dense(folder, k):
+    """LAPACK on the whole matrix, which is read before the clock starts."""
+    whole = workspace(folder).matrix("whole", k, k)
+    a = np.empty((k, k), order="F")
+    for i in range(whole.shards):
+        a[:, slice(*whole.columns(i))] = whole.read_shard(i)
+    before, start = reset_peak(), time.perf_counter()
+    values = dense.hessenberg_eigenvalues(dense.to_hessenberg(a))
+    found = {"seconds": time.perf_counter() - start, "peak_bytes": a.nbytes + own_peak_bytes() - before}
+    np.save(f"{folder}/dense.npy", dense.sort_eigenvalues(values))
+    return found
+
+
+def solve_divided(folder, k, first):
+    """Division within a quarter of the matrix, as the plan sizes its blocks and parts."""
+    budget = 8 * k * k // SHARE
+    width, at_once, leaf = divide_sizes(k, budget)
+    space = workspace(folder)
+    rate = product_rate()
+    io, before, start = moved(), reset_peak(), time.perf_counter()
+    found = divide.eigenvalues(space.matrix("whole", k, k), space, leaf, first=first, at_once=at_once)
+    seconds = time.perf_counter() - start
+    read, written = (b - a for a, b in zip(io, moved(), strict=True))
+    np.save(f"{folder}/divided.npy", found.values)
+    splits = [
+        {"order": s.order, "curve": s.curve, "beyond": s.beyond, "steps": s.steps, "trace_error": s.trace_error}
+        | {"neglected": s.neglected / s.norm if s.norm else 0.0, "failure": s.failure}
+        for s in found.splits
+    ]
+    return {
+        "seconds": seconds,
+        "allowed_bytes": budget,
+        "peak_bytes": own_peak_bytes() - before,
+        "columns": at_once * width,
+        "planned_moved_bytes": divide_moved_bytes(k, at_once * width),
+        "leaf": leaf,
+        "read_bytes": read,
+        "written_bytes": written,
+        "product_rate": rate,
+        "error": found.error,
+        "splits": splits,
+    }
+
+
+def operations(k, splits):
+    """Counted from the splits made: see above."""
+    total, parts = 0.0, [k]
+    for s in splits:
+        n, small = s["order"], min(s["beyond"], s["order"] - s["beyond"])
+        total += 8 / 3 * n**3 * (s["steps"] + ("|" in s["curve"]))
+        if small:
+            total += 10 * n * n * small + 2 * small * small * (n - small / 3)
+        if small and not s["failure"]:
+            parts.remove(n)
+            parts += [s["beyond"], n - s["beyond"]]
+    return total + sum(10 * n**3 for n in parts)
+
+
+def in_process(step, *args):
+    """Run one step in a fresh process."""
+    program = [sys.executable, __file__, *(["--quick"] if QUICK else []), "step", step, *map(str, args)]
+    return json.loads(subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    if "step" in sys.argv:
+        step, folder, *rest = sys.argv[sys.argv.index("step") + 1 :]
+        with threadpool_limits(1):
+            work = {"make": make, "dense": solve_dense, "divide": solve_divided}[step]
+            print(json.dumps(work(folder, *(int(value) for value in rest))))
+        raise SystemExit
+    with tempfile.TemporaryDirectory() as folder:
+        size = in_process("make", folder)
+        whole = in_process("dense", folder, size["k"])
+        parts = in_process("divide", folder, size["k"], -size["shift"])
+        values, found = (np.load(f"{folder}/{name}.npy") for name in ("dense", "divided"))
+    there, here = (np.stack([v.real, v.imag], axis=1) for v in (values, found))
+    off = max(cKDTree(there).query(here)[0].max(), cKDTree(here).query(there)[0].max())
+    parts["operations"] = operations(size["k"], parts["splits"])
+    parts["share_of_product_rate"] = parts["operations"] / parts["seconds"] / parts["product_rate"]
+    largest = float(np.abs(values).max())
+    write(
+        __file__,
+        {
+            "network": NETWORK,
+            "block": BLOCK,
+            **size,
+            "matrix_bytes": 8 * size["k"] ** 2,
+            "dense": whole,
+            "divided": parts,
+        }
+        | {"largest_difference": float(off), "largest_eigenvalue": largest},
+    )
