@@ -256,8 +256,8 @@ def divide(f: dict[str, Any]) -> str:
         f"{f['network']} {f['block']}, k = {f['k']:,}. Blocks of {d['columns']:,} columns, parts of {d['leaf']:,} "
         f"solved by LAPACK; {d['operations']:.1e} operations ({d['operations'] / f['k'] ** 3:.0f} k^3); planned to "
         f"move {d['planned_moved_bytes'] / 1e9:,.0f} GB. The largest distance from an eigenvalue of one way to the "
-        f"nearest of the other is {f['largest_difference']:.1e}, the largest eigenvalue {f['largest_eigenvalue']:.3g}, the sum "
-        f"of what was neglected {d['error']:.1e}. The divisions:"
+        f"nearest of the other is {f['largest_difference']:.1e}, the largest eigenvalue {f['largest_eigenvalue']:.3g}, "
+        f"the sum of what was neglected {d['error']:.1e}. The divisions:"
     )
     splits = []
     for s in d["splits"]:
