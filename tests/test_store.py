@@ -157,6 +157,20 @@ def test_a_shard_written_twice_is_the_last_one(store):
     assert np.array_equal(m.read(), a)
 
 
+@pytest.mark.parametrize(("rows", "tile"), [(7, 3), (20_000, 256)])
+def test_a_file_that_was_torn_is_written_over(store, rows, tile):
+    m = TiledMatrix.create(store.unit_group("u"), "matrix", (rows, 5), np.dtype("f8"), tile, 2)
+    a = np.random.default_rng(0).standard_normal((rows, 5))
+    fill(m, a)
+    torn = [p for p in files(store.local / "units/u/matrix") if p.name != "zarr.json"]
+    for path in torn:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DamagedError):
+        m.read()
+    fill(m, a)
+    assert np.array_equal(m.read(), a)
+
+
 def test_nan_infinity_and_subnormals_are_numbers_too(store):
     m = TiledMatrix.create(store.unit_group("u"), "matrix", (4, 4), np.dtype("f8"), 2, 2)
     a = np.zeros((4, 4))

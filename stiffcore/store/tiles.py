@@ -6,6 +6,7 @@ from enum import IntEnum
 import numpy as np
 import scipy.sparse
 import zarr
+from zarr.core.sync import sync
 
 from stiffcore.errors import DamagedError
 from stiffcore.store.metadata import UNREADABLE, create_array, is_there, open_array
@@ -118,7 +119,7 @@ class TiledMatrix:
         Returns:
             How many of its tiles are zero and cost nothing.
         """
-        start, stop = self.columns(shard)
+        start = self.columns(shard)[0]
         states = np.full(self._tiles.shape[0], Tile.ZERO, dtype="uint8")
         for first, band in self._bands(block):
             of_band = states[first // self.tile :][: -(-len(band) // self.tile)]
@@ -129,9 +130,18 @@ class TiledMatrix:
                 else:
                     rows[...] = 0  # Zarr does not count -0.0 as the fill value, and would store the tile
             if of_band.any():
-                self._data[first : first + len(band), start:stop] = band
+                self._put(first, start, band)
         self._tiles[:, shard : shard + 1] = states[:, None]
         return int((states == Tile.ZERO).sum())
+
+    def _put(self, first: int, start: int, band: np.ndarray) -> None:
+        where = slice(first, first + len(band)), slice(start, start + band.shape[1])
+        try:
+            self._data[where] = band
+        except ValueError:  # Zarr looks into the file that it replaces, which a writer may have left torn
+            key = self._data.metadata.encode_chunk_key((first // self._band, start // self.shard))
+            sync((self._data.store_path / key).delete())
+            self._data[where] = band
 
     def _bands(self, block: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[int, np.ndarray]]:
         """The bands of a block that may hold a nonzero, dense and writeable, each with its first row."""
