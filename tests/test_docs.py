@@ -18,7 +18,7 @@ from tests.test_house import STAGES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("index", "tutorial", "theory", "store", "architecture", "api", "extremes", "extremes-study")
+PAGES = ("index", "tutorial", "theory", "store", "architecture", "api", "extremes", "extremes-study", "study")
 PROGRAM = "from stiffcore.cli import main; main()"
 
 
