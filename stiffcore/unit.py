@@ -682,6 +682,11 @@ def _count(run: UnitRun) -> dict[str, Any]:
     return {"ends": ends.to_json()}
 
 
+def neglected(record: dict[str, Any]) -> float:
+    """What a unit's solver left out, see `stiffcore.eigen.certificate.certify`."""
+    return float(record["divided"]["error"]) if record["plan"]["solver"] == Solver.DIVIDE and record["k"] else 0.0
+
+
 def _certify(run: UnitRun) -> dict[str, Any]:
     where, reduction = f"units/{run.key}", run.reduction
     moments = certificate.Moments(**run.record["moments"])
@@ -696,7 +701,7 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         )
     else:
         values, chosen, some = _solved(run)
-        found = certificate.certify(reduction, values, chosen, some, moments)
+        found = certificate.certify(reduction, values, chosen, some, moments, neglected=neglected(run.record))
     run.store.put_array(
         where,
         "eigenvalues",

@@ -362,6 +362,9 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
     assert largest_error(found.values, expected.values) < 1e-12
     assert found.metrics["S_active"] == pytest.approx(expected.metrics["S_active"], rel=1e-10)
     assert len(found.record["divided"]["splits"]) >= 3
+    neglected = found.record["divided"]["error"]
+    assert neglected > 0
+    assert all(c.error >= c.condition * neglected for c in found.certificate.certified)
     assert found.numerical_abscissa == pytest.approx(expected.numerical_abscissa, rel=1e-6)
     assert not (small / "divided" / "units" / key / "division").exists()
     assert found.record["division"] is None

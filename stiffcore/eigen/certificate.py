@@ -130,6 +130,7 @@ def certify(
     moments: Moments,
     *,
     complete: bool = True,
+    neglected: float = 0.0,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -140,12 +141,14 @@ def certify(
         vectors: of M, for the chosen ones; None where k = 0.
         moments: of M.
         complete: whether `values` are all, so that they are held against traces.
+        neglected: the norm of what the solver left out (`stiffcore.eigen.divide.Division.error`): a backward error, as
+            rounding is.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
     """
     dtype = reduction.jacobian.dtype
-    certified = _certified(reduction, values[chosen], vectors, moments, dtype) if vectors is not None else ()
+    certified = () if vectors is None else _certified(reduction, values[chosen], vectors, moments, dtype, neglected)
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
     norm = max(moments.frobenius, float(np.finfo(np.float64).tiny))
@@ -187,7 +190,12 @@ def certify(
 
 
 def _certified(
-    reduction: Reduction, values: np.ndarray, vectors: Eigenvectors, moments: Moments, dtype: np.dtype
+    reduction: Reduction,
+    values: np.ndarray,
+    vectors: Eigenvectors,
+    moments: Moments,
+    dtype: np.dtype,
+    neglected: float,
 ) -> tuple[Certified, ...]:
     x = reduction.jacobian.x
     complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
@@ -204,7 +212,7 @@ def _certified(
     )
     condition = 1 / torch.abs((v.to(torch.complex128) * u.to(torch.complex128)).sum(dim=1))
     # of M, and of the skip that was split off: J = s + M is rounded even where M is tiny
-    rounding = float(np.finfo(dtype).eps) * (moments.frobenius + reduction.shift)
+    rounding = float(np.finfo(dtype).eps) * (moments.frobenius + reduction.shift) + neglected
     return tuple(
         Certified(
             value=complex(reduction.shift + value),
