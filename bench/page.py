@@ -273,7 +273,7 @@ def divide_costs(f: dict[str, Any]) -> str:
     for r in f["rows"]:
         row = [r["block"], f"{r['k']:,}", f"{r['matrix_bytes'] / 1e9:,.1f}", r["machine"], f"{r['columns']:,}"]
         row += [f"{r['operations']:.1e}", f"{r['moved_bytes'] / 1e12:,.1f}"]
-        row += [f"{r[name] / 3600:,.1f}" for name in ("arithmetic_s", "moving_s")]
+        row += [f"{r[name] / 3600:,.2g}" for name in ("arithmetic_s", "moving_s")]
         rows.append(row)
     header = ["block", "k", "matrix, GB", "machine", "columns of a block", "operations", "moved, TB"]
     return table(rows, [*header, "arithmetic, h", "moving, h"])
