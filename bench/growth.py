@@ -19,7 +19,7 @@ from common import QUICK, moved, write
 import stiffcore
 from stiffcore.cluster import InProcess, local_workers
 from stiffcore.errors import InputError
-from stiffcore.plan import DIVIDE_PASSING
+from stiffcore.plan import divide_held_bytes
 from stiffcore.session import carry_out_plan, prepare
 
 ORDERS = (256, 512, 1024, 2048)
@@ -92,7 +92,7 @@ def divided(at_once, leaf):
         return {
             "columns": at_once * unit.panel,
             "leaf": leaf,
-            "held_bytes": 8 * max((2 * at_once + DIVIDE_PASSING) * unit.panel * record["k"], leaf**2),
+            "held_bytes": max(divide_held_bytes(record["k"], unit.panel, at_once), 8 * leaf**2),
             "splits": len(record["divided"]["splits"]),
             "error": record["divided"]["error"],
             "seconds": record["seconds"],

@@ -66,10 +66,10 @@ DEVICE_SECONDS = (1.1e-4, 6.2e-8)
 # Of tensor slices: a batch of squares with all that is made of it, and the time that an eigenvalue takes.
 SQUARES_BYTES = 96 << 20
 SQUARE_SECONDS = 6e-7
-# Of `eigen.divide`: columns of a panel; how often one that passes through a block is in memory (as Zarr reads it, as
-# LAPACK takes it, and a product); steps of Newton's iteration, and flops of all, in k^3, as measured.
+# Of `eigen.divide`: columns of a panel; how often one that passes through a block is in memory beside two blocks (4 times
+# on its way to or from Zarr, 5 times while LAPACK factors it); steps of Newton's iteration, and flops of all, in k^3.
 DIVIDE_PANEL = 128
-DIVIDE_PASSING = 3
+DIVIDE_PASSING = 6
 DIVIDE_STEPS = 16
 DIVIDE_FLOPS = 80
 
@@ -427,6 +427,14 @@ def divide_sizes(k: int, data_bytes: int) -> tuple[int, int, int]:
     fit = (room // (8 * width) - DIVIDE_PASSING * k) // (2 * k + STRIPE)
     at_once = max(1, min(fit, -(-k // width)))
     return width, at_once, max(width, min(k, math.isqrt(max(0, room - 16 * width * k) // 8) - 64))
+
+
+def divide_held_bytes(k: int, width: int, at_once: int) -> int:
+    """What the kernels of a division hold (`eigen.panels`): two blocks, a stripe of one, and a panel six times.
+
+    8 * width * (at_once * (2 k + 512) + 6 k).
+    """
+    return 8 * width * (at_once * (2 * k + STRIPE) + DIVIDE_PASSING * k)
 
 
 def divide_moved_bytes(k: int, columns: int) -> int:
@@ -875,16 +883,13 @@ def _divide_stages(
 ) -> dict[str, int]:
     """Stages of the division: panels of all kernels (`eigen.panels`), a part in memory, the certificate's vectors.
 
-    divide: two blocks, a stripe of one, and a panel three times: 8 * width * (at_once * (2 k + 512) + 3 k); before it,
-        the logarithmic norm: the sparse matrix, if any, and Krylov vectors.
+    divide: `divide_held_bytes`; before it, the logarithmic norm: the sparse matrix, if any, and Krylov vectors.
     leaf: LAPACK's own, and a panel that is read.
     """
     k = unit.k
     sparse = 24 * unit.nonzeros
     return {
-        "divide": max(
-            8 * width * (at_once * (2 * k + STRIPE) + DIVIDE_PASSING * k) + BLAS_BYTES, sparse + _krylov_bytes(k)
-        ),
+        "divide": max(divide_held_bytes(k, width, at_once) + BLAS_BYTES, sparse + _krylov_bytes(k)),
         "leaf": dense.to_hessenberg_bytes(leaf, 8) + 16 * width * leaf + BLAS_BYTES,
         "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize),
     }

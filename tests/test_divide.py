@@ -1,6 +1,8 @@
 """Kernels on column panels against SciPy; spectra by division against known ones; cut off anywhere, the same bytes."""
 
 import json
+import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from stiffcore.eigen import divide, panels
 from stiffcore.eigen.panels import SingularError
+from stiffcore.plan import divide_held_bytes
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace, TiledMatrix
 from stiffcore.unit import carry_out
@@ -197,6 +200,39 @@ def test_reflectors_are_an_orthogonal_matrix_that_spans_the_columns(space, colum
     assert np.allclose(q.T @ q, np.eye(N), atol=1e-13)
     assert np.allclose(turned.read(), q.T @ a, atol=1e-13)
     assert np.allclose(turned.read()[columns:], 0, atol=1e-13)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_kernels_hold_what_is_planned(tmp_path, at_once):
+    n, width = 1024, 64
+    store = RunStore(str(tmp_path / "run"), create=True)
+    store.update("u")
+    space = StoredWorkspace(store, "u", 256, width)
+    a = stored(space, "a", random(n, n))
+    lu, x, y, z = (space.matrix(name, n + (name == "lu"), n) for name in ("lu", "x", "y", "z"))
+    half, qr = space.matrix("half", n, n // 2), space.matrix("qr", n + width, n // 2)
+    small = space.matrix("small", n // 2, n // 2)
+    kernels = {
+        "factor": lambda: panels.factor(a, lu, at_once=at_once),
+        "inverse": lambda: panels.inverse(lu, x, scale=2.0, beside=(0.5, a), at_once=at_once),
+        "distance": lambda: panels.distance(a, x),
+        "product": lambda: panels.product(x, partial(divide._gaussian, n), half, shift=1.0, at_once=at_once),
+        "orthogonalise": lambda: panels.orthogonalise(half, qr, at_once=at_once),
+        "rotate": lambda: panels.rotate(qr, a, y, at_once=at_once),
+        "transpose": lambda: panels.transpose(y, z),
+        "copy": lambda: panels.copy(z, small, first=n // 2),
+        "square_trace": lambda: panels.square_trace(a),
+        "norm": lambda: panels.norm(a, shift=1.0),
+    }
+    held = {}
+    for name, kernel in kernels.items():
+        tracemalloc.start()
+        kernel()
+        held[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    allowed = divide_held_bytes(n, width, at_once)
+    assert {name: peak for name, peak in held.items() if peak > allowed} == {}
+    assert max(held.values()) > allowed / 2
 
 
 def test_copies_transposes_and_sums(space):

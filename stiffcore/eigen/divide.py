@@ -390,4 +390,7 @@ def _parted(
 
 def _gaussian(n: int, start: int, stop: int) -> np.ndarray:
     """Columns of a random matrix, each the same whatever the panel that it is in."""
-    return np.stack([np.random.default_rng((SEED, j)).standard_normal(n) for j in range(start, stop)], axis=1)
+    columns = np.empty((n, stop - start), order="F")
+    for j in range(start, stop):
+        columns[:, j - start] = np.random.default_rng((SEED, j)).standard_normal(n)
+    return columns

@@ -68,13 +68,13 @@ def _span(a: Panels, first: int, last: int) -> tuple[int, int]:
     return a.columns(first)[0], a.columns(last - 1)[1]
 
 
-def _read(a: Panels, first: int, last: int) -> np.ndarray:
-    """Panels side by side."""
+def _read(a: Panels, first: int, last: int, *, more: int = 0) -> np.ndarray:
+    """Panels side by side, with some rows more below them, which hold anything."""
     start, stop = _span(a, first, last)
-    block = np.empty((a.shape[0], stop - start), a.dtype, order="F")
+    block = np.empty((a.shape[0] + more, stop - start), a.dtype, order="F")
     for j in range(first, last):
         left, right = a.columns(j)
-        block[:, left - start : right - start] = a.read_shard(j)
+        block[: a.shape[0], left - start : right - start] = a.read_shard(j)
     return block
 
 
@@ -138,6 +138,7 @@ def product(
         for i in range(a.shards):
             _add_product(block, 1.0, a.read_shard(i), right[slice(*a.columns(i))])
         _write(out, first, last, block, tell)
+        del right, block  # else they are there while the next ones are made
 
 
 def trace(a: Panels) -> float:
@@ -199,8 +200,7 @@ def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent) -> 
     n = a.shape[0]
     for first, last in _blocks(lu, at_once):
         start, stop = _span(lu, first, last)
-        block = np.empty((n + 1, stop - start), a.dtype, order="F")
-        block[:n] = _read(a, first, last)
+        block = _read(a, first, last, more=1)
         for i in range(first):
             _eliminate(block[:n], lu, i)
         (getrf,) = get_lapack_funcs(("getrf",), (block,))
@@ -212,6 +212,7 @@ def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent) -> 
             left, right = (column - start for column in lu.columns(j))
             _exchange(block[:n, left:right], start + right, block[n, right:], back=True)
         _write(lu, first, last, block, tell)
+        del block
 
 
 def _eliminate(block: np.ndarray, lu: Panels, i: int) -> None:
@@ -326,7 +327,9 @@ def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _sile
             # Joffrain et al. 2006: T^-1 + T^-T = V^T V
             whole[n : n + stop - start, mine] = np.triu(v.T @ v, 1) + np.diag(1 / np.where(tau == 0, 1, tau))
             _reflect(block[:, stop - begin :], whole[:, mine], n)
+            del compact, v
         _write(qr, first, last, whole, tell)
+        del block, whole
 
 
 def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:
