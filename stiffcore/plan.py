@@ -66,8 +66,8 @@ DEVICE_SECONDS = (1.1e-4, 6.2e-8)
 # Of tensor slices: a batch of squares with all that is made of it, and the time that an eigenvalue takes.
 SQUARES_BYTES = 96 << 20
 SQUARE_SECONDS = 6e-7
-# Of `eigen.divide`: columns of a panel; how often one that passes through a block is in memory beside two blocks (4 times
-# on its way to or from Zarr, 5 times while LAPACK factors it); steps of Newton's iteration, and flops of all, in k^3.
+# Of `eigen.divide`: columns of a panel; how often one that passes through a block is in memory beside two blocks (4
+# times on its way to or from Zarr, 5 times while LAPACK factors it); Newton's steps, and flops of all, in k^3.
 DIVIDE_PANEL = 128
 DIVIDE_PASSING = 6
 DIVIDE_STEPS = 16
