@@ -6,8 +6,8 @@ reduction and QR iteration on the whole matrix in another. Memory is the process
 Bytes are those that it asked the kernel to read and write (/proc/self/io), mostly served from the page cache where that
 holds them. Operations are counted from the divisions made: 8/3 n^3 a Newton step (and for a circle), 2 n^2 s for the
 projector of the smaller part s, 2 s^2 (n - s/3) for its QR and 8 n^2 s for both rotations, 10 n^3 for what LAPACK
-solves in the end. The product rate is that of a 2,048 x 2,048 product on the same thread, before the solve. (What stands
-here of 2026-11-27 is older than the mend that keeps a division within what is allowed.)
+solves in the end. The product rate is that of a 2,048 x 2,048 product on the same thread, before the solve. (What
+stands here of 2026-11-27 is older than the mend that keeps a division within what is allowed.)
 """
 
 import json
