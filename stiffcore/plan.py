@@ -426,7 +426,8 @@ def divide_sizes(k: int, data_bytes: int) -> tuple[int, int, int]:
     room = max(0, data_bytes - BLAS_BYTES)
     fit = (room // (8 * width) - DIVIDE_PASSING * k) // (2 * k + STRIPE)
     at_once = max(1, min(fit, -(-k // width)))
-    return width, at_once, max(width, min(k, math.isqrt(max(0, room - 16 * width * k) // 8) - 64))
+    leaf = math.isqrt(max(0, room - (1 << 20) - 16 * width * k) // 8) - 64  # see `dense.to_hessenberg_bytes`
+    return width, at_once, max(width, min(k, leaf, dense.LAPACK_MAX_ORDER))
 
 
 def divide_held_bytes(k: int, width: int, at_once: int) -> int:
@@ -887,7 +888,7 @@ def _divide_stages(
     leaf: LAPACK's own, and a panel that is read.
     """
     k = unit.k
-    sparse = 24 * unit.nonzeros
+    sparse = 56 * unit.nonzeros
     return {
         "divide": max(divide_held_bytes(k, width, at_once) + BLAS_BYTES, sparse + _krylov_bytes(k)),
         "leaf": dense.to_hessenberg_bytes(leaf, 8) + 16 * width * leaf + BLAS_BYTES,

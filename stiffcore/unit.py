@@ -401,7 +401,7 @@ def _restart_if_foreign(run: UnitRun) -> None:
     if made_with == now or run.record["stage"] == "done":
         return
     if made_with is not None:
-        run.store.update(run.key, stage="planned", seconds={})
+        run.store.update(run.key, stage="planned", seconds={}, **{DIVISION: None})
         run.store.drop(run.key, *SCRATCH)
         run.emit({"unit": run.key, "stage": "restarted", "done": 0, "total": 1, "note": f"begun by {made_with}"})
     run.store.update(run.key, made_with=now)
@@ -499,7 +499,9 @@ def _undoing(run: UnitRun, stage: str, *names: str) -> Iterator[None]:
     try:
         yield
     except DamagedError:
-        run.store.update(run.key, stage=stage, **({DIVISION: None} if DIVISION in names else {}))
+        # where what it was made from was damaged, too, that went back further already
+        earlier = min(stage, run.store.record(run.key)["stage"], key=STAGES.index)
+        run.store.update(run.key, stage=earlier, **({DIVISION: None} if DIVISION in names else {}))
         run.store.drop(run.key, *names)
         raise
 
@@ -535,9 +537,9 @@ def _divide(run: UnitRun) -> dict[str, Any]:
     run.drop("reduction")
 
     def arranged() -> list[float]:
-        with _undoing(run, "planned", "matrix", DIVISION):
-            panels.copy(run.matrix("matrix"), space.matrix("whole", k, k))
         a = space.matrix("whole", k, k)
+        with _undoing(run, "planned", "matrix", DIVISION):
+            panels.copy(run.matrix("matrix"), a)
         return [panels.trace(a), panels.square_trace(a), panels.norm(a)]
 
     def tell(what: str, done: int, total: int) -> None:
@@ -584,7 +586,9 @@ def _has_room_for_operator(run: UnitRun) -> bool:
 def _growth(run: UnitRun, a: np.ndarray | LinearOperator) -> dict[str, float]:
     """The logarithmic 2-norm of M, from its sparse form where it has one."""
     if run.record["plan"]["build"] != Build.COLUMNS:
-        return {"logarithmic_norm": logarithmic_norm(run.matrix("matrix").read_sparse())}
+        with _undoing(run, "planned", "matrix"):
+            sparse = run.matrix("matrix").read_sparse()
+        return {"logarithmic_norm": logarithmic_norm(sparse)}
     if isinstance(a, LinearOperator):
         return {"logarithmic_norm": logarithmic_norm(a)}
 
@@ -688,20 +692,19 @@ def neglected(record: dict[str, Any]) -> float:
 
 
 def _certify(run: UnitRun) -> dict[str, Any]:
-    where, reduction = f"units/{run.key}", run.reduction
-    moments = certificate.Moments(**run.record["moments"])
+    where, moments = f"units/{run.key}", certificate.Moments(**run.record["moments"])
     fields: dict[str, Any] = {"ends": None}
     if run.solver is Solver.EXTREMES and run.record["k"]:
         values, vectors = _ends(run)
-        converged = run.record["converged"]
+        good = run.record["converged"]
         fields = {"ends": run.record["ends"]}
         ends = Ends.from_json(fields["ends"])
         found = certificate.certify_ends(
-            reduction, values, vectors, moments, ends, right_end=converged["right_end"], left_end=converged["left_end"]
+            run.reduction, values, vectors, moments, ends, right_end=good["right_end"], left_end=good["left_end"]
         )
     else:
         values, chosen, some = _solved(run)
-        found = certificate.certify(reduction, values, chosen, some, moments, neglected=neglected(run.record))
+        found = certificate.certify(run.reduction, values, chosen, some, moments, neglected=neglected(run.record))
     run.store.put_array(
         where,
         "eigenvalues",
@@ -712,7 +715,7 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         exact_ones=run.record["ones"],
         exact_zeros=run.record["zeros"],
     )
-    return fields | {"certificate": found.to_json(), "shift": reduction.shift, "found": len(values)}
+    return fields | {"certificate": found.to_json(), "shift": run.reduction.shift, "found": len(values)}
 
 
 def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | None]:
@@ -724,6 +727,7 @@ def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | 
     if not len(values):
         return values, chosen, None
     if run.solver is Solver.DIVIDE:
+        run.drop("reduction")  # blocks of the matrix take all that there is
         return values, chosen, _divided_eigenvectors(run, values[chosen])
     if on_device:
         return values, chosen, device.device_eigenvectors(_read_matrix(run), values[chosen], run.device)

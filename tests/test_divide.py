@@ -10,8 +10,10 @@ import scipy.linalg
 from scipy.optimize import linear_sum_assignment
 
 from stiffcore.eigen import divide, panels
+from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.eigen.panels import SingularError
-from stiffcore.plan import divide_held_bytes
+from stiffcore.errors import DamagedError
+from stiffcore.plan import divide_held_bytes, divide_sizes
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace, TiledMatrix
 from stiffcore.unit import carry_out
@@ -276,6 +278,8 @@ MATRICES = {
     "all right of the first line": similar(np.linspace(1, 2, N)),
     "zero": np.zeros((N, N)),
     "a multiple of the identity": 3 * np.eye(N),
+    "a permutation, turned": orthogonal() @ np.roll(np.eye(N), 1, axis=0) @ orthogonal().T,
+    "a denormal number on the first line": np.diag(np.r_[1e-310, np.linspace(1, 2, N - 1)]),
     "tiny": random(N, N) * 1e-100,
     "huge": random(N, N) * 1e100,
 }
@@ -311,8 +315,9 @@ def jordan(n, length):
         (grcar(300), "block that should vanish"),
         (jordan(N, 6), "block that should vanish"),
         (random(N, N) * 1e-130, "scale the function"),
+        (np.kron(np.eye(N // 2), [[0, -1], [1, 0]]), "a step ends at zero"),
     ],
-    ids=["Grcar", "defective", "out of range"],
+    ids=["Grcar", "defective", "out of range", "two eigenvalues 30 times"],
 )
 def test_what_cannot_be_divided_well_is_said_and_never_accepted(a, why):
     space = Memory(64)
@@ -329,6 +334,18 @@ def test_eigenvectors_are_those_of_the_matrix_and_of_its_transpose(space):
     for i, value in enumerate(chosen):
         assert np.linalg.norm(a @ found.right[:, i] - value * found.right[:, i]) < 1e-10
         assert np.linalg.norm(found.left[:, i].conj() @ a - value * found.left[:, i].conj()) < 1e-10
+
+
+@pytest.mark.parametrize("order", [1, 5])
+def test_eigenvectors_of_zero(space, order):
+    found = divide.eigenvectors(stored(space, "a", np.zeros((order, order))), space, np.zeros(1, complex))
+    assert found.converged.all()
+    assert np.allclose(np.linalg.norm(found.right, axis=0), 1)
+
+
+def test_a_part_is_never_larger_than_lapack_counts():
+    for k, budget in ((50_000, 24 << 30), (100_000, 32 << 30)):
+        assert divide_sizes(k, budget)[2] <= LAPACK_MAX_ORDER
 
 
 def solved(space):
@@ -404,3 +421,25 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
     assert found.numerical_abscissa == pytest.approx(expected.numerical_abscissa, rel=1e-6)
     assert not (small / "divided" / "units" / key / "division").exists()
     assert found.record["division"] is None
+    damaged_after_it_was_built(run, url, key)
+
+
+def damaged_after_it_was_built(run, url, key):
+    """The matrix is built again, and not looked for where it was dropped."""
+    store, expected = RunStore(url), run.spectrum(block=1).values.tobytes()
+
+    def stop(event):
+        if event["stage"] == "built" and event["done"]:
+            raise KeyboardInterrupt
+
+    store.update(key, stage="planned", division=None)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(url, key, threads=1, emit=stop)
+    path = next(p for p in (store.local / "units" / key / "matrix").rglob("*") if p.is_file() and p.name != "zarr.json")
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    with pytest.raises(DamagedError):
+        carry_out(url, key, threads=1, emit=lambda event: None)
+    assert store.record(key)["stage"] == "planned"
+    carry_out(url, key, threads=1, emit=lambda event: None)
+    assert run.spectrum(block=1).values.tobytes() == expected

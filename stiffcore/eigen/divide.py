@@ -174,7 +174,7 @@ def eigenvectors(
     Returns:
         Unit vectors; one that did not come within the iteration is flagged.
     """
-    n, size = a.shape[0], panels.norm(a)
+    n, size = a.shape[0], panels.norm(a) or 1.0
     start = np.random.default_rng(SEED).standard_normal((2, n))
 
     def pair(number: int) -> np.ndarray:
@@ -225,12 +225,12 @@ def _divided(
     if n <= work.most:
         yield space.once_array(f"{name}-values", lambda: _in_memory(opened()))
         return
-    mean, spread = space.once(f"{name}-moments", lambda: _moments(opened()))
+    mean, spread, away = space.once(f"{name}-moments", lambda: _moments(opened()))
     if not spread:
         yield np.full(n, complex(mean))
         return
     tried = []
-    for number, curve in enumerate(_curves(mean, spread, first)):
+    for number, curve in enumerate(_curves(mean, spread, away, first)):
         split = Split(**space.once(f"{name}-{number}", partial(_split, work, name, number, opened, n, curve)))
         tried.append(split)
         work.splits.append(split)
@@ -239,6 +239,8 @@ def _divided(
     else:
         said = "; ".join(f"{s.curve}: {s.failure or 'all on one side'}" for s in tried)
         raise DivisionError(f"none of {len(tried)} curves divides a matrix of order {n:,}: {said}")
+    if name:  # its two parts are there, and nothing needs it whole
+        space.drop(name)
     for side, order in (("r", split.beyond), ("l", n - split.beyond)):
         yield from _divided(work, name + side, partial(space.matrix, name + side, order, order), order)
         space.drop(name + side)
@@ -251,17 +253,17 @@ def _in_memory(a: Panels) -> np.ndarray:
     return hessenberg_eigenvalues(to_hessenberg(whole))
 
 
-def _moments(a: Panels) -> tuple[float, float]:
-    """The mean of the eigenvalues, and how far they are from it; 0 for a multiple of the identity."""
+def _moments(a: Panels) -> tuple[float, float, float]:
+    """The mean of the eigenvalues, and how far they are from it, guessed and at most; 0 for a multiple of 1."""
     n, mean = a.shape[0], panels.trace(a) / a.shape[0]
     away = panels.norm(a, shift=-mean) / np.sqrt(n)
     if away <= n * EPS * abs(mean):
-        return mean, 0.0
-    # the first where eigenvalues are real, or all on a vertical line; else it is too small
-    return mean, float(np.sqrt(abs(panels.square_trace(a) / n - mean**2)) or away)
+        return mean, 0.0, 0.0
+    # the guess holds where eigenvalues are real, or all on a vertical line; else it is too small
+    return mean, float(np.sqrt(abs(panels.square_trace(a) / n - mean**2)) or away), float(away)
 
 
-def _curves(mean: float, spread: float, first: float | None) -> Iterator[Curve]:
+def _curves(mean: float, spread: float, away: float, first: float | None) -> Iterator[Curve]:
     """Those to try: the one asked for, then lines and circles around the mean, where half of a spectrum may lie."""
     if first is not None:
         yield Curve(first)
@@ -272,6 +274,9 @@ def _curves(mean: float, spread: float, first: float | None) -> Iterator[Curve]:
         yield Curve(mean - factor * spread)
         yield Curve(mean, spread * (1 + factor))
         yield Curve(mean, spread * (1 - factor))
+    for factor in (0.25, 0.5):
+        yield Curve(mean + factor * away)
+        yield Curve(mean - factor * away)
 
 
 def _split(work: _Work, name: str, number: int, opened: Callable[[], Panels], n: int, curve: Curve) -> dict[str, Any]:
@@ -305,10 +310,10 @@ def _start(work: _Work, where: str, a: Panels, curve: Curve) -> int:
     panels.copy(a, moved, shift=-curve.centre - curve.radius)
     try:
         panels.factor(moved, lu, **work.told(f"circle of order {n:,}, LU"))
+        panels.inverse(lu, x, scale=2 * curve.radius, shift=1.0, **work.told(f"circle of order {n:,}, inverse"))
     except SingularError:
         space.drop(f"{where}moved", f"{where}lu", f"{where}x0")
         raise
-    panels.inverse(lu, x, scale=2 * curve.radius, shift=1.0, **work.told(f"circle of order {n:,}, inverse"))
     space.drop(f"{where}moved", f"{where}lu")
     return n
 
@@ -317,22 +322,26 @@ def _sign(work: _Work, where: str, n: int) -> int:
     """Newton's iteration from x0 on: how many steps it took, and so the number of the last iterate."""
     space, before = work.space, float("inf")
 
-    def step(number: int, *, scaled: bool) -> float:
+    def step(number: int, *, scaled: bool) -> float | str:
+        """By how much it changed, or why it cannot be made: recorded like a value, before anything is deleted."""
         old, new = (space.matrix(f"{where}x{number + i}", n, n) for i in (0, 1))
         lu, what = space.matrix(f"{where}lu{number}", n + 1, n), f"sign of order {n:,}, step {number + 1}, "
-        panels.factor(old, lu, **work.told(what + "LU"))
-        mu = float(np.exp(-panels.log_determinant(lu) / n)) if scaled else 1.0
-        panels.inverse(lu, new, scale=1 / (2 * mu), beside=(mu / 2, old), **work.told(what + "inverse"))
-        return panels.distance(old, new) / panels.norm(new)
+        try:
+            panels.factor(old, lu, **work.told(what + "LU"))
+            mu = float(np.exp(-panels.log_determinant(lu) / n)) if scaled else 1.0
+            panels.inverse(lu, new, scale=1 / (2 * mu), beside=(mu / 2, old), **work.told(what + "inverse"))
+        except SingularError as error:
+            return str(error)
+        size = panels.norm(new)
+        return panels.distance(old, new) / size if size else "a step ends at zero"
 
     for number in range(MOST_STEPS):
         # each step has names of its own: what a next one has begun is not taken for what is left of this one
         spent = (f"{where}lu{number}", f"{where}x{number}")
-        try:
-            change = space.once(f"{where}change{number}", partial(step, number, scaled=before > NEAR))
-        except SingularError:
+        change = space.once(f"{where}change{number}", partial(step, number, scaled=before > NEAR))
+        if isinstance(change, str):
             space.drop(*spent, f"{where}x{number + 1}")
-            raise
+            raise SingularError(change)
         space.drop(*spent)
         if change <= CHANGE_TOLERANCE or (before <= NEAR and change >= before):
             return number + 1
@@ -378,7 +387,7 @@ def _parted(
     norm, neglected = space.once(f"{where}right", right)
     space.drop(across, qr)
     found = replace(tried, norm=norm, neglected=neglected)
-    if neglected > SPLIT_TOLERANCE * norm:
+    if not neglected <= SPLIT_TOLERANCE * norm:
         found = replace(found, failure=f"the block that should vanish is {neglected / norm:.1e} of the matrix")
     else:
         names = ("r", "l") if sign > 0 else ("l", "r")

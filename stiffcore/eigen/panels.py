@@ -10,6 +10,7 @@ bytes an operation. Blocks begin at multiples of `at_once`: what is written in o
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -49,6 +50,10 @@ class SingularError(StiffcoreError):
 
 # Rows of a block that are updated at once: what a product takes beside it.
 STRIPE = 512
+
+
+# What is not finite goes through, and is said by who looks at the result.
+_solved = partial(solve_triangular, check_finite=False)
 
 
 def _silent(done: int, total: int) -> None:
@@ -220,7 +225,7 @@ def _eliminate(block: np.ndarray, lu: Panels, i: int) -> None:
     start, stop = lu.columns(i)
     left = lu.read_shard(i, start)
     _exchange(block, start, left[-1])
-    block[start:stop] = solve_triangular(left[: stop - start], block[start:stop], lower=True, unit_diagonal=True)
+    block[start:stop] = _solved(left[: stop - start], block[start:stop], lower=True, unit_diagonal=True)
     _add_product(block[stop:], -1.0, left[stop - start : -1], block[start:stop])
 
 
@@ -247,7 +252,7 @@ def solve(lu: Panels, block: np.ndarray) -> np.ndarray:
     for i in reversed(range(lu.shards)):
         start, stop = lu.columns(i)
         right = lu.read_shard(i, 0, stop)
-        block[start:stop] = solve_triangular(right[start:], block[start:stop])
+        block[start:stop] = _solved(right[start:], block[start:stop])
         _add_product(block[:start], -1.0, right[:start], block[start:stop])
     return block
 
@@ -258,13 +263,13 @@ def solve_adjoint(lu: Panels, block: np.ndarray) -> np.ndarray:
         start, stop = lu.columns(i)
         right = lu.read_shard(i, 0, stop)
         block[start:stop] -= right[:start].conj().T @ block[:start]
-        block[start:stop] = solve_triangular(right[start:], block[start:stop], trans="C")
+        block[start:stop] = _solved(right[start:], block[start:stop], trans="C")
     for i in reversed(range(lu.shards)):
         start, stop = lu.columns(i)
         left = lu.read_shard(i, start)
         block[start:stop] -= left[stop - start : -1].conj().T @ block[stop:]
         lower = left[: stop - start]
-        block[start:stop] = solve_triangular(lower, block[start:stop], lower=True, unit_diagonal=True, trans="C")
+        block[start:stop] = _solved(lower, block[start:stop], lower=True, unit_diagonal=True, trans="C")
         _exchange(block, start, left[-1], back=True)
     return block
 
@@ -289,6 +294,8 @@ def inverse(
         block = np.zeros((out.shape[0], stop - start), order="F")
         block[diagonal] = 1
         block = solve(lu, block)
+        if not np.isfinite(block).all():
+            raise SingularError(f"columns {start} to {stop - 1} of the inverse are not finite")
         block *= scale
         if beside is not None:
             for j in range(first, last):
@@ -335,7 +342,7 @@ def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _sile
 def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:
     """Q^T block, Q of one panel's reflectors, in place."""
     v, inverse = panel[:n], panel[n : n + panel.shape[1]]
-    _add_product(block, -1.0, v, solve_triangular(inverse, v.T @ block, trans=1))
+    _add_product(block, -1.0, v, _solved(inverse, v.T @ block, trans=1))
 
 
 def rotate(qr: Panels, a: Panels, out: Panels, *, at_once: int = 1, tell: Tell = _silent) -> None:
