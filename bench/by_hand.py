@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import QUICK, block_calls, device, write
-from scipy.spatial import cKDTree
+from common import QUICK, block_calls, device, distance, write
 
 from stiffcore import analyze
 
@@ -61,12 +60,6 @@ def child(way, block, to):
 def in_process(way, block, to):
     program = [sys.executable, __file__, "--child", way, block, to, *(["--device", device()])]
     return json.loads(subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-
-
-def distance(a, b):
-    """The largest from a value of one to the nearest of the other."""
-    a, b = (np.column_stack([v.real, v.imag]) for v in (a, b))
-    return float(max(cKDTree(a).query(b)[0].max(), cKDTree(b).query(a)[0].max()))
 
 
 def compared(block, n, folder):

@@ -6,10 +6,14 @@ import platform
 import subprocess
 import sys
 import time
+import timeit
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
+from scipy.spatial import cKDTree
+from threadpoolctl import threadpool_limits
 
 from stiffcore.jacobian.reduction import is_residual
 from stiffcore.networks.blocks import capture, residual_blocks
@@ -55,6 +59,19 @@ def block_calls(network):
     opened.module.to(device())
     x = network_input(load_images("samples").x[0], opened.normalize, torch.float64).to(device())
     return capture(opened.module, x, residual_blocks(opened.module, x, is_residual))[0]
+
+
+def product_rate(order=2048):
+    """Operations a second of a float64 matrix product on one thread."""
+    a = np.random.default_rng(0).standard_normal((order, order))
+    with threadpool_limits(1):
+        return 2 * order**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
+
+
+def distance(a, b):
+    """The largest from a value of one spectrum to the nearest of the other."""
+    a, b = (np.column_stack([v.real, v.imag]) for v in (a, b))
+    return float(max(cKDTree(a).query(b)[0].max(), cKDTree(b).query(a)[0].max()))
 
 
 def moved():

@@ -17,9 +17,8 @@ import tempfile
 import time
 
 import numpy as np
-from common import QUICK, block_calls, moved, write
+from common import QUICK, block_calls, distance, moved, product_rate, write
 from scipy.sparse import csc_array
-from scipy.spatial import cKDTree
 from threadpoolctl import threadpool_limits
 
 from stiffcore.eigen import dense, divide
@@ -32,16 +31,6 @@ from stiffcore.unit import sparse_matrix
 NETWORK, BLOCK = ("resnet18", "layer4.1") if QUICK else ("resnet50", "layer1.1")
 KEY = "divided"
 SHARE = 4
-
-
-def product_rate(order=2048):
-    a = np.random.default_rng(0).standard_normal((order, order))
-    taken = []
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        taken.append(time.perf_counter() - start)
-    return 2 * order**3 / min(taken)
 
 
 def workspace(folder):
@@ -66,9 +55,7 @@ def make(folder):
 def solve_dense(folder, k):
     """LAPACK on the whole matrix, which is read before the clock starts."""
     whole = workspace(folder).matrix("whole", k, k)
-    a = np.empty((k, k), order="F")
-    for i in range(whole.shards):
-        a[:, slice(*whole.columns(i))] = whole.read_shard(i)
+    a = whole.read()
     before, start = reset_peak(), time.perf_counter()
     values = dense.hessenberg_eigenvalues(dense.to_hessenberg(a))
     found = {"seconds": time.perf_counter() - start, "peak_bytes": a.nbytes + own_peak_bytes() - before}
@@ -139,20 +126,8 @@ if __name__ == "__main__":
         whole = in_process("dense", folder, size["k"])
         parts = in_process("divide", folder, size["k"], -size["shift"])
         values, found = (np.load(f"{folder}/{name}.npy") for name in ("dense", "divided"))
-    there, here = (np.stack([v.real, v.imag], axis=1) for v in (values, found))
-    off = max(cKDTree(there).query(here)[0].max(), cKDTree(here).query(there)[0].max())
     parts["operations"] = operations(size["k"], parts["splits"])
     parts["share_of_product_rate"] = parts["operations"] / parts["seconds"] / parts["product_rate"]
-    largest = float(np.abs(values).max())
-    write(
-        __file__,
-        {
-            "network": NETWORK,
-            "block": BLOCK,
-            **size,
-            "matrix_bytes": 8 * size["k"] ** 2,
-            "dense": whole,
-            "divided": parts,
-        }
-        | {"largest_difference": float(off), "largest_eigenvalue": largest},
-    )
+    figures = {"network": NETWORK, "block": BLOCK, **size, "matrix_bytes": 8 * size["k"] ** 2, "dense": whole}
+    figures |= {"divided": parts, "largest_difference": distance(values, found)}
+    write(__file__, figures | {"largest_eigenvalue": float(np.abs(values).max())})

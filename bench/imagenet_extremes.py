@@ -38,7 +38,9 @@ def figures_of(folder):
         | {name: record["ends"][name] for name in ("range_left", "range_right")}
         | {"seconds": record["seconds"], "plan": record["plan"]["why"]}
         | {"projected_bytes": max(record["plan"]["stages"].values()), "measured_bytes": record["measured_bytes"]}
-        | {"date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0))}
+        # of the run, which may have been made before
+        | {"date": time.strftime("%Y-%m-%d", time.localtime((folder / "zarr.json").stat().st_mtime))}
+        | {"cores": len(os.sched_getaffinity(0))}
     )
 
 

@@ -8,11 +8,8 @@ accumulated matrix took before it was held in memory: through the store.
 """
 
 import tempfile
-import time
 
-import numpy as np
-from common import QUICK, device, disk_rates, stiffcore, write
-from threadpoolctl import threadpool_limits
+from common import QUICK, device, disk_rates, product_rate, stiffcore, write
 
 from stiffcore import open_run
 from stiffcore.eigen.dense import hessenberg_eigenvalues_flops, to_hessenberg_flops
@@ -24,17 +21,6 @@ CASES = {
 }
 COMMON = ["--images", "samples", "--memory", "6GiB", "--workers", 1, "--device", device()]
 REPEATS = 1 if QUICK else 3
-
-
-def product_rate(order=2048):
-    a = np.random.default_rng(0).standard_normal((order, order))
-    taken = []
-    with threadpool_limits(1):
-        for _ in range(3):
-            start = time.perf_counter()
-            a @ a
-            taken.append(time.perf_counter() - start)
-    return 2 * order**3 / min(taken)
 
 
 def measured(options):

@@ -3,15 +3,14 @@
 python docs/study_page.py
 """
 
-import json
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
 from tabulate import tabulate
 
-from stiffcore.report.statistics import correlations, labelled, spread
+from stiffcore.report.figures import paper_values
+from stiffcore.report.statistics import SIGNIFICANT, correlations, labelled, spread
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet18", "resnet34", "resnet50")
@@ -101,6 +100,14 @@ def read(name):
     return rows.assign(image=rows["image_index"])
 
 
+def counts(rows, done):
+    doubtful, accuracy = (rows["state"] == "not certified").sum(), done.drop_duplicates("image")["correct"].mean()
+    return (
+        f"{len(done)} certified spectra ({doubtful} not certified) at {done['image'].nunique()} images, of which "
+        f"{100 * accuracy:.1f} % are classified correctly."
+    )
+
+
 def distribution(rows):
     found = spread(rows, ["number", "block"], ["S_active"])
     header = ["block", "n", "images", "mean", "sd", "min", "quartile", "median", "quartile", "max"]
@@ -118,7 +125,7 @@ def distribution(rows):
 def coefficient(row, test):
     text = f"{row[test]:.2f}"
     corrected = [f"{row[f'{test}_{which}']:.2g}" for which in ("p", "holm", "bh")]
-    return [f"**{text}**" if row[f"{test}_p"] < 0.05 else text, *corrected]
+    return [f"**{text}**" if row[f"{test}_p"] < SIGNIFICANT else text, *corrected]
 
 
 def related(rows):
@@ -138,14 +145,11 @@ def extremes_page():
         done = rows[rows["state"] == "done"]
         if not len(done):
             continue
-        doubtful = rows[rows["state"] == "not certified"]
         bases = done["basis"].str.replace(r", margin.*", "", regex=True).value_counts()
         spoken = ", ".join(f"{count} by {name}" for name, count in bases.items())
-        accuracy = done.drop_duplicates("image")["correct"].mean()
         parts += [
             f"## {network}",
-            f"{len(done)} certified spectra ({len(doubtful)} not certified) at {done['image'].nunique()} images, of "
-            f"which {100 * accuracy:.1f} % are classified correctly. What the sign rests on: {spoken}.",
+            f"{counts(rows, done)} What the sign rests on: {spoken}.",
             distribution(done),
             "Correlation over images with accuracy (correct, 1 or 0) and loss; p as it stands, and corrected by Holm "
             "and by Benjamini and Hochberg for the number of tests in this table; bold: p < 0.05 as it stands.",
@@ -165,8 +169,7 @@ def mean(values, factor=1.0, digits=4):
 
 def published(network, which):
     """The paper's rows of one table, by block or label."""
-    rows = json.loads((files("stiffcore.report") / "paper.json").read_text())["networks"][network][which]
-    return {row.get("block", row.get("label")): row for row in rows}
+    return {row.get("block", row.get("label")): row for row in paper_values(network, which)}
 
 
 def by_block(network, rows):
@@ -228,7 +231,7 @@ def findings():
     done = rows[(rows["state"] == "done") & (rows["kind"] == "tensor-slices")]
     paper = published("resnet18", "correlations")
     tests = correlations(done, ["S", "negative"])
-    theirs = [test["p"] < 0.05 for row in paper.values() for name, test in row.items() if name != "block"]
+    theirs = [test["p"] < SIGNIFICANT for row in paper.values() for name, test in row.items() if name != "block"]
     last = tests[(tests["number"] == 8) & (tests["outcome"] == "correct") & (tests["metric"] == "negative")].iloc[0]
     each = spread(done, ["number", "block"], ["S"])
     varies = (each["std"] / each["mean"].abs()).max()
@@ -241,8 +244,8 @@ def findings():
         images=done["image"].nunique(),
         varies=f"{100 * varies:.0f}",
         tests=len(tests),
-        raw=int((tests["pearson_p"] < 0.05).sum()),
-        holm=int((tests["pearson_holm"] < 0.05).sum()),
+        raw=int((tests["pearson_p"] < SIGNIFICANT).sum()),
+        holm=int((tests["pearson_holm"] < SIGNIFICANT).sum()),
         theirs=f"{sum(theirs)} of {len(theirs)}",
         last=f"{last['pearson']:.2f}",
         last_p=f"{last['pearson_p']:.2g}",
@@ -265,14 +268,10 @@ def study_page():
             done = rows[(rows["state"] == "done") & (rows["kind"] == kind)]
             if not len(done):
                 continue
-            doubtful = int((rows["state"] == "not certified").sum())
-            accuracy = done.drop_duplicates("image")["correct"].mean()
-            counted = f"{len(done)} certified spectra ({doubtful} not certified) at {done['image'].nunique()} images, "
-            counted += f"of which {100 * accuracy:.1f} % are classified correctly."
             if kind == "matrix":
-                parts += [f"## {network}: the Jacobian matrices", counted, true_spectra(done)]
+                parts += [f"## {network}: the Jacobian matrices", counts(rows, done), true_spectra(done)]
                 continue
-            parts += [f"## {network}: tensor slices", counted, by_block(network, done)]
+            parts += [f"## {network}: tensor slices", counts(rows, done), by_block(network, done)]
             parts += ["By label, means over blocks:" if network != "resnet50" else "By label, block 16:"]
             parts += [by_label(network, done), "Correlations:", correlated(network, done)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

@@ -31,10 +31,9 @@ from stiffcore.eigen.sparse import (
     power_of_two,
     product,
 )
+from stiffcore.spectra import EACH_END
 
-# Eigenvalues at either end, at least.
-EACH_END = 3
-# Asked for beyond these: a converged neighbour further in shows that nothing further out was passed over.
+# Asked for beyond `EACH_END`: a converged neighbour further in shows that nothing further out was passed over.
 SPARE = 3
 # Of ARPACK, relative to each eigenvalue: a Rayleigh quotient of both vectors then has an error of its square.
 ARNOLDI_TOLERANCE = 1e-10
@@ -274,11 +273,11 @@ def _upper(values: Array, vectors: Array, converged: bool) -> _Run:
     return _Run(values[keep], vectors[:, keep], converged)
 
 
-def _outermost(run: _Run, which: str, count: int) -> Array:
-    """Indices of the outermost, a pair counted as two, so many at least where there are."""
+def _outermost(run: _Run, which: str) -> Array:
+    """Indices of the outermost, a pair counted as two, `EACH_END` at least where there are."""
     order = np.argsort(run.values.real * (1 if which == "SR" else -1), kind="stable")
     before = np.concatenate([[0], np.cumsum(1 + (run.values[order].imag > 0))])[:-1]
-    return order[before < count]
+    return order[before < EACH_END]
 
 
 def _search(
@@ -320,7 +319,7 @@ def _arnoldi_side(
 
 def _compared(run: _Run, other: _Run, which: str, note: str, *, paired: bool) -> _Side:
     """Hold the outermost of two runs against each other; `paired` where the other one is of the transpose."""
-    outer = _outermost(run, which, EACH_END)
+    outer = _outermost(run, which)
     left = np.full((len(run.vectors), len(outer)), np.nan, complex)
     agree = run.converged and other.converged and len(outer) > 0 and len(other.values) > 0
     scale = np.abs(np.concatenate([run.values, other.values])).max(initial=0.0)
@@ -333,7 +332,7 @@ def _compared(run: _Run, other: _Run, which: str, note: str, *, paired: bool) ->
             overlap = abs(np.vdot(left[:, column], run.vectors[:, i]))
             allowed = min(max(AGREEMENT, 20 * ARNOLDI_TOLERANCE / max(overlap, EPS)), WORST_AGREEMENT)
         agree &= bool(abs(other.values[j] - run.values[i]) <= allowed * scale)
-    for j in _outermost(other, which, EACH_END):
+    for j in _outermost(other, which):
         agree &= bool(np.abs(run.values - other.values[j]).min(initial=np.inf) <= WORST_AGREEMENT * scale)
     kept = _Run(run.values[outer], run.vectors[:, outer], run.converged)
     return _Side(kept, left, bool(agree), note if agree else note + ", which did not find the same eigenvalues")
@@ -347,7 +346,7 @@ def _shift_invert_side(matrix: sp.csc_array, which: str, rng: np.random.Generato
     outside = sign * (logarithmic_norm(sign * matrix) + 1e-3 * norm)
     runs = []
     for adjoint, distance in ((False, 1e-2), (True, 1e-3)):
-        best = rough.values[_outermost(rough, which, 3)]
+        best = rough.values[_outermost(rough, which)]
         targets = [complex(outside + sign * distance * norm), *(best + sign * distance * norm)]
         found = [nearest(Shifted(matrix, z, memory_bytes), EACH_END + SPARE, rng, adjoint=adjoint) for z in targets]
         values, vectors = (np.concatenate([pair[i] for pair in found], axis=-1) for i in (0, 1))
@@ -364,7 +363,7 @@ def _dense_extremes(a: Array) -> Extremes:
     values, left, right = scipy.linalg.eig(a, left=True, right=True)
     upper = np.flatnonzero(values.imag >= 0)
     run = _Run(values[upper], right[:, upper].astype(complex), True)
-    chosen = np.unique(np.concatenate([_outermost(run, which, EACH_END) for which in ("SR", "LR")]))
+    chosen = np.unique(np.concatenate([_outermost(run, which) for which in ("SR", "LR")]))
     kept = _Run(run.values[chosen], run.vectors[:, chosen], True)
     apply, transposed = partial(product, sp.csc_array(a)), partial(product, sp.csc_array(a.T))
     return _assembled((apply, transposed), kept, left[:, upper[chosen]].astype(complex), (True, True), "dense")

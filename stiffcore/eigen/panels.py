@@ -217,7 +217,6 @@ def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent) -> 
             left, right = (column - start for column in lu.columns(j))
             _exchange(block[:n, left:right], start + right, block[n, right:], back=True)
         _write(lu, first, last, block, tell)
-        del block
 
 
 def _eliminate(block: np.ndarray, lu: Panels, i: int) -> None:
@@ -308,7 +307,7 @@ def inverse(
 def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _silent) -> None:
     """a = Q R by Householder reflectors (Golub and Van Loan, 5.2.2), of which Q is kept.
 
-    Memory: a block, and two panels.
+    Memory: two blocks, and five panels.
 
     Args:
         a: (n, r), r <= n.
@@ -334,9 +333,8 @@ def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _sile
             # Joffrain et al. 2006: T^-1 + T^-T = V^T V
             whole[n : n + stop - start, mine] = np.triu(v.T @ v, 1) + np.diag(1 / np.where(tau == 0, 1, tau))
             _reflect(block[:, stop - begin :], whole[:, mine], n)
-            del compact, v
         _write(qr, first, last, whole, tell)
-        del block, whole
+        del block, whole  # else they are there while the next ones are made
 
 
 def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:

@@ -1,8 +1,8 @@
 """The pictures of a report, as matplotlib figures: no window, no global state."""
 
 import json
-import math
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -166,7 +166,12 @@ def heat(rows: pd.DataFrame, function: str) -> Figure | None:
     return figure
 
 
-def paper_values(network: str) -> list[dict[str, float]]:
-    """The paper's means of S and of the negative share, by block; empty where it has none of this network."""
-    published = json.loads((files("stiffcore.report") / "paper.json").read_text())["networks"].get(network, {})
-    return [p for p in published.get("by_block", []) if all(math.isfinite(v) for v in p.values())]
+def paper_values(network: str, table: str = "by_block") -> list[dict[str, Any]]:
+    """Rows of a table of the paper; empty where it has none of this network.
+
+    Args:
+        network: `resnet18`, `resnet34` or `resnet50`.
+        table: means of S and of the negative share `by_block` and `by_label`; `correlations`; `sizes`.
+    """
+    networks = json.loads((files("stiffcore.report") / "paper.json").read_text())["networks"]
+    return list(networks.get(network, {}).get(table, []))

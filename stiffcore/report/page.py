@@ -124,14 +124,14 @@ def _means(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Tables of means over images: by block and, where there are several labels, by label; kinds apart."""
     found = []
     for kind, part in certified(rows).groupby("kind", sort=False):
-        ways = [("block", ["number", "block", "function"])]
+        ways = [("block", ["number", "block", "function"], part)]
         if rows["label"].nunique() > 1:
-            ways.append(("label", ["label", "function"]))
-        for first, by in ways:
+            ways.append(("label", ["label", "function"], labelled(part)))
+        for first, by, chosen in ways:
             groups = [
                 {"name": " ".join(map(str, group[:-1])), "function": group[-1], "cells": mean_cells(some)}
                 | {"images": some["image"].nunique()}
-                for group, some in (labelled(part) if first == "label" else part).groupby(by)
+                for group, some in chosen.groupby(by)
             ]
             found.append({"kind": kind, "first": first, "headers": [h for h, _, _ in means_of(part)], "groups": groups})
     return found
