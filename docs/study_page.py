@@ -40,11 +40,12 @@ matrices of the same blocks (`matrix`) and of the right-hand sides F of x' = F(x
     stiffcore run store/slices --network NETWORK --weights NETWORK_cifar10.safetensors --normalize cifar10 \\
         --images cifar10_test_2000.npz --count IMAGES --kind tensor-slices --keep metrics --memory 6GiB
     stiffcore run store/spectra --network NETWORK --weights NETWORK_cifar10.safetensors --normalize cifar10 \\
-        --images cifar10_test_2000.npz --count IMAGES --function block,branch --memory 6GiB
+        --images cifar10_test_2000.npz --count IMAGES --function branch --memory 6GiB
     stiffcore export store/slices --to docs/data/slices-NETWORK.csv
     stiffcore export store/spectra --to docs/data/spectra-NETWORK.csv
     python docs/study_page.py
 
+The spectra of the blocks themselves (function `block`) are those of the [study of S and the sign](extremes-study.md).
 The checkpoints were trained for this project (ResNet18 84.2 %, ResNet34 83.5 %, ResNet50 77.7 % correct); they are not
 the paper's, which are not public, so values need not agree. Images are the first of `cifar10_test_2000.npz`, in which
 any ten in a row have each label once. Values are means over images with the standard deviation in brackets, of
@@ -265,6 +266,8 @@ def study_page():
     for network in NETWORKS:
         for kind, name in (("tensor-slices", f"slices-{network}"), ("matrix", f"spectra-{network}")):
             rows = read(name)
+            if kind == "matrix" and len(rows):
+                rows = pd.concat([read(network), rows], ignore_index=True)
             done = rows[(rows["state"] == "done") & (rows["kind"] == kind)]
             if not len(done):
                 continue

@@ -28,13 +28,15 @@ def certified_choice(values: np.ndarray, shift: int) -> np.ndarray:
 
     Returns:
         (q,) int, ascending indices into `values`, one of each conjugate pair: 3 with the largest and 3 with the
-        smallest real part, 8 nearest Re = 0, and 3 nearest it on either side; at most 20 in all.
+        smallest real part, 8 nearest Re = 0, and 3 nearest it on either side, of those that are not zero to rounding:
+        many that are would hide a defective one that is not; at most 20 in all.
     """
     upper = np.flatnonzero(values.imag >= 0)
     real = values.real[upper] + shift
     order = np.argsort(real, kind="stable")
     nearest = np.argsort(np.abs(real), kind="stable")
-    sides = [nearest[real[nearest] < 0][:EACH_END], nearest[real[nearest] > 0][:EACH_END]]
+    zero = len(values) * np.finfo(values.dtype).eps * np.abs(values + shift).max(initial=0.0)
+    sides = [nearest[real[nearest] < -zero][:EACH_END], nearest[real[nearest] > zero][:EACH_END]]
     return np.unique(upper[np.concatenate([order[:EACH_END], order[-EACH_END:], nearest[:NEAREST], *sides])])
 
 
@@ -109,7 +111,8 @@ class Certified:
         value: the eigenvalue of J as stored.
         residual: the smaller of `|J u - l u|` and `|v^T J - l v^T|`, u and v the unit eigenvectors lifted to the input
             space, by jvp and vjp of the original function. Either bounds the change of J that makes l exact.
-        condition: `|u| |v| / |v^H u|`, v the left eigenvector: how far l moves per unit perturbation of J.
+        condition: `|u| |v| / |v^H u|`, v the left eigenvector: how far l moves per unit perturbation of J; or of the
+            reduced matrix, where that is what gives the smaller error.
         error: estimate of the eigenvalue's error, see `stiffcore.eigen.certificate`.
         converged: whether inverse iteration found both eigenvectors.
     """

@@ -2,11 +2,14 @@
 
 The error of a simple eigenvalue under a perturbation E of J is at most `|E| |u| |v| / |v^H u|` to first order
 (Golub & Van Loan, section 7.2.2; LAPACK Users' Guide, section 4.8). Here |E| is the residual of the lifted
-eigenvector on the unreduced function, plus the rounding of the arithmetic, `eps |M|_F`.
+eigenvector on the unreduced function, plus the rounding of the arithmetic, `eps |M|_F`. The same holds of M with its
+own eigenvectors, and the smaller of the two counts: where M has an eigenvalue 0, J has it as a defective one as a rule,
+with no finite condition, which says nothing of the eigenvalue of M.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -202,27 +205,36 @@ def _certified(
     right = torch.as_tensor(np.ascontiguousarray(vectors.right.T), dtype=complex_dtype, device=x.device)
     left = torch.as_tensor(np.ascontiguousarray(vectors.left.conj().T), dtype=complex_dtype, device=x.device)
     mu = torch.as_tensor(values, dtype=complex_dtype, device=x.device)
-    # in double precision: the squares of float32 numbers below 1e-19 are zero
-    u, v = (vectors.to(torch.complex128) for vectors in reduction.lift(right, left, mu))
-    # rounded as products take them, so that the residual is of the very same vector
-    u, v = ((w / torch.linalg.vector_norm(w, dim=1, keepdim=True)).to(complex_dtype) for w in (u, v))
-    eigenvalues = reduction.shift + mu.to(torch.complex128)
-    residual = torch.fmin(
-        _residual(reduction.jacobian.jvp, u, eigenvalues), _residual(reduction.jacobian.vjp, v, eigenvalues)
-    )
-    condition = 1 / torch.abs((v.to(torch.complex128) * u.to(torch.complex128)).sum(dim=1))
     # of M, and of the skip that was split off: J = s + M is rounded even where M is tiny
     rounding = float(np.finfo(dtype).eps) * (moments.frobenius + reduction.shift) + neglected
-    return tuple(
-        Certified(
-            value=complex(reduction.shift + value),
-            residual=_finite(r),
-            condition=_finite(c),
-            error=_finite(_finite(c) * (_finite(r) + rounding)),
-            converged=bool(ok),
-        )
-        for value, r, c, ok in zip(values, residual.tolist(), condition.tolist(), vectors.converged, strict=True)
-    )
+    of_m = _checked(reduction.rows, reduction.transposed_rows, right, left, mu)
+    lifted = reduction.lift(right, left, mu)
+    of_j = _checked(reduction.jacobian.jvp, reduction.jacobian.vjp, *lifted, reduction.shift + mu.to(torch.complex128))
+    found = []
+    for value, ok, (r, c), inner in zip(values, vectors.converged, of_j, of_m, strict=True):
+        condition, error = min(((c, c * (r + rounding)), (inner[1], inner[1] * (inner[0] + rounding))), key=_second)
+        found.append(Certified(complex(reduction.shift + value), r, condition, _finite(error), bool(ok)))
+    return tuple(found)
+
+
+_second = itemgetter(1)
+
+
+def _checked(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    transposed: Callable[[torch.Tensor], torch.Tensor],
+    right: torch.Tensor,
+    left: torch.Tensor,
+    values: torch.Tensor,
+) -> list[tuple[float, float]]:
+    """Residual and condition of each eigenvalue of a map, from its vectors of any length, rows u and v^T."""
+    # in double precision: the squares of float32 numbers below 1e-19 are zero
+    u, v = (vectors.to(torch.complex128) for vectors in (right, left))
+    # rounded as products take them, so that the residual is of the very same vector
+    u, v = ((w / torch.linalg.vector_norm(w, dim=1, keepdim=True)).to(right.dtype) for w in (u, v))
+    residual = torch.fmin(_residual(product, u, values), _residual(transposed, v, values))
+    condition = 1 / torch.abs((v.to(torch.complex128) * u.to(torch.complex128)).sum(dim=1))
+    return [(_finite(r), _finite(c)) for r, c in zip(residual.tolist(), condition.tolist(), strict=True)]
 
 
 def _residual(

@@ -194,16 +194,24 @@ class Reduction:
         Returns:
             (k,), of J's dtype.
         """
-        return self._applied(self._rows, vector)
+        return self._applied(self.rows, vector)
 
     def transposed_product(self, vector: np.ndarray) -> np.ndarray:
         """M^T w, by one reverse-mode product; see `product`."""
-        return self._applied(self._pulled, vector)
+        return self._applied(self.transposed_rows, vector)
+
+    def rows(self, vectors: Tensor) -> Tensor:
+        """M w of each row w of (q, k), real and of J's dtype, as rows."""
+        return self._rows(_scatter(vectors, self.index, self._units))[:, self.index]
+
+    def transposed_rows(self, vectors: Tensor) -> Tensor:
+        """M^T w, see `rows`."""
+        return self._pulled(_scatter(vectors, self.index, self._units))[:, self.index]
 
     def _applied(self, product: Callable[[Tensor], Tensor], vector: np.ndarray) -> np.ndarray:
         x = self.jacobian.x
         row = torch.as_tensor(np.ascontiguousarray(vector.ravel()), dtype=x.dtype, device=x.device)[None]
-        return product(_scatter(row, self.index, self._units))[0, self.index].cpu().numpy()
+        return product(row)[0].cpu().numpy()
 
     def check_sparse(self, matrix: csc_array, start: int = 0) -> float:
         """Compare columns of M with the operator they were made from, on random vectors in both directions.
