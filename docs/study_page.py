@@ -248,7 +248,7 @@ def findings():
     block, ratios = square[square["negative"] > 0]["block"].iloc[0], square[square["negative"] == 0]["S_active"]
     others = square.loc[ratios.index, "block"] != block
     branch = pd.concat([read(f"spectra-{network}") for network in NETWORKS], ignore_index=True)
-    branch = branch[(branch["function"] == "branch") & (branch["state"] == "done")].astype({"number": int})
+    branch = branch[(branch["function"] == "branch") & (branch["state"] == "done")]
     means = branch.groupby(["n", "block"])[["negative", "abscissa", "min_re_active", "S_active"]].mean()
     ends = {name: (means[name].min(), means[name].max()) for name in means}
     return FINDINGS.format(

@@ -9,7 +9,6 @@ with no finite condition, which says nothing of the eigenvalue of M.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -207,31 +206,30 @@ def _certified(
     mu = torch.as_tensor(values, dtype=complex_dtype, device=x.device)
     # of M, and of the skip that was split off: J = s + M is rounded even where M is tiny
     rounding = float(np.finfo(dtype).eps) * (moments.frobenius + reduction.shift) + neglected
-    of_m = _checked(reduction.rows, reduction.transposed_rows, right, left, mu)
-    lifted = reduction.lift(right, left, mu)
-    of_j = _checked(reduction.jacobian.jvp, reduction.jacobian.vjp, *lifted, reduction.shift + mu.to(torch.complex128))
+    of_m = _checked(reduction.rows, reduction.transposed_rows, _unit(right), _unit(left), mu)
+    u, v = map(_unit, reduction.lift(right, left, mu))  # those of other lengths are gone before products are taken
+    of_j = _checked(reduction.jacobian.jvp, reduction.jacobian.vjp, u, v, reduction.shift + mu.to(torch.complex128))
     found = []
-    for value, ok, (r, c), inner in zip(values, vectors.converged, of_j, of_m, strict=True):
-        condition, error = min(((c, c * (r + rounding)), (inner[1], inner[1] * (inner[0] + rounding))), key=_second)
-        found.append(Certified(complex(reduction.shift + value), r, condition, _finite(error), bool(ok)))
+    for value, ok, outer, inner in zip(values, vectors.converged, of_j, of_m, strict=True):
+        error, condition = min((_finite(c * (r + rounding)), c) for r, c in (outer, inner))
+        found.append(Certified(complex(reduction.shift + value), outer[0], condition, error, bool(ok)))
     return tuple(found)
 
 
-_second = itemgetter(1)
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, rounded as products take them, so that a residual is of the very same vector."""
+    exactly = rows.to(torch.complex128)  # the squares of float32 numbers below 1e-19 are zero
+    return (exactly / torch.linalg.vector_norm(exactly, dim=1, keepdim=True)).to(rows.dtype)
 
 
 def _checked(
     product: Callable[[torch.Tensor], torch.Tensor],
     transposed: Callable[[torch.Tensor], torch.Tensor],
-    right: torch.Tensor,
-    left: torch.Tensor,
+    u: torch.Tensor,
+    v: torch.Tensor,
     values: torch.Tensor,
 ) -> list[tuple[float, float]]:
-    """Residual and condition of each eigenvalue of a map, from its vectors of any length, rows u and v^T."""
-    # in double precision: the squares of float32 numbers below 1e-19 are zero
-    u, v = (vectors.to(torch.complex128) for vectors in (right, left))
-    # rounded as products take them, so that the residual is of the very same vector
-    u, v = ((w / torch.linalg.vector_norm(w, dim=1, keepdim=True)).to(right.dtype) for w in (u, v))
+    """Residual and condition of each eigenvalue of a map, from its unit vectors, rows u and v^T."""
     residual = torch.fmin(_residual(product, u, values), _residual(transposed, v, values))
     condition = 1 / torch.abs((v.to(torch.complex128) * u.to(torch.complex128)).sum(dim=1))
     return [(_finite(r), _finite(c)) for r, c in zip(residual.tolist(), condition.tolist(), strict=True)]

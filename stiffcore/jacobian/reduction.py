@@ -227,7 +227,7 @@ class Reduction:
         right = _probes(self.jacobian.x, len(columns))
         left = _probes(self.jacobian.x, self.k)
         forward = self._rows(_scatter(right, columns, self._units))[:, self.index]
-        reverse = self._pulled(_scatter(left, self.index, self._units))[:, columns]
+        reverse = self.transposed_rows(left)[:, start : start + matrix.shape[1]]
         pairs = ((matrix @ right.cpu().numpy().T, forward), (matrix.T @ left.cpu().numpy().T, reverse))
         return max(relative_difference(torch.from_numpy(product.T), plain.cpu()) for product, plain in pairs)
 
