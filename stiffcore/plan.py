@@ -4,8 +4,8 @@ Four quantities, always in bytes, for the host and for the device: *allowed* (wh
 held before any unit: interpreters and libraries, or the CUDA context; measured), *projected* (what a unit will hold at
 its fullest stage, on top of that; computed here) and *measured* (the peak that was seen).
 
-The ladder, from the top: `cuda-dense`, `host-dense`. Each rung says what it would take, and why it is passed over.
-`divide` needs least memory and most time, `extremes` answers less: both are taken only where they are asked for.
+The ladder, from the top: `cuda-dense`, `host-dense`, `divide`. Each rung says what it would take, and why it is passed
+over. `extremes` answers less, and is taken only where it is asked for.
 """
 
 import math
@@ -312,7 +312,7 @@ def _workers(busy: Sequence[UnitPlan], machine: Machine, single: int, most: int)
 
 
 # What the planner tries, in this order, where no rung is asked for.
-LADDER = (Solver.CUDA_DENSE, Solver.HOST_DENSE)
+LADDER = (Solver.CUDA_DENSE, Solver.HOST_DENSE, Solver.DIVIDE)
 
 
 def _plan_unit(
@@ -967,9 +967,6 @@ def check_budget(plan: Plan) -> None:
     lines = {u.unit.block: u.why for u in sorted(plan.refused, key=lambda u: u.projected_bytes)}
     if lines:
         head = "the budget is too small" if any("--memory" in why for why in lines.values()) else "no solver fits"
-        less = (
-            "\nS, and a proof of how many are negative, need less: --solver extremes; all eigenvalues too, slowly, "
-            "with the matrix in the store: --solver divide"
-        )
+        less = "\nS, and a proof of how many are negative, need less: --solver extremes"
         hint = less if any(str(Solver.HOST_DENSE) in why for why in lines.values()) else ""
         raise InputError(f"{head}:\n" + "\n".join(f"  - {why}" for why in lines.values()) + hint)

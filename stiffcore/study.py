@@ -72,7 +72,8 @@ class Reduce(StrEnum):
 class Solver(StrEnum):
     """The rungs of the ladder, from the top; then those that are taken only where they are asked for.
 
-    `divide` finds the whole spectrum of a matrix that fits no memory, in the store, by spectral divide and conquer.
+    `divide` finds the whole spectrum of a matrix that fits no memory, in the store, by spectral divide and conquer,
+    slowly: the last rung.
     `extremes` finds the ends of the spectrum and proves how many eigenvalues are left of 0, without the rest;
     `matrix-only` builds and keeps the matrix and solves nothing. `slices` is the way of all tensor slices;
     `svd` and `symmetric` (eigenvalues of a symmetric matrix, the squares) are those of singular values.

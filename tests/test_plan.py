@@ -54,8 +54,19 @@ def test_below_the_last_rung_nothing_is_left():
     plan = planned([unit(300)], 4 * GIB).units[0]
     assert plan.solver is Solver.HOST_DENSE
     below = plan_below(plan, Study(memory=4 * GIB), machine(), 4 * GIB, "out of memory")
+    assert below.solver is Solver.DIVIDE
+    assert below.why.startswith("host-dense: out of memory; blocks of")
+    below = plan_below(below, Study(memory=4 * GIB), machine(), 4 * GIB, "out of memory")
     assert below.refused
-    assert below.why == "host-dense: out of memory; no rung is left"
+    assert below.why == "divide: out of memory; no rung is left"
+
+
+def test_what_no_memory_holds_is_divided():
+    (p,) = planned([unit(5000)], 650 * MIB).units
+    assert p.solver is Solver.DIVIDE
+    assert re.search(r"host-dense of layer1.0 needs .*: use --memory \d+MiB; blocks of", p.why)
+    assert p.projected_bytes <= 250 * MIB
+    assert p.disk_bytes >= 7 * 8 * 5000**2
 
 
 UNITS = st.builds(
@@ -113,9 +124,9 @@ def test_whatever_is_planned_fits(units, budget, m, dtype, keep, workers):
 
 
 def named(why):
-    """The --memory that the message names, as the user would give it; None where it names none."""
+    """The least --memory that the message names, as the user would give it; None where it names none."""
     found = [Study.ask({"memory": text}).memory for text in re.findall(r"--memory (\S+?)(?:;|$)", why)]
-    return max(found, default=None)
+    return min(found, default=None)
 
 
 @MANY
@@ -151,7 +162,7 @@ def test_the_budget_that_check_budget_names_is_enough_for_all(units, budget, m):
         check_budget(plan)
     lines = str(caught.value).splitlines()
     assert lines[0] == "the budget is too small:"
-    assert lines[-1].endswith("--solver divide")
+    assert lines[-1].endswith("--solver extremes")
     named_lines = lines[1:-1]
     assert len(named_lines) == len({p.unit.block for p in plan.refused})
     check_budget(planned(units, max(named(line) for line in named_lines), m))
@@ -207,8 +218,13 @@ def test_a_unit_without_spectrum_is_neither_work_nor_refused():
     assert UnitPlan.from_json(p.unit, json.loads(json.dumps(p.to_json()))) == p
 
 
-def test_an_order_that_lapack_cannot_count_is_refused_whatever_the_memory():
-    plan = planned([unit(LAPACK_MAX_ORDER + 1), unit(LAPACK_MAX_ORDER, block="b")], 1 << 60)
+def test_an_order_that_lapack_cannot_count_is_divided_whatever_the_memory():
+    units = [unit(LAPACK_MAX_ORDER + 1), unit(LAPACK_MAX_ORDER, block="b")]
+    plans = {p.unit.block: p for p in planned(units, 1 << 60).units}
+    assert plans["b"].solver is Solver.HOST_DENSE
+    assert plans["layer1.0"].solver is Solver.DIVIDE
+    assert "46,341 is over 32-bit LAPACK's 46,340" in plans["layer1.0"].why
+    plan = planned(units, 1 << 60, solver="host-dense")
     (p,) = plan.refused
     assert "46,341" in p.why
     assert "46,340" in p.why
@@ -234,14 +250,14 @@ class TestDevice:
 
     def test_is_passed_over_where_cusolver_cannot_count(self):
         (p,) = planned([unit(46_341)], 1000 * GIB, machine(device_bytes=1000 * GIB)).units
-        assert p.refused
+        assert p.solver is Solver.DIVIDE
         assert "over cuSOLVER's 46,340" in p.why
         assert "over 32-bit LAPACK's 46,340" in p.why
 
     def test_is_no_way_round_the_host_budget(self):
         m = machine(device_bytes=80 * GIB)
         (p,) = planned([unit(10_000)], 900 * MIB, m).units
-        assert p.refused
+        assert p.solver is Solver.DIVIDE
         assert "cuda-dense of layer1.0 needs" in p.why
         # the device needs less of the host than the host's own solver
         (p,) = planned([unit(10_000)], 1300 * MIB, m).units
@@ -295,8 +311,8 @@ def test_check_budget_speaks_for_a_block_by_its_largest_unit():
     with pytest.raises(InputError) as caught:
         check_budget(plan)
     message = str(caught.value)
-    assert message.count("layer1.0") == 1
-    assert message.count("host-dense of b ") == 1
+    assert message.count("host-dense of layer1.0 ") == message.count("divide of layer1.0 ") == 1
+    assert message.count("host-dense of b ") == message.count("divide of b ") == 1
     assert "reserved 400 MiB" in message
     assert "budget 410 MiB" in message
     check_budget(planned([unit(4000), unit(3000, image=1)], named(message.splitlines()[-2])))
