@@ -41,6 +41,9 @@ class InMemory:
     def missing(self):
         return [i for i in range(self.shards) if i not in self.panels]
 
+    def has(self, shard):
+        return shard in self.panels
+
     def read_shard(self, shard, start=0, stop=None):
         return np.array(self.panels[shard][start:stop], order="F")
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from stiffcore.eigen import panels
 from stiffcore.eigen.dense import Eigenvectors, hessenberg_eigenvalues, sort_eigenvalues, to_hessenberg
-from stiffcore.eigen.panels import Panels, SingularError
+from stiffcore.eigen.panels import Each, Panels, SingularError, one_by_one
 from stiffcore.eigen.sparse import EPS
 from stiffcore.errors import StiffcoreError
 
@@ -129,6 +129,7 @@ def eigenvalues(
     first: float | None = None,
     at_once: int = 1,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    each: Each = one_by_one,
 ) -> Division:
     """All eigenvalues of a.
 
@@ -139,6 +140,7 @@ def eigenvalues(
         first: the line Re = first is tried before others, so that the eigenvalues left of it are counted on the way.
         at_once: panels of a block, see `stiffcore.eigen.panels`.
         tell: told of what is done, panels done and panels in all.
+        each: who works on the blocks.
 
     Raises:
         DivisionError: where no curve divides the matrix, or a part of it; or where squares of its numbers, or of what
@@ -148,7 +150,7 @@ def eigenvalues(
     if size and not SMALLEST < size < 1 / SMALLEST:
         raise DivisionError(f"a matrix of norm {size:.1e} is too far from 1 to be divided: scale the function")
     splits: list[Split] = []
-    work = _Work(space, most, at_once, tell, splits)
+    work = _Work(space, most, at_once, tell, each, splits)
     values = list(_divided(work, "", lambda: a, a.shape[0], first))
     neglected = sum(s.neglected for s in splits if not s.failure)
     return Division(sort_eigenvalues(np.concatenate(values)), tuple(splits), neglected)
@@ -161,6 +163,7 @@ def eigenvectors(
     *,
     at_once: int = 1,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    each: Each = one_by_one,
 ) -> Eigenvectors:
     """Right and left eigenvectors for a few eigenvalues, by inverse iteration with one LU each.
 
@@ -170,6 +173,7 @@ def eigenvectors(
         values: (m,) complex, eigenvalues that were found.
         at_once: panels of a block.
         tell: as for `eigenvalues`.
+        each: as for `eigenvalues`.
 
     Returns:
         Unit vectors; one that did not come within the iteration is flagged.
@@ -184,7 +188,8 @@ def eigenvectors(
         moved, lu = space.matrix(f"moved{number}", n, n, dtype), space.matrix(f"lu{number}", n + 1, n, dtype)
         panels.copy(a, moved, shift=-shift)
         try:
-            panels.factor(moved, lu, at_once=at_once, tell=partial(tell, f"eigenvector {number + 1} of {len(values)}"))
+            told = partial(tell, f"eigenvector {number + 1} of {len(values)}")
+            panels.factor(moved, lu, at_once=at_once, tell=told, each=each)
             sides = [_iterated(solve, lu, start[i]) for i, solve in enumerate((panels.solve, panels.solve_adjoint))]
         except SingularError:
             sides = [np.full(n, np.nan)] * 2
@@ -210,11 +215,12 @@ class _Work:
     most: int
     at_once: int
     tell: Callable[[str, int, int], None]
+    each: Each
     splits: list[Split]
 
     def told(self, what: str) -> dict[str, Any]:
-        """How a kernel is called: in which blocks, and what it tells."""
-        return {"at_once": self.at_once, "tell": partial(self.tell, what)}
+        """How a kernel is called: in which blocks, what it tells, and who works on them."""
+        return {"at_once": self.at_once, "tell": partial(self.tell, what), "each": self.each}
 
 
 def _divided(
@@ -371,7 +377,7 @@ def _parted(
 
     def left() -> int:
         panels.rotate(reflectors, opened(), space.matrix(turned, n, n), **work.told(f"rotation of order {n:,}, left"))
-        panels.transpose(space.matrix(turned, n, n), space.matrix(across, n, n))
+        panels.transpose(space.matrix(turned, n, n), space.matrix(across, n, n), each=work.each)
         return n
 
     def right() -> tuple[float, float]:

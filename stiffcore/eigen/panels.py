@@ -7,9 +7,13 @@ bits. LU and QR look left: a panel takes all that went before it, and is written
 Memory is a block, `at_once` panels of the result side by side, and a panel or two that pass through it: each panel that
 is read works on the whole block, so the wider the block, the fewer bytes are read for the same arithmetic, 4 / columns
 bytes an operation. Blocks begin at multiples of `at_once`: what is written in one session or several is the same.
+
+Who works on the blocks is `each`: this process, one after the other (`one_by_one`), or several workers at once, each on
+a block. A block of LU or QR takes in the panels before its own as they are written. The panels are the same, to the
+bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -37,6 +41,9 @@ class Panels(Protocol):
     def missing(self) -> list[int]:
         """The panels that are not written yet, ascending."""
 
+    def has(self, shard: int) -> bool:
+        """Whether a panel is written."""
+
     def read_shard(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of a panel, Fortran-ordered; the reader's own."""
 
@@ -60,13 +67,46 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
-def _blocks(out: Panels, at_once: int) -> Iterator[tuple[int, int]]:
-    """First and one past the last panel of each block that is not written whole."""
+# Waits until a panel is written, where another worker writes it.
+Await = Callable[[Panels, int], None]
+# Works on panels first..last-1 of a result, and writes them. Others may be under way: `Await` is for those it needs.
+Work = Callable[[int, int, Await], None]
+
+
+class Each(Protocol):
+    """Carries out the work on all blocks, begun in this order, and returns when all is written."""
+
+    def __call__(self, work: Work, blocks: Sequence[tuple[int, int]], finished: Callable[[int, int], None]) -> None:
+        """Do so.
+
+        Args:
+            work: a function that can be pickled, with arguments that can.
+            blocks: first and one past the last panel of each.
+            finished: told of each block that is written.
+        """
+
+
+def one_by_one(work: Work, blocks: Sequence[tuple[int, int]], finished: Callable[[int, int], None]) -> None:
+    """Each block in this process, in order; see `Each`."""
+    for first, last in blocks:
+        work(first, last, lambda a, panel: None)
+        finished(first, last)
+
+
+def _carry_out(work: Work, out: Panels, at_once: int, tell: Tell, each: Each) -> None:
+    """Have the blocks of `out` written that are not."""
     missing = set(out.missing())
-    for first in range(0, out.shards, at_once):
-        last = min(first + at_once, out.shards)
-        if not missing.isdisjoint(range(first, last)):
-            yield first, last
+    starts = range(0, out.shards, at_once)
+    blocks = [(first, min(first + at_once, out.shards)) for first in starts]
+    blocks = [block for block in blocks if not missing.isdisjoint(range(*block))]
+    done = out.shards - sum(last - first for first, last in blocks)
+
+    def finished(first: int, last: int) -> None:
+        nonlocal done
+        done += last - first
+        tell(done, out.shards)
+
+    each(work, blocks, finished)
 
 
 def _span(a: Panels, first: int, last: int) -> tuple[int, int]:
@@ -83,13 +123,13 @@ def _read(a: Panels, first: int, last: int, *, more: int = 0) -> np.ndarray:
     return block
 
 
-def _write(out: Panels, first: int, last: int, block: np.ndarray, tell: Tell) -> None:
+def _write(out: Panels, first: int, last: int, block: np.ndarray) -> None:
     """Those of a block's panels that are not written yet."""
     start = out.columns(first)[0]
-    for j in sorted(set(out.missing()) & set(range(first, last))):
-        left, right = out.columns(j)
-        out.write(j, block[:, left - start : right - start])
-    tell(last, out.shards)
+    for j in range(first, last):
+        if not out.has(j):
+            left, right = out.columns(j)
+            out.write(j, block[:, left - start : right - start])
 
 
 def _add_product(block: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray) -> None:
@@ -113,15 +153,17 @@ def copy(a: Panels, out: Panels, *, shift: complex = 0.0, first: int = 0) -> Non
         out.write(j, block)
 
 
-def transpose(a: Panels, out: Panels, tell: Tell = _silent) -> None:
-    """out = a^T."""
-    for j in out.missing():
-        start, stop = out.columns(j)
-        block = np.empty((out.shape[0], stop - start), order="F")
-        for i in range(a.shards):
-            block[slice(*a.columns(i))] = a.read_shard(i, start, stop).T
-        out.write(j, block)
-        tell(j + 1, out.shards)
+def transpose(a: Panels, out: Panels, *, tell: Tell = _silent, each: Each = one_by_one) -> None:
+    """out = a^T. Memory: two panels."""
+    _carry_out(partial(_transpose, a, out), out, 1, tell, each)
+
+
+def _transpose(a: Panels, out: Panels, first: int, last: int, ready: Await) -> None:
+    start, stop = _span(out, first, last)
+    block = np.empty((out.shape[0], stop - start), order="F")
+    for i in range(a.shards):
+        block[slice(*a.columns(i))] = a.read_shard(i, start, stop).T
+    _write(out, first, last, block)
 
 
 def product(
@@ -132,18 +174,29 @@ def product(
     shift: float = 0.0,
     at_once: int = 1,
     tell: Tell = _silent,
+    each: Each = one_by_one,
 ) -> None:
     """out = (a + shift I) b; b is stored, in panels like those of `out`, or makes columns start..stop-1 of it.
 
     Memory: two blocks, and a panel. Each block reads all of a.
     """
-    for first, last in _blocks(out, at_once):
-        right = b(*_span(out, first, last)) if callable(b) else _read(b, first, last)
-        block = np.asfortranarray(shift * right) if shift else np.zeros((out.shape[0], right.shape[1]), order="F")
-        for i in range(a.shards):
-            _add_product(block, 1.0, a.read_shard(i), right[slice(*a.columns(i))])
-        _write(out, first, last, block, tell)
-        del right, block  # else they are there while the next ones are made
+    _carry_out(partial(_product, a, b, out, shift), out, at_once, tell, each)
+
+
+def _product(
+    a: Panels,
+    b: Panels | Callable[[int, int], np.ndarray],
+    out: Panels,
+    shift: float,
+    first: int,
+    last: int,
+    ready: Await,
+) -> None:
+    right = b(*_span(out, first, last)) if callable(b) else _read(b, first, last)
+    block = np.asfortranarray(shift * right) if shift else np.zeros((out.shape[0], right.shape[1]), order="F")
+    for i in range(a.shards):
+        _add_product(block, 1.0, a.read_shard(i), right[slice(*a.columns(i))])
+    _write(out, first, last, block)
 
 
 def trace(a: Panels) -> float:
@@ -187,7 +240,7 @@ def distance(a: Panels, b: Panels) -> float:
     return float(np.sqrt(sum(np.sum((a.read_shard(i) - b.read_shard(i)) ** 2) for i in range(a.shards))))
 
 
-def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent) -> None:
+def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one) -> None:
     """P a = L U by partial pivoting (Golub and Van Loan, 3.2.11, in its left-looking form).
 
     Memory: a block, LAPACK's copy of it, and a panel.
@@ -198,25 +251,29 @@ def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent) -> 
             and in the last row the pivots: the row that was swapped with each.
         at_once: panels of a block.
         tell: told of panels done and panels in all.
+        each: who works on the blocks.
 
     Raises:
         SingularError: where a pivot is zero, or not finite.
     """
-    n = a.shape[0]
-    for first, last in _blocks(lu, at_once):
-        start, stop = _span(lu, first, last)
-        block = _read(a, first, last, more=1)
-        for i in range(first):
-            _eliminate(block[:n], lu, i)
-        (getrf,) = get_lapack_funcs(("getrf",), (block,))
-        block[start:n], pivots, info = getrf(block[start:n])
-        if info > 0 or not np.isfinite(block[start:n]).all():
-            raise SingularError(f"a pivot of columns {start} to {stop - 1} is zero, or not finite")
-        block[n] = start + pivots
-        for j in range(first, last - 1):  # exchanges of later panels have not been when this one was factored
-            left, right = (column - start for column in lu.columns(j))
-            _exchange(block[:n, left:right], start + right, block[n, right:], back=True)
-        _write(lu, first, last, block, tell)
+    _carry_out(partial(_factor, a, lu), lu, at_once, tell, each)
+
+
+def _factor(a: Panels, lu: Panels, first: int, last: int, ready: Await) -> None:
+    n, (start, stop) = a.shape[0], _span(lu, first, last)
+    block = _read(a, first, last, more=1)
+    for i in range(first):
+        ready(lu, i)
+        _eliminate(block[:n], lu, i)
+    (getrf,) = get_lapack_funcs(("getrf",), (block,))
+    block[start:n], pivots, info = getrf(block[start:n])
+    if info > 0 or not np.isfinite(block[start:n]).all():
+        raise SingularError(f"a pivot of columns {start} to {stop - 1} is zero, or not finite")
+    block[n] = start + pivots
+    for j in range(first, last - 1):  # exchanges of later panels have not been when this one was factored
+        left, right = (column - start for column in lu.columns(j))
+        _exchange(block[:n, left:right], start + right, block[n, right:], back=True)
+    _write(lu, first, last, block)
 
 
 def _eliminate(block: np.ndarray, lu: Panels, i: int) -> None:
@@ -282,29 +339,42 @@ def inverse(
     beside: tuple[float, Panels] | None = None,
     at_once: int = 1,
     tell: Tell = _silent,
+    each: Each = one_by_one,
 ) -> None:
     """out = scale a^-1 + shift I + weight b, from a's factors; `beside` is (weight, b).
 
     Memory: a block, and two panels. Each block reads the factors once, half of them on the way down and half up.
     """
-    for first, last in _blocks(out, at_once):
-        start, stop = _span(out, first, last)
-        diagonal = np.arange(start, stop), np.arange(stop - start)
-        block = np.zeros((out.shape[0], stop - start), order="F")
-        block[diagonal] = 1
-        block = solve(lu, block)
-        if not np.isfinite(block).all():
-            raise SingularError(f"columns {start} to {stop - 1} of the inverse are not finite")
-        block *= scale
-        if beside is not None:
-            for j in range(first, last):
-                left, right = (column - start for column in out.columns(j))
-                block[:, left:right] += beside[0] * beside[1].read_shard(j)
-        block[diagonal] += shift
-        _write(out, first, last, block, tell)
+    _carry_out(partial(_inverse, lu, out, scale, shift, beside), out, at_once, tell, each)
 
 
-def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _silent) -> None:
+def _inverse(
+    lu: Panels,
+    out: Panels,
+    scale: float,
+    shift: float,
+    beside: tuple[float, Panels] | None,
+    first: int,
+    last: int,
+    ready: Await,
+) -> None:
+    start, stop = _span(out, first, last)
+    diagonal = np.arange(start, stop), np.arange(stop - start)
+    block = np.zeros((out.shape[0], stop - start), order="F")
+    block[diagonal] = 1
+    block = solve(lu, block)
+    if not np.isfinite(block).all():
+        raise SingularError(f"columns {start} to {stop - 1} of the inverse are not finite")
+    block *= scale
+    if beside is not None:
+        for j in range(first, last):
+            left, right = (column - start for column in out.columns(j))
+            block[:, left:right] += beside[0] * beside[1].read_shard(j)
+    block[diagonal] += shift
+    _write(out, first, last, block)
+
+
+def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one) -> None:
     """a = Q R by Householder reflectors (Golub and Van Loan, 5.2.2), of which Q is kept.
 
     Memory: two blocks, and five panels.
@@ -315,26 +385,30 @@ def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _sile
             them T^-1, upper triangular, for which the panel's reflectors together are I - V T V^T.
         at_once: panels of a block.
         tell: told of panels done and panels in all.
+        each: who works on the blocks.
     """
-    n = a.shape[0]
-    for first, last in _blocks(qr, at_once):
-        block, begin = _read(a, first, last), qr.columns(first)[0]
-        for i in range(first):
-            _reflect(block, qr.read_shard(i), n)
-        whole = np.zeros((qr.shape[0], block.shape[1]), order="F")
-        for j in range(first, last):
-            start, stop = qr.columns(j)
-            mine = slice(start - begin, stop - begin)
-            compact, tau = np.linalg.qr(block[start:, mine], mode="raw")
-            v = np.tril(compact.T, -1)
-            v[np.arange(stop - start), np.arange(stop - start)] = 1
-            v[:, tau == 0] = 0  # no reflector at all
-            whole[start:n, mine] = v
-            # Joffrain et al. 2006: T^-1 + T^-T = V^T V
-            whole[n : n + stop - start, mine] = np.triu(v.T @ v, 1) + np.diag(1 / np.where(tau == 0, 1, tau))
-            _reflect(block[:, stop - begin :], whole[:, mine], n)
-        _write(qr, first, last, whole, tell)
-        del block, whole  # else they are there while the next ones are made
+    _carry_out(partial(_orthogonalise, a, qr), qr, at_once, tell, each)
+
+
+def _orthogonalise(a: Panels, qr: Panels, first: int, last: int, ready: Await) -> None:
+    n, begin = a.shape[0], qr.columns(first)[0]
+    block = _read(a, first, last)
+    for i in range(first):
+        ready(qr, i)
+        _reflect(block, qr.read_shard(i), n)
+    whole = np.zeros((qr.shape[0], block.shape[1]), order="F")
+    for j in range(first, last):
+        start, stop = qr.columns(j)
+        mine = slice(start - begin, stop - begin)
+        compact, tau = np.linalg.qr(block[start:, mine], mode="raw")
+        v = np.tril(compact.T, -1)
+        v[np.arange(stop - start), np.arange(stop - start)] = 1
+        v[:, tau == 0] = 0  # no reflector at all
+        whole[start:n, mine] = v
+        # Joffrain et al. 2006: T^-1 + T^-T = V^T V
+        whole[n : n + stop - start, mine] = np.triu(v.T @ v, 1) + np.diag(1 / np.where(tau == 0, 1, tau))
+        _reflect(block[:, stop - begin :], whole[:, mine], n)
+    _write(qr, first, last, whole)
 
 
 def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:
@@ -343,10 +417,15 @@ def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:
     _add_product(block, -1.0, v, _solved(inverse, v.T @ block, trans=1))
 
 
-def rotate(qr: Panels, a: Panels, out: Panels, *, at_once: int = 1, tell: Tell = _silent) -> None:
+def rotate(
+    qr: Panels, a: Panels, out: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one
+) -> None:
     """out = Q^T a, Q all n x n of it, from `orthogonalise`. Memory: a block, and two panels."""
-    for first, last in _blocks(out, at_once):
-        block = _read(a, first, last)
-        for i in range(qr.shards):
-            _reflect(block, qr.read_shard(i), a.shape[0])
-        _write(out, first, last, block, tell)
+    _carry_out(partial(_rotate, qr, a, out), out, at_once, tell, each)
+
+
+def _rotate(qr: Panels, a: Panels, out: Panels, first: int, last: int, ready: Await) -> None:
+    block = _read(a, first, last)
+    for i in range(qr.shards):
+        _reflect(block, qr.read_shard(i), a.shape[0])
+    _write(out, first, last, block)

@@ -108,6 +108,14 @@ class TiledMatrix:
         done = (self._states() != Tile.MISSING).all(axis=0)
         return [int(i) for i in np.flatnonzero(~done)]
 
+    def has(self, shard: int) -> bool:
+        """Whether a shard is recorded as done.
+
+        Raises:
+            DamagedError: where the record cannot be read.
+        """
+        return bool((self._states(shard) != Tile.MISSING).all())
+
     def write(self, shard: int, block: np.ndarray | scipy.sparse.csc_array) -> int:
         """Write one shard whole, then record it as done.
 
