@@ -92,6 +92,7 @@ class UnitPlan:
         panel: where the matrix is divided in the store: columns of a panel.
         at_once: there, panels of a block, which is what memory holds.
         leaf: there, the largest order that is solved in memory.
+        spread: there, workers that have a block each, at the same time.
         stages: projected bytes by stage, host memory on top of what is reserved.
         device_bytes: projected bytes on the device, on top of what is reserved there.
         disk_bytes: most bytes in the store while it runs.
@@ -114,6 +115,7 @@ class UnitPlan:
     panel: int = 0
     at_once: int = 1
     leaf: int = 0
+    spread: int = 1
     stages: dict[str, int] | None = None
     device_bytes: int = 0
     disk_bytes: int = 0
@@ -184,7 +186,7 @@ class Plan:
     def holds(self, unit: UnitPlan, running: Iterable[UnitPlan]) -> bool:
         """Whether a unit may begin beside those that run."""
         beside = list(running)
-        if len(beside) >= self.workers:
+        if len(beside) >= self.workers or (beside and any(p.spread > 1 for p in (unit, *beside))):
             return False
         if unit.device_bytes and sum(p.device_bytes > 0 for p in beside) >= self.gpus:
             return False
@@ -218,6 +220,7 @@ class Machine:
         free_bytes: what may be used where no budget is given; None: see `default_allowed_bytes`.
         separate: how many workers there are, of a cluster that is not ours; None: as many as fit, on this machine.
         most_threads: of a unit, where the environment names a number (OMP_NUM_THREADS).
+        spread: workers that may share a unit.
     """
 
     cores: int
@@ -230,6 +233,7 @@ class Machine:
     free_bytes: int | None = None
     separate: int | None = None
     most_threads: int | None = None
+    spread: int = 1
 
 
 def make_plan(
@@ -248,7 +252,9 @@ def make_plan(
         units: the facts.
         study: for the budgets, the dtype, the rung asked for and what is kept.
         machine: what there is.
-        workers: at most so many; None: one a core. Never more than there are units, nor than memory allows.
+        workers: at most so many; None: one a core. Never more than there are units, nor than memory allows. A unit
+            that is divided is shared by all that are asked for, or that a cluster has: on one machine, one worker with
+            all threads holds wider blocks.
         recorded: by key, earlier plans, which stay where they fit: a chunk's width can decide a result's last bits.
     """
     units = list(units)
@@ -258,11 +264,17 @@ def make_plan(
         device = min(device, max(0, study.device_memory - machine.device_reserved_bytes))
     machine = replace(machine, device_bytes=device)
     single = allowed - machine.reserved_bytes
-    plans = [_plan_unit(u, study, machine, single, (recorded or {}).get(u.key)) for u in units]
-    plans.sort(key=lambda p: (p.works, p.seconds))
-    busy = [p for p in plans if p.works]
-    if machine.separate is None:
+    most = workers or machine.separate or 1
+    while True:
+        machine = replace(machine, spread=min(most, machine.separate or most))
+        plans = [_plan_unit(u, study, machine, single, (recorded or {}).get(u.key)) for u in units]
+        plans.sort(key=lambda p: (p.works, p.seconds))
+        busy = [p for p in plans if p.works]
         count = _workers(busy, machine, single, workers or machine.cores)
+        if machine.separate or machine.spread <= count:
+            break
+        most = count  # the memory of so many workers is another unit's
+    if machine.separate is None:
         threads = max(1, min(machine.cores // count, machine.most_threads or machine.cores))
     else:
         count, threads = max(1, min(machine.separate, workers or machine.separate)), max(1, machine.cores)
@@ -305,7 +317,7 @@ def plan_below(plan: UnitPlan, study: Study, machine: Machine, data_bytes: int, 
 def _workers(busy: Sequence[UnitPlan], machine: Machine, single: int, most: int) -> int:
     """As many as asked for, unless that would leave the largest unit no room."""
     largest = max((p.projected_bytes for p in busy), default=0)
-    count = max(1, min(most, len(busy)))
+    count = max(1, min(most, max(len(busy), *(p.spread for p in busy), 1)))
     while count > 1 and single - (count - 1) * machine.worker_bytes < largest:
         count -= 1
     return count
@@ -454,19 +466,28 @@ def _divide(
 ) -> tuple[UnitPlan, str]:
     """Spectral divide and conquer in the store (`eigen.divide`), with blocks as wide as fit.
 
+    Where workers share it, each holds a block, of the budget's share that is left beside all of them.
     disk: the matrix, and while it is divided six of its order in float64.
     """
-    k = max(unit.k, 1)
-    width, at_once, leaf = divide_sizes(k, data_bytes)
+    k, spread = max(unit.k, 1), machine.spread
+    here = 1 if machine.separate else spread  # blocks in one budget
+    room = data_bytes - (here - 1) * machine.worker_bytes
+    width, at_once, _ = divide_sizes(k, room // here)
+    leaf = divide_sizes(k, room)[2]
     base, matrix, vectors, why_not = _rung(
-        Solver.DIVIDE, unit, study, machine, data_bytes, partial(_divide_stages, width, at_once, leaf), stored
+        Solver.DIVIDE, unit, study, machine, room, partial(_divide_stages, width, at_once, leaf, here), stored
     )
+    if why_not and here > 1:
+        return _divide(unit, study, replace(machine, spread=here - 1), data_bytes, stored)
+    among = f", shared by {spread} workers" if spread > 1 else ""
     plan = replace(
         base,
-        why=f"blocks of {width * at_once:,} columns, parts of {leaf:,} in memory",
+        why=f"blocks of {width * at_once:,} columns, parts of {leaf:,} in memory{among}",
         panel=width,
         at_once=at_once,
         leaf=leaf,
+        spread=spread,
+        seconds=base.seconds - (1 - 1 / spread) * _seconds(base.flops, machine),
         disk_bytes=matrix + vectors + 6 * 8 * k * k,
         kept_bytes=vectors + _kept(study, matrix),
         moved_bytes=divide_moved_bytes(k, width * at_once),
@@ -880,17 +901,18 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
 
 
 def _divide_stages(
-    width: int, at_once: int, leaf: int, unit: Unit, column_bytes: int, itemsize: int, shard: int
+    width: int, at_once: int, leaf: int, here: int, unit: Unit, column_bytes: int, itemsize: int, shard: int
 ) -> dict[str, int]:
     """Stages of the division: panels of all kernels (`eigen.panels`), a part in memory, the certificate's vectors.
 
-    divide: `divide_held_bytes`; before it, the logarithmic norm: the sparse matrix, if any, and Krylov vectors.
+    divide: `divide_held_bytes` of each block that the budget holds; before it, the logarithmic norm: the sparse matrix,
+        if any, and Krylov vectors.
     leaf: LAPACK's own, and a panel that is read.
     """
     k = unit.k
     sparse = 56 * unit.nonzeros
     return {
-        "divide": max(divide_held_bytes(k, width, at_once) + BLAS_BYTES, sparse + _krylov_bytes(k)),
+        "divide": max(here * (divide_held_bytes(k, width, at_once) + BLAS_BYTES), sparse + _krylov_bytes(k)),
         "leaf": dense.to_hessenberg_bytes(leaf, 8) + 16 * width * leaf + BLAS_BYTES,
         "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize),
     }

@@ -16,7 +16,8 @@ import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
 
-from stiffcore.cluster import ConnectionLostError, Event, Executor, Worker, WorkerDiedError
+from stiffcore.cluster import ConnectionLostError, Event, Executor, Worker, WorkerDiedError, spread
+from stiffcore.eigen.panels import one_by_one
 from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
 from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
@@ -502,8 +503,10 @@ def _settle(store: RunStore, key: str, record: Mapping[str, Any], study: Study, 
 def _carry_out(url: str, key: str, threads: int, module: Any, token: str, emit: OnEvent) -> str:
     from stiffcore.unit import carry_out, open_operator
 
-    check = partial(RunStore(url).check_held, token)
-    return carry_out(url, key, threads=threads, emit=emit, opener=partial(open_operator, module=module), check=check)
+    store = RunStore(url)
+    check, opener = partial(store.check_held, token), partial(open_operator, module=module)
+    each = spread(threads, check) if store.record(key)["plan"]["spread"] > 1 else one_by_one
+    return carry_out(url, key, threads=threads, emit=emit, opener=opener, check=check, each=each)
 
 
 def _failure(error: BaseException) -> str:

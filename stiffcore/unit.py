@@ -25,6 +25,7 @@ from stiffcore.eigen import certificate, dense, device, divide, panels, singular
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.numerical_range import logarithmic_norm
+from stiffcore.eigen.panels import Each
 from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
@@ -89,6 +90,7 @@ class UnitRun:
         emit: told of every step that the store has recorded.
         opener: makes the unit's operator.
         check: raises where the unit may no longer be written to; asked before every step.
+        each: who works on the blocks of a matrix that is divided.
     """
 
     store: RunStore
@@ -96,6 +98,7 @@ class UnitRun:
     emit: Emit
     opener: Opener
     check: Callable[[], None]
+    each: Each
 
     def __post_init__(self) -> None:
         study = Study.stored(self.store.header)
@@ -204,6 +207,7 @@ def carry_out(
     emit: Emit,
     opener: Opener = open_operator,
     check: Callable[[], None] = lambda: None,
+    each: Each = panels.one_by_one,
 ) -> str:
     """Bring one unit to `done`, from wherever its record says it is.
 
@@ -214,6 +218,7 @@ def carry_out(
         emit: told of every step that the store has recorded.
         opener: makes the unit's operator.
         check: raises where the unit may no longer be written to; asked before every step.
+        each: who works on the blocks of a matrix that is divided.
 
     Returns:
         The key.
@@ -223,7 +228,7 @@ def carry_out(
         StiffcoreError: where it cannot be done; what is recorded stays.
     """
     with _threads(threads), threadpool_limits(threads):
-        run = UnitRun(RunStore(url), key, emit, opener, check)
+        run = UnitRun(RunStore(url), key, emit, opener, check, each)
         _restart_if_foreign(run)
         if run.record["stage"] != "done" and run.record.get("metrics"):  # of an earlier solve
             run.store.drop(key, *HISTOGRAM)
@@ -550,7 +555,9 @@ def _divide(run: UnitRun) -> dict[str, Any]:
         moments = space.once("moments", arranged)
         whole = space.matrix("whole", k, k)
         growth = space.once("growth", lambda: _growth(run, _product_operator(whole)))
-        found = divide.eigenvalues(whole, space, plan["leaf"], first=first, at_once=plan["at_once"], tell=tell)
+        found = divide.eigenvalues(
+            whole, space, plan["leaf"], first=first, at_once=plan["at_once"], tell=tell, each=run.each
+        )
     division = {"splits": [asdict(split) for split in found.splits], "error": found.error}
     return (
         _store_eigenvalues(run, found.values)
@@ -744,4 +751,4 @@ def _divided_eigenvectors(run: UnitRun, values: np.ndarray) -> dense.Eigenvector
     with _undoing(run, "built", DIVISION):
         space, k = _workspace(run), run.record["k"]
         whole, at_once = space.matrix("whole", k, k), run.record["plan"]["at_once"]
-        return divide.eigenvectors(whole, space, values, at_once=at_once, tell=tell)
+        return divide.eigenvectors(whole, space, values, at_once=at_once, tell=tell, each=run.each)

@@ -8,14 +8,18 @@ import sys
 import time
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import stiffcore
-from stiffcore.cluster import ConnectionLostError, InProcess, local_workers, workers_at
+from stiffcore.cluster import ConnectionLostError, InProcess, Spread, WorkerDiedError, local_workers, spread, workers_at
+from stiffcore.eigen import divide
+from stiffcore.eigen.panels import SingularError, factor, one_by_one
 from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
-from stiffcore.store import RunStore
+from stiffcore.store import RunStore, StoredWorkspace
 from tests.test_run import OPTIONS, execute, spectra_bytes
 
 # slow to certify, so that something can be killed meanwhile
@@ -27,7 +31,8 @@ class Cluster:
 
     def __init__(self, folder):
         self.folder, self.file = folder, str(folder / "scheduler.json")
-        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        here = str(Path(__file__).parents[1])
+        path = os.pathsep.join([str(folder), here, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self.scheduler = self.start("scheduler", "--port", "0", "--scheduler-file", self.file, "--no-dashboard")
         self.processes = [self.scheduler]
@@ -176,6 +181,132 @@ def test_work_of_a_session_that_is_over_stops_at_its_next_step(small):
     with pytest.raises(stiffcore.BusyError, match="is over"):
         store.check_held(token)
     assert store.record(key)["stage"] == "planned"
+
+
+# ------------------------------------------------------------------------------- the blocks of one unit, shared
+
+ORDER, COLUMNS, TILE = 60, 10, 32
+
+
+def workspace(folder):
+    store = RunStore(folder, create=True)
+    if "u" not in store.units():
+        store.update("u", stage="built")
+    return StoredWorkspace(store, "u", TILE, COLUMNS)
+
+
+def written(folder, a):
+    matrix = workspace(folder).matrix("a", *a.shape)
+    for i in matrix.missing():
+        matrix.write(i, np.asfortranarray(a[:, slice(*matrix.columns(i))]))
+    return matrix
+
+
+def divided(folder, emit, *, shared=True):
+    """All eigenvalues of the matrix there, by division in blocks of a panel; tells of each that is written."""
+    space = workspace(folder)
+    each = spread(1, lambda: None) if shared else one_by_one
+    assert isinstance(each, Spread) is shared
+    found = divide.eigenvalues(
+        space.matrix("a", ORDER, ORDER),
+        space,
+        45,
+        first=0.0,
+        tell=lambda what, done, total: emit({"what": what, "done": done, "pid": os.getpid()}),
+        each=each,
+    )
+    return found.values.tobytes(), [s.beyond for s in found.splits]
+
+
+def factored(folder, emit):
+    space = workspace(folder)
+    return factor(space.matrix("a", ORDER, ORDER), space.matrix("lu", ORDER + 1, ORDER), each=spread(1, lambda: None))
+
+
+def random_matrix():
+    return np.random.default_rng(0).standard_normal((ORDER, ORDER))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What this process finds on its own."""
+    folder = str(tmp_path_factory.mktemp("alone") / "run")
+    written(folder, random_matrix())
+    return divided(folder, lambda event: None, shared=False)
+
+
+def test_workers_share_the_blocks_of_a_unit_and_write_the_same_bytes(tmp_path, alone):
+    folder, events = str(tmp_path / "run"), []
+    written(folder, random_matrix())
+    with local_workers(events.append) as executor:
+        executor.scale(2)
+        assert executor.submit(divided, folder).result() == alone
+        first = [e["done"] for e in events if "LU" in e["what"]][: ORDER // COLUMNS]
+        assert first == list(range(1, ORDER // COLUMNS + 1))
+        # a panel that depends on one that cannot be made is given up, and what is wrong is said
+        a = random_matrix()
+        a[:, 3 * COLUMNS] = 0
+        written(str(tmp_path / "singular"), a)
+        with pytest.raises(SingularError, match="columns 30 to 39"):
+            executor.submit(factored, str(tmp_path / "singular")).result()
+
+
+@pytest.mark.parametrize("leads", [False, True], ids=["one of them", "the one that leads"])
+def test_a_worker_that_dies_leaves_its_block_to_the_others(tmp_path, alone, leads):
+    folder, pids = str(tmp_path / "run"), []
+    written(folder, random_matrix())
+
+    def kill(event):
+        if pids and "step 3, LU" in event["what"] and event["done"] == 4:
+            os.kill(next(pid for pid in pids if (pid == event["pid"]) is leads), signal.SIGKILL)
+            pids.clear()
+
+    with local_workers(kill) as executor:
+        executor.scale(2)
+        pids += [worker.pid for worker in executor.workers()]
+        if leads:
+            with pytest.raises(WorkerDiedError):
+                executor.submit(divided, folder).result()
+        assert executor.submit(divided, folder).result() == alone
+    assert not pids
+
+
+def test_a_worker_of_a_cluster_that_dies_and_does_not_come_back(tmp_path, cluster, alone):
+    folder, pids = str(tmp_path / "run"), []
+    written(folder, random_matrix())
+
+    def kill(event):
+        if pids and "step 3, inverse" in event["what"]:
+            os.kill(next(pid for pid in pids if pid != event["pid"]), signal.SIGKILL)
+            pids.clear()
+
+    cluster.worker()
+    cluster.worker()
+    with workers_at(cluster.file, kill) as executor:
+        deadline = time.monotonic() + 60
+        while len(executor.workers()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        pids += [worker.pid for worker in executor.workers()]
+        assert executor.submit(divided, folder).result() == alone
+        assert len(executor.workers()) == 1
+    assert not pids
+
+
+def test_a_run_shares_a_divided_unit_among_the_workers_asked_for(small):
+    options = OPTIONS | {"blocks": "1", "functions": "block", "index": (0,)}
+    expected = execute(small / "dense", options)[0].spectrum(block="layer1.0").values
+    url = str(small / "run")
+    with local_workers(lambda event: None) as executor:
+        prepared = prepare(url, options | {"memory": "3GiB", "solver": "divide"}, executor, workers=2)
+        (unit,) = prepared.plan.units
+        assert (unit.spread, prepared.plan.workers) == (2, 2)
+        assert not prepared.plan.holds(unit, [unit])
+        unit = replace(unit, panel=32, at_once=1, leaf=100)
+        prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
+        run, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
+    assert outcome.failed == {}
+    assert len(run.spectrum(block="layer1.0").record["divided"]["splits"]) >= 1
+    assert abs(run.spectrum(block="layer1.0").values - expected).max() < 1e-10
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,79 @@ def test_a_large_unit_holds_at_most_what_its_plan_says(tmp_path, network, block)
     assert_projected(peak_of_unit(tmp_path, network, block, "float64", "4GiB"))
 
 
+# As UNIT, within so much on top of what is reserved that the matrix must be divided.
+DIVIDED = """
+import json, sys
+import numpy as np
+import stiffcore.preload
+from stiffcore.cluster import InProcess
+from stiffcore.memory import release_free_memory
+from stiffcore.session import prepare, carry_out_plan
+folder, size, data = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) << 20
+sys.path.insert(0, folder)
+
+def status(name):
+    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(name))
+
+x = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+np.savez(folder + "/one.npz", x=x, y=np.arange(1))
+options = dict(network="net:make", blocks="layer1.0", images=folder + "/one.npz")
+executor, url = InProcess(lambda event: None), folder + "/run"
+reserved = prepare(url, options | dict(memory="4GiB"), executor).plan.reserved_bytes
+prepared = prepare(url, options | dict(memory=reserved + data), executor)
+[unit] = prepared.plan.units
+release_free_memory(cycles=True)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+run, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
+assert not outcome.failed, outcome.failed
+[record] = run.records().values()
+print(json.dumps(dict(
+    k=unit.unit.k, solver=unit.solver, why=unit.why, divisions=len(record["divided"]["splits"]), stages=unit.stages,
+    projected=unit.projected_bytes, measured=status("VmHWM") - before, passed=run.spectrum(block=1).certificate.passed,
+)))
+"""
+NET = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(12, 12, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer1 = nn.Conv2d(3, 12, 3, padding=1), nn.Sequential(Block())
+
+    def forward(self, x):
+        return self.layer1(self.stem(x)).mean((1, 2, 3))[:, None] * torch.ones(10)
+
+def make():
+    torch.manual_seed(5)
+    return Net()
+"""
+
+
+@pytest.mark.parametrize(("size", "data_mib"), [(14, 27), pytest.param(16, 32, marks=pytest.mark.slow)])
+def test_a_unit_that_no_dense_rung_holds_is_divided_within_its_budget(tmp_path, size, data_mib):
+    (tmp_path / "net.py").write_text(NET)
+    args = [sys.executable, "-W", "ignore", "-c", DIVIDED, str(tmp_path), str(size), str(data_mib)]
+    found = subprocess.run(args, capture_output=True, text=True, check=False, timeout=900)
+    assert found.returncode == 0, found.stderr
+    unit = json.loads(found.stdout)
+    assert unit["solver"] == "divide"
+    assert "host-dense of layer1.0 needs" in unit["why"]
+    assert unit["divisions"] >= 1
+    assert unit["passed"]
+    assert unit["projected"] <= data_mib << 20
+    assert_projected({name: unit[name] for name in ("projected", "measured", "stages")})
+
+
 def test_the_meter_sees_a_peak_that_is_over_before_it_is_asked():
     with PeakMeter() as meter:
         before = tree_bytes()

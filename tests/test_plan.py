@@ -265,6 +265,41 @@ class TestDevice:
         assert p.projected_bytes <= 900 * MIB
 
 
+class TestSpread:
+    def test_a_unit_is_shared_by_the_workers_asked_for_within_one_budget(self):
+        (alone,) = planned([unit(5000)], 900 * MIB, solver="divide").units
+        plan = planned([unit(5000)], 900 * MIB, workers=2, solver="divide")
+        (p,) = plan.units
+        assert (alone.spread, p.spread, plan.workers) == (1, 2, 2)
+        assert p.at_once < alone.at_once
+        assert p.projected_bytes <= plan.data_bytes == 900 * MIB - 400 * MIB - 150 * MIB
+        assert p.stages["divide"] > 2 * 8 * p.panel * p.at_once * 2 * 5000
+        assert p.seconds < alone.seconds
+        assert plan.holds(p, [])
+        assert not plan.holds(p, [replace(p, spread=1, stages={})])
+        assert not plan.holds(replace(p, spread=1, stages={}), [p])
+
+    def test_by_fewer_where_they_have_no_room(self):
+        plan = planned([unit(5000)], 640 * MIB, workers=3, solver="divide")
+        (p,) = plan.units
+        assert (p.spread, plan.workers) == (1, 1)
+        assert p.projected_bytes <= plan.data_bytes
+
+    def test_by_fewer_where_another_unit_needs_their_memory(self):
+        units = [unit(5000, block="a", image=1), unit(5600, block="b")]
+        (b, a) = sorted(planned(units, 830 * MIB, workers=2).units, key=lambda p: p.unit.block, reverse=True)
+        assert (a.solver, b.solver) == (Solver.HOST_DENSE, Solver.DIVIDE)
+        assert b.spread == 1
+
+    def test_by_all_workers_of_a_cluster_each_with_a_budget_of_its_own(self):
+        (alone,) = planned([unit(5000)], 900 * MIB, solver="divide").units
+        plan = planned([unit(5000)], 900 * MIB, machine(separate=4), solver="divide")
+        (p,) = plan.units
+        assert (p.spread, plan.workers) == (4, 4)
+        assert p.at_once == alone.at_once
+        assert p.projected_bytes <= plan.data_bytes == 500 * MIB
+
+
 class TestWorkers:
     def test_are_as_many_as_cores_units_and_memory_allow(self):
         units = [unit(1000, block=str(i)) for i in range(6)]
