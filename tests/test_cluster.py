@@ -301,7 +301,7 @@ def test_a_run_shares_a_divided_unit_among_the_workers_asked_for(small):
         (unit,) = prepared.plan.units
         assert (unit.spread, prepared.plan.workers) == (2, 2)
         assert not prepared.plan.holds(unit, [unit])
-        unit = replace(unit, panel=32, at_once=1, leaf=100)
+        unit = replace(unit, panel=16, at_once=1, leaf=len(expected) // 3)
         prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
         run, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
     assert outcome.failed == {}
