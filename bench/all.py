@@ -11,7 +11,7 @@ from common import HERE, QUICK
 from page import SECTIONS
 
 # Left out of the quick mode: the long ones, and what is made of them.
-SLOW = ("builds", "divide", "divide_costs", "extremes", "imagenet_extremes", "imagenet_plan")
+SLOW = ("builds", "divide", "divide_cases", "divide_costs", "extremes", "imagenet_extremes", "imagenet_plan")
 SLOW += ("slices", "unreduced", "workers")
 
 ON_DEVICE = ("by_hand", "cost", "rates", "stages")

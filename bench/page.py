@@ -268,6 +268,22 @@ def divide(f: dict[str, Any]) -> str:
     return "\n\n".join([table(rows, header), said, table(splits, names)])
 
 
+def divide_cases(f: dict[str, Any]) -> str:
+    rows = []
+    for m in f["matrices"]:
+        row = [m["matrix"], f"{m['order']:,}"]
+        if m["verdict"] == "refused":
+            rows.append([*row, "-", "-", "-", "-", "-", "-", m["verdict"]])
+            continue
+        steps = f"{min(m['steps'])} to {max(m['steps'])}" if m["steps"] else "-"
+        row += [f"{m['divisions']} of {m['tried']}", steps]
+        row += [f"{m[name]:.0e}" for name in ("trace_error", "neglected", "distance")]
+        rows.append([*row, f"{m['lapack_distance']:.0e}" if "lapack_distance" in m else "-", m["verdict"]])
+    said = ", ".join(f"{number} {verdict}" for verdict, number in f["counts"].items())
+    header = ["matrix", "order", "divisions of tried", "steps", "trace off", "neglected / norm", "furthest, relative"]
+    return f"Of {len(f['matrices'])} matrices: {said}.\n\n" + table(rows, [*header, "LAPACK's", "verdict"])
+
+
 def divide_costs(f: dict[str, Any]) -> str:
     rows = []
     for r in f["rows"]:
@@ -310,6 +326,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "unreduced": unreduced,
     "imagenet_plan": imagenet_plan,
     "divide": divide,
+    "divide_cases": divide_cases,
     "divide_costs": divide_costs,
 }
 
