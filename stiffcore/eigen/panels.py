@@ -4,16 +4,18 @@ A matrix is a sequence of column panels, each written once. Every function here 
 lacks, in order, from what its arguments hold, and a call that was cut off is finished by the same call, to the same
 bits. LU and QR look left: a panel takes all that went before it, and is written when it is done with.
 
-Memory is a block, `at_once` panels of the result side by side, and a panel or two that pass through it: each panel that
-is read works on the whole block, so the wider the block, the fewer bytes are read for the same arithmetic, 4 / columns
-bytes an operation. Blocks begin at multiples of `at_once`: what is written in one session or several is the same.
+Memory is a block, `at_once` panels of the result side by side, and panels that pass through it, each read while the one
+before is at work: each works on the whole block, so the wider the block, the fewer bytes are read for the same
+arithmetic, 4 / columns bytes an operation. Blocks begin at multiples of `at_once`: what is written in one session or
+several is the same.
 
 Who works on the blocks is `each`: this process, one after the other (`one_by_one`), or several workers at once, each on
 a block. A block of LU or QR takes in the panels before its own as they are written. The panels are the same, to the
 bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
@@ -61,6 +63,11 @@ STRIPE = 512
 
 # What is not finite goes through, and is said by who looks at the result.
 _solved = partial(solve_triangular, check_finite=False)
+
+
+def _whole(panel: int) -> tuple[int, int | None]:
+    """All rows of it."""
+    return 0, None
 
 
 def _silent(done: int, total: int) -> None:
@@ -132,6 +139,23 @@ def _write(out: Panels, first: int, last: int, block: np.ndarray) -> None:
             out.write(j, block[:, left - start : right - start])
 
 
+def _passing(
+    a: Panels, numbers: Iterable[int], rows: Callable[[int], tuple[int, int | None]], ready: Await | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Panels, the given rows of each, read while the ones before are worked on; with `ready`, those that are there."""
+    left = list(numbers)
+    with ThreadPoolExecutor(1) as reader:
+        ahead: Future[np.ndarray] | None = None
+        while left:
+            i = left.pop(0)
+            if ahead is None and ready is not None:
+                ready(a, i)
+            panel = a.read_shard(i, *rows(i)) if ahead is None else ahead.result()
+            follows = bool(left) and (ready is None or a.has(left[0]))
+            ahead = reader.submit(a.read_shard, left[0], *rows(left[0])) if follows else None
+            yield i, panel
+
+
 def _add_product(block: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray) -> None:
     """block += factor a b, in place."""
     for row in range(0, len(block), STRIPE):
@@ -154,15 +178,15 @@ def copy(a: Panels, out: Panels, *, shift: complex = 0.0, first: int = 0) -> Non
 
 
 def transpose(a: Panels, out: Panels, *, tell: Tell = _silent, each: Each = one_by_one) -> None:
-    """out = a^T. Memory: two panels."""
+    """out = a^T. Memory: panels."""
     _carry_out(partial(_transpose, a, out), out, 1, tell, each)
 
 
 def _transpose(a: Panels, out: Panels, first: int, last: int, ready: Await) -> None:
     start, stop = _span(out, first, last)
     block = np.empty((out.shape[0], stop - start), order="F")
-    for i in range(a.shards):
-        block[slice(*a.columns(i))] = a.read_shard(i, start, stop).T
+    for i, panel in _passing(a, range(a.shards), lambda i: (start, stop)):
+        block[slice(*a.columns(i))] = panel.T
     _write(out, first, last, block)
 
 
@@ -178,7 +202,7 @@ def product(
 ) -> None:
     """out = (a + shift I) b; b is stored, in panels like those of `out`, or makes columns start..stop-1 of it.
 
-    Memory: two blocks, and a panel. Each block reads all of a.
+    Memory: two blocks, and panels. Each block reads all of a.
     """
     _carry_out(partial(_product, a, b, out, shift), out, at_once, tell, each)
 
@@ -194,8 +218,8 @@ def _product(
 ) -> None:
     right = b(*_span(out, first, last)) if callable(b) else _read(b, first, last)
     block = np.asfortranarray(shift * right) if shift else np.zeros((out.shape[0], right.shape[1]), order="F")
-    for i in range(a.shards):
-        _add_product(block, 1.0, a.read_shard(i), right[slice(*a.columns(i))])
+    for i, panel in _passing(a, range(a.shards), _whole):
+        _add_product(block, 1.0, panel, right[slice(*a.columns(i))])
     _write(out, first, last, block)
 
 
@@ -243,7 +267,7 @@ def distance(a: Panels, b: Panels) -> float:
 def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one) -> None:
     """P a = L U by partial pivoting (Golub and Van Loan, 3.2.11, in its left-looking form).
 
-    Memory: a block, LAPACK's copy of it, and a panel.
+    Memory: a block, LAPACK's copy of it, and panels.
 
     Args:
         a: (n, n).
@@ -262,9 +286,8 @@ def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent, eac
 def _factor(a: Panels, lu: Panels, first: int, last: int, ready: Await) -> None:
     n, (start, stop) = a.shape[0], _span(lu, first, last)
     block = _read(a, first, last, more=1)
-    for i in range(first):
-        ready(lu, i)
-        _eliminate(block[:n], lu, i)
+    for i, panel in _passing(lu, range(first), lambda i: (lu.columns(i)[0], None), ready):
+        _eliminate(block[:n], panel, lu.columns(i))
     (getrf,) = get_lapack_funcs(("getrf",), (block,))
     block[start:n], pivots, info = getrf(block[start:n])
     if info > 0 or not np.isfinite(block[start:n]).all():
@@ -276,10 +299,9 @@ def _factor(a: Panels, lu: Panels, first: int, last: int, ready: Await) -> None:
     _write(lu, first, last, block)
 
 
-def _eliminate(block: np.ndarray, lu: Panels, i: int) -> None:
-    """Take panel i of L, with its row exchanges, through a block, in place."""
-    start, stop = lu.columns(i)
-    left = lu.read_shard(i, start)
+def _eliminate(block: np.ndarray, left: np.ndarray, columns: tuple[int, int]) -> None:
+    """Take a panel of L, from its first row on, with its row exchanges, through a block, in place."""
+    start, stop = columns
     _exchange(block, start, left[-1])
     block[start:stop] = _solved(left[: stop - start], block[start:stop], lower=True, unit_diagonal=True)
     _add_product(block[stop:], -1.0, left[stop - start : -1], block[start:stop])
@@ -303,11 +325,10 @@ def log_determinant(lu: Panels) -> float:
 
 def solve(lu: Panels, block: np.ndarray) -> np.ndarray:
     """a^-1 block, from a's factors, in the memory of `block` (n, any)."""
-    for i in range(lu.shards):
-        _eliminate(block, lu, i)
-    for i in reversed(range(lu.shards)):
+    for i, left in _passing(lu, range(lu.shards), lambda i: (lu.columns(i)[0], None)):
+        _eliminate(block, left, lu.columns(i))
+    for i, right in _passing(lu, reversed(range(lu.shards)), lambda i: (0, lu.columns(i)[1])):
         start, stop = lu.columns(i)
-        right = lu.read_shard(i, 0, stop)
         block[start:stop] = _solved(right[start:], block[start:stop])
         _add_product(block[:start], -1.0, right[:start], block[start:stop])
     return block
@@ -315,14 +336,12 @@ def solve(lu: Panels, block: np.ndarray) -> np.ndarray:
 
 def solve_adjoint(lu: Panels, block: np.ndarray) -> np.ndarray:
     """a^-H block, as `solve`."""
-    for i in range(lu.shards):
+    for i, right in _passing(lu, range(lu.shards), lambda i: (0, lu.columns(i)[1])):
         start, stop = lu.columns(i)
-        right = lu.read_shard(i, 0, stop)
         block[start:stop] -= right[:start].conj().T @ block[:start]
         block[start:stop] = _solved(right[start:], block[start:stop], trans="C")
-    for i in reversed(range(lu.shards)):
+    for i, left in _passing(lu, reversed(range(lu.shards)), lambda i: (lu.columns(i)[0], None)):
         start, stop = lu.columns(i)
-        left = lu.read_shard(i, start)
         block[start:stop] -= left[stop - start : -1].conj().T @ block[stop:]
         lower = left[: stop - start]
         block[start:stop] = _solved(lower, block[start:stop], lower=True, unit_diagonal=True, trans="C")
@@ -343,7 +362,7 @@ def inverse(
 ) -> None:
     """out = scale a^-1 + shift I + weight b, from a's factors; `beside` is (weight, b).
 
-    Memory: a block, and two panels. Each block reads the factors once, half of them on the way down and half up.
+    Memory: a block, and panels. Each block reads the factors once, half of them on the way down and half up.
     """
     _carry_out(partial(_inverse, lu, out, scale, shift, beside), out, at_once, tell, each)
 
@@ -377,7 +396,7 @@ def _inverse(
 def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one) -> None:
     """a = Q R by Householder reflectors (Golub and Van Loan, 5.2.2), of which Q is kept.
 
-    Memory: two blocks, and five panels.
+    Memory: two blocks, and panels.
 
     Args:
         a: (n, r), r <= n.
@@ -393,9 +412,8 @@ def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _sile
 def _orthogonalise(a: Panels, qr: Panels, first: int, last: int, ready: Await) -> None:
     n, begin = a.shape[0], qr.columns(first)[0]
     block = _read(a, first, last)
-    for i in range(first):
-        ready(qr, i)
-        _reflect(block, qr.read_shard(i), n)
+    for _, panel in _passing(qr, range(first), _whole, ready):
+        _reflect(block, panel, n)
     whole = np.zeros((qr.shape[0], block.shape[1]), order="F")
     for j in range(first, last):
         start, stop = qr.columns(j)
@@ -420,12 +438,12 @@ def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:
 def rotate(
     qr: Panels, a: Panels, out: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one
 ) -> None:
-    """out = Q^T a, Q all n x n of it, from `orthogonalise`. Memory: a block, and two panels."""
+    """out = Q^T a, Q all n x n of it, from `orthogonalise`. Memory: a block, and panels."""
     _carry_out(partial(_rotate, qr, a, out), out, at_once, tell, each)
 
 
 def _rotate(qr: Panels, a: Panels, out: Panels, first: int, last: int, ready: Await) -> None:
     block = _read(a, first, last)
-    for i in range(qr.shards):
-        _reflect(block, qr.read_shard(i), a.shape[0])
+    for _, panel in _passing(qr, range(qr.shards), _whole):
+        _reflect(block, panel, a.shape[0])
     _write(out, first, last, block)
