@@ -6,8 +6,7 @@ reduction and QR iteration on the whole matrix in another. Memory is the process
 Bytes are those that it asked the kernel to read and write (/proc/self/io), mostly served from the page cache where that
 holds them. Operations are counted from the divisions made: 8/3 n^3 a Newton step (and for a circle), 2 n^2 s for the
 projector of the smaller part s, 2 s^2 (n - s/3) for its QR and 8 n^2 s for both rotations, 10 n^3 for what LAPACK
-solves in the end. The product rate is that of a 2,048 x 2,048 product on the same thread, before the solve. (What
-stands here of 2026-11-27 is older than the mend that keeps a division within what is allowed.)
+solves in the end. The product rate is that of a 2,048 x 2,048 product on the same thread, before the solve.
 """
 
 import json
@@ -24,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from stiffcore.eigen import dense, divide
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import own_peak_bytes, reset_peak
-from stiffcore.plan import DIVIDE_PANEL, TILE_ROWS, divide_moved_bytes, divide_sizes
+from stiffcore.plan import DIVIDE_TILE_ROWS, divide_moved_bytes, divide_sizes
 from stiffcore.store import RunStore, StoredWorkspace
 from stiffcore.unit import sparse_matrix
 
@@ -33,11 +32,16 @@ KEY = "divided"
 SHARE = 4
 
 
-def workspace(folder):
+def sizes(k):
+    """What is allowed; columns of a panel, panels of a block and order of a part within that, as the plan has it."""
+    return 8 * k * k // SHARE, *divide_sizes(k, 8 * k * k // SHARE)
+
+
+def workspace(folder, k):
     store = RunStore(f"{folder}/run", create=True)
     if KEY not in store.units():
         store.update(KEY, stage="built")
-    return StoredWorkspace(store, KEY, TILE_ROWS, DIVIDE_PANEL)
+    return StoredWorkspace(store, KEY, DIVIDE_TILE_ROWS, sizes(k)[1])
 
 
 def make(folder):
@@ -45,7 +49,7 @@ def make(folder):
     call = block_calls(NETWORK)[BLOCK]
     reduction = reduce_jacobian(call.function, call.x)
     matrix = csc_array(sparse_matrix(reduction, 256))
-    whole = workspace(folder).matrix("whole", reduction.k, reduction.k)
+    whole = workspace(folder, reduction.k).matrix("whole", reduction.k, reduction.k)
     for i in range(whole.shards):
         start, stop = whole.columns(i)
         whole.write(i, np.asfortranarray(matrix[:, start:stop].toarray()))
@@ -54,7 +58,7 @@ def make(folder):
 
 def solve_dense(folder, k):
     """LAPACK on the whole matrix, which is read before the clock starts."""
-    whole = workspace(folder).matrix("whole", k, k)
+    whole = workspace(folder, k).matrix("whole", k, k)
     a = whole.read()
     before, start = reset_peak(), time.perf_counter()
     values = dense.hessenberg_eigenvalues(dense.to_hessenberg(a))
@@ -65,9 +69,8 @@ def solve_dense(folder, k):
 
 def solve_divided(folder, k, first):
     """Division within a quarter of the matrix, as the plan sizes its blocks and parts."""
-    budget = 8 * k * k // SHARE
-    width, at_once, leaf = divide_sizes(k, budget)
-    space = workspace(folder)
+    budget, width, at_once, leaf = sizes(k)
+    space = workspace(folder, k)
     rate = product_rate()
     io, before, start = moved(), reset_peak(), time.perf_counter()
     found = divide.eigenvalues(space.matrix("whole", k, k), space, leaf, first=first, at_once=at_once)

@@ -18,7 +18,6 @@ import numpy as np
 
 from stiffcore.eigen import dense
 from stiffcore.eigen.extremes import DENSE_SHARE
-from stiffcore.eigen.panels import STRIPE
 from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
@@ -66,9 +65,13 @@ DEVICE_SECONDS = (1.1e-4, 6.2e-8)
 # Of tensor slices: a batch of squares with all that is made of it, and the time that an eigenvalue takes.
 SQUARES_BYTES = 96 << 20
 SQUARE_SECONDS = 6e-7
-# Of `eigen.divide`: columns of a panel; how often one that passes through a block is in memory beside two blocks (4
-# times on its way to or from Zarr, 5 times while LAPACK factors it); Newton's steps, and flops of all, in k^3.
-DIVIDE_PANEL = 128
+# Of `eigen.divide`: columns of a panel, wide ones where a block holds several; rows of its tiles; how often one that
+# passes through a block is in memory beside it (one at work, and 4 times on its way to or from Zarr, or while LAPACK
+# factors it); Newton's steps, and flops of all, in k^3.
+DIVIDE_PANELS = (256, 128)
+DIVIDE_PANEL_LEAST = 64
+DIVIDE_PANELS_AT_ONCE = 4
+DIVIDE_TILE_ROWS = 1024
 DIVIDE_PASSING = 6
 DIVIDE_STEPS = 16
 DIVIDE_FLOPS = 80
@@ -434,20 +437,21 @@ def _host_dense(
 
 def divide_sizes(k: int, data_bytes: int) -> tuple[int, int, int]:
     """Columns of a panel, panels of a block, and the order that LAPACK solves, for a division within so many bytes."""
-    width = min(DIVIDE_PANEL, k)
     room = max(0, data_bytes - BLAS_BYTES)
-    fit = (room // (8 * width) - DIVIDE_PASSING * k) // (2 * k + STRIPE)
-    at_once = max(1, min(fit, -(-k // width)))
+    columns = room // (8 * k)
+    wide = (w for w in DIVIDE_PANELS if columns >= (DIVIDE_PASSING + DIVIDE_PANELS_AT_ONCE) * w)
+    width = min(next(wide, DIVIDE_PANEL_LEAST), k)
+    at_once = max(1, min(columns // width - DIVIDE_PASSING, -(-k // width)))
     leaf = math.isqrt(max(0, room - (1 << 20) - 16 * width * k) // 8) - 64  # see `dense.to_hessenberg_bytes`
     return width, at_once, max(width, min(k, leaf, dense.LAPACK_MAX_ORDER))
 
 
 def divide_held_bytes(k: int, width: int, at_once: int) -> int:
-    """What the kernels of a division hold (`eigen.panels`): two blocks, a stripe of one, and a panel six times.
+    """What the kernels of a division hold (`eigen.panels`).
 
-    8 * width * (at_once * (2 k + 512) + 6 k).
+    A block, or two of half as many panels; and a panel six times: 8 * width * k * (max(at_once, 2) + 6).
     """
-    return 8 * width * (at_once * (2 * k + STRIPE) + DIVIDE_PASSING * k)
+    return 8 * width * k * (max(at_once, 2) + DIVIDE_PASSING)
 
 
 def divide_moved_bytes(k: int, columns: int) -> int:

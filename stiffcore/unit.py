@@ -34,7 +34,7 @@ from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
 from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
-from stiffcore.plan import TILE_ROWS, operator_bytes
+from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, operator_bytes
 from stiffcore.spectra import Ends, certified_choice, spelled
 from stiffcore.store import (
     DIVISION,
@@ -567,7 +567,7 @@ def _divide(run: UnitRun) -> dict[str, Any]:
 
 
 def _workspace(run: UnitRun) -> StoredWorkspace:
-    return StoredWorkspace(run.store, run.key, TILE_ROWS, run.record["plan"]["panel"], run.check)
+    return StoredWorkspace(run.store, run.key, DIVIDE_TILE_ROWS, run.record["plan"]["panel"], run.check)
 
 
 def _product_operator(a: TiledMatrix) -> LinearOperator:

@@ -273,14 +273,14 @@ class TestSpread:
         assert (alone.spread, p.spread, plan.workers) == (1, 2, 2)
         assert p.at_once < alone.at_once
         assert p.projected_bytes <= plan.data_bytes == 900 * MIB - 400 * MIB - 150 * MIB
-        assert p.stages["divide"] > 2 * 8 * p.panel * p.at_once * 2 * 5000
+        assert p.stages["divide"] > 2 * 8 * p.panel * p.at_once * 5000
         assert p.seconds < alone.seconds
         assert plan.holds(p, [])
         assert not plan.holds(p, [replace(p, spread=1, stages={})])
         assert not plan.holds(replace(p, spread=1, stages={}), [p])
 
     def test_by_fewer_where_they_have_no_room(self):
-        plan = planned([unit(5000)], 640 * MIB, workers=3, solver="divide")
+        plan = planned([unit(5000)], 580 * MIB, workers=3, solver="divide")
         (p,) = plan.units
         assert (p.spread, plan.workers) == (1, 1)
         assert p.projected_bytes <= plan.data_bytes

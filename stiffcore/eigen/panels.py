@@ -20,8 +20,8 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
-from scipy.linalg import get_lapack_funcs, solve_triangular
 
+from stiffcore.eigen import blas
 from stiffcore.errors import StiffcoreError
 
 Tell = Callable[[int, int], None]
@@ -55,14 +55,6 @@ class Panels(Protocol):
 
 class SingularError(StiffcoreError):
     """A matrix has no inverse, to working precision."""
-
-
-# Rows of a block that are updated at once: what a product takes beside it.
-STRIPE = 512
-
-
-# What is not finite goes through, and is said by who looks at the result.
-_solved = partial(solve_triangular, check_finite=False)
 
 
 def _whole(panel: int) -> tuple[int, int | None]:
@@ -156,10 +148,8 @@ def _passing(
             yield i, panel
 
 
-def _add_product(block: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray) -> None:
-    """block += factor a b, in place."""
-    for row in range(0, len(block), STRIPE):
-        block[row : row + STRIPE] += factor * (a[row : row + STRIPE] @ b)
+def _finite(block: np.ndarray) -> bool:
+    return all(np.isfinite(block[:, j]).all() for j in range(block.shape[1]))
 
 
 def copy(a: Panels, out: Panels, *, shift: complex = 0.0, first: int = 0) -> None:
@@ -202,9 +192,9 @@ def product(
 ) -> None:
     """out = (a + shift I) b; b is stored, in panels like those of `out`, or makes columns start..stop-1 of it.
 
-    Memory: two blocks, and panels. Each block reads all of a.
+    Memory: two blocks of half as many panels, and panels. Each block reads all of a.
     """
-    _carry_out(partial(_product, a, b, out, shift), out, at_once, tell, each)
+    _carry_out(partial(_product, a, b, out, shift), out, max(1, at_once // 2), tell, each)
 
 
 def _product(
@@ -216,10 +206,10 @@ def _product(
     last: int,
     ready: Await,
 ) -> None:
-    right = b(*_span(out, first, last)) if callable(b) else _read(b, first, last)
+    right = np.asfortranarray(b(*_span(out, first, last))) if callable(b) else _read(b, first, last)
     block = np.asfortranarray(shift * right) if shift else np.zeros((out.shape[0], right.shape[1]), order="F")
     for i, panel in _passing(a, range(a.shards), _whole):
-        _add_product(block, 1.0, panel, right[slice(*a.columns(i))])
+        blas.add_product(block, 1.0, panel, right[slice(*a.columns(i))])
     _write(out, first, last, block)
 
 
@@ -267,7 +257,7 @@ def distance(a: Panels, b: Panels) -> float:
 def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one) -> None:
     """P a = L U by partial pivoting (Golub and Van Loan, 3.2.11, in its left-looking form).
 
-    Memory: a block, LAPACK's copy of it, and panels.
+    Memory: a block, and panels.
 
     Args:
         a: (n, n).
@@ -288,9 +278,8 @@ def _factor(a: Panels, lu: Panels, first: int, last: int, ready: Await) -> None:
     block = _read(a, first, last, more=1)
     for i, panel in _passing(lu, range(first), lambda i: (lu.columns(i)[0], None), ready):
         _eliminate(block[:n], panel, lu.columns(i))
-    (getrf,) = get_lapack_funcs(("getrf",), (block,))
-    block[start:n], pivots, info = getrf(block[start:n])
-    if info > 0 or not np.isfinite(block[start:n]).all():
+    pivots, regular = blas.factor(block[start:n])
+    if not regular or not _finite(block[start:n]):
         raise SingularError(f"a pivot of columns {start} to {stop - 1} is zero, or not finite")
     block[n] = start + pivots
     for j in range(first, last - 1):  # exchanges of later panels have not been when this one was factored
@@ -303,8 +292,8 @@ def _eliminate(block: np.ndarray, left: np.ndarray, columns: tuple[int, int]) ->
     """Take a panel of L, from its first row on, with its row exchanges, through a block, in place."""
     start, stop = columns
     _exchange(block, start, left[-1])
-    block[start:stop] = _solved(left[: stop - start], block[start:stop], lower=True, unit_diagonal=True)
-    _add_product(block[stop:], -1.0, left[stop - start : -1], block[start:stop])
+    blas.solve_triangular(left[: stop - start], block[start:stop], lower=True, unit=True)
+    blas.add_product(block[stop:], -1.0, left[stop - start : -1], block[start:stop])
 
 
 def _exchange(block: np.ndarray, start: int, pivots: np.ndarray, *, back: bool = False) -> None:
@@ -329,8 +318,8 @@ def solve(lu: Panels, block: np.ndarray) -> np.ndarray:
         _eliminate(block, left, lu.columns(i))
     for i, right in _passing(lu, reversed(range(lu.shards)), lambda i: (0, lu.columns(i)[1])):
         start, stop = lu.columns(i)
-        block[start:stop] = _solved(right[start:], block[start:stop])
-        _add_product(block[:start], -1.0, right[:start], block[start:stop])
+        blas.solve_triangular(right[start:], block[start:stop])
+        blas.add_product(block[:start], -1.0, right[:start], block[start:stop])
     return block
 
 
@@ -339,12 +328,11 @@ def solve_adjoint(lu: Panels, block: np.ndarray) -> np.ndarray:
     for i, right in _passing(lu, range(lu.shards), lambda i: (0, lu.columns(i)[1])):
         start, stop = lu.columns(i)
         block[start:stop] -= right[:start].conj().T @ block[:start]
-        block[start:stop] = _solved(right[start:], block[start:stop], trans="C")
+        blas.solve_triangular(right[start:], block[start:stop], trans="C")
     for i, left in _passing(lu, reversed(range(lu.shards)), lambda i: (lu.columns(i)[0], None)):
         start, stop = lu.columns(i)
         block[start:stop] -= left[stop - start : -1].conj().T @ block[stop:]
-        lower = left[: stop - start]
-        block[start:stop] = _solved(lower, block[start:stop], lower=True, unit_diagonal=True, trans="C")
+        blas.solve_triangular(left[: stop - start], block[start:stop], lower=True, unit=True, trans="C")
         _exchange(block, start, left[-1], back=True)
     return block
 
@@ -382,7 +370,7 @@ def _inverse(
     block = np.zeros((out.shape[0], stop - start), order="F")
     block[diagonal] = 1
     block = solve(lu, block)
-    if not np.isfinite(block).all():
+    if not _finite(block):
         raise SingularError(f"columns {start} to {stop - 1} of the inverse are not finite")
     block *= scale
     if beside is not None:
@@ -396,7 +384,7 @@ def _inverse(
 def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one) -> None:
     """a = Q R by Householder reflectors (Golub and Van Loan, 5.2.2), of which Q is kept.
 
-    Memory: two blocks, and panels.
+    Memory: two blocks of half as many panels, and panels.
 
     Args:
         a: (n, r), r <= n.
@@ -406,7 +394,7 @@ def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _sile
         tell: told of panels done and panels in all.
         each: who works on the blocks.
     """
-    _carry_out(partial(_orthogonalise, a, qr), qr, at_once, tell, each)
+    _carry_out(partial(_orthogonalise, a, qr), qr, max(1, at_once // 2), tell, each)
 
 
 def _orthogonalise(a: Panels, qr: Panels, first: int, last: int, ready: Await) -> None:
@@ -432,7 +420,10 @@ def _orthogonalise(a: Panels, qr: Panels, first: int, last: int, ready: Await) -
 def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:
     """Q^T block, Q of one panel's reflectors, in place."""
     v, inverse = panel[:n], panel[n : n + panel.shape[1]]
-    _add_product(block, -1.0, v, _solved(inverse, v.T @ block, trans=1))
+    across = np.zeros((panel.shape[1], block.shape[1]), order="F")
+    blas.add_product(across, 1.0, v.T, block)
+    blas.solve_triangular(inverse, across, trans="T")
+    blas.add_product(block, -1.0, v, across)
 
 
 def rotate(

@@ -1,0 +1,132 @@
+"""BLAS and LAPACK in place, on parts of column-major arrays, which SciPy's own wrappers copy.
+
+The routines are those of the library that SciPy comes with (`scipy.linalg.cython_blas`), so that all arithmetic on
+panels is one library's: NumPy comes with another one, and the threads of both would wait for each other.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from scipy.linalg import cython_blas, cython_lapack
+
+_LETTER = {np.dtype(np.float64): "d", np.dtype(np.complex128): "z"}
+_INTEGER = ctypes.c_int
+_capsule_name = ctypes.pythonapi.PyCapsule_GetName
+_capsule_name.restype, _capsule_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+@cache
+def _routine(name: str) -> Callable[..., None]:
+    """A routine by its name; all its arguments are pointers. It runs without Python's lock."""
+    library = cython_lapack if name.endswith("getrf") else cython_blas
+    capsule = library.__pyx_capi__[name]
+    signature = _capsule_name(capsule)
+    arguments = signature.count(b",") + 1
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(_capsule_pointer(capsule, signature))
+
+
+def _number(value: int) -> Any:
+    return ctypes.byref(_INTEGER(value))
+
+
+def _scalar(value: complex, dtype: np.dtype) -> np.ndarray:
+    return np.array(value, dtype)
+
+
+def _columns(a: np.ndarray) -> tuple[int, int]:
+    """Where a column-major array or a part of one begins, and how far its columns are apart, in numbers."""
+    rows, columns = a.shape
+    apart = a.strides[1] // a.itemsize if columns > 1 else rows
+    if (rows > 1 and a.strides[0] != a.itemsize) or apart < rows:
+        raise ValueError(f"an array of shape {a.shape} and strides {a.strides} is not column-major")
+    return a.ctypes.data, max(1, apart)
+
+
+def add_product(c: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray) -> None:
+    """c += factor a b, in place.
+
+    Args:
+        c: (m, n), float64 or complex128, a part of a column-major array, as the others.
+        factor: any.
+        a: (m, k), or its transpose as NumPy has it.
+        b: (k, n).
+    """
+    (m, n), k = c.shape, a.shape[1]
+    if not (m and n and k):
+        return
+    across = b"N" if a.strides[0] == a.itemsize else b"T"
+    a_at, a_apart = _columns(a if across == b"N" else a.T)
+    b_at, b_apart = _columns(b)
+    c_at, c_apart = _columns(c)
+    alpha, beta = _scalar(factor, c.dtype), _scalar(1, c.dtype)
+    _routine(_LETTER[c.dtype] + "gemm")(
+        across,
+        b"N",
+        _number(m),
+        _number(n),
+        _number(k),
+        alpha.ctypes.data,
+        a_at,
+        _number(a_apart),
+        b_at,
+        _number(b_apart),
+        beta.ctypes.data,
+        c_at,
+        _number(c_apart),
+    )
+
+
+def solve_triangular(
+    a: np.ndarray, b: np.ndarray, *, lower: bool = False, unit: bool = False, trans: str = "N"
+) -> None:
+    """b = a^-1 b, or a^-T b (`trans` is "T") or a^-H b ("C"), in place; of `a`, the other triangle is not looked at.
+
+    Args:
+        a: (n, n), triangular, a part of a column-major array, as b.
+        b: (n, columns).
+        lower: whether a is lower triangular; else upper.
+        unit: whether its diagonal is taken to be 1.
+        trans: see above.
+    """
+    n, columns = b.shape
+    if not (n and columns):
+        return
+    a_at, a_apart = _columns(a)
+    b_at, b_apart = _columns(b)
+    one = _scalar(1, b.dtype)
+    _routine(_LETTER[b.dtype] + "trsm")(
+        b"L",
+        b"L" if lower else b"U",
+        trans.encode(),
+        b"U" if unit else b"N",
+        _number(n),
+        _number(columns),
+        one.ctypes.data,
+        a_at,
+        _number(a_apart),
+        b_at,
+        _number(b_apart),
+    )
+
+
+def factor(a: np.ndarray) -> tuple[np.ndarray, bool]:
+    """P a = L U by partial pivoting, in place.
+
+    Args:
+        a: (m, n), m >= n, a part of a column-major array; becomes L and U.
+
+    Returns:
+        (n,) the rows that each row was swapped with, from 0 on; and whether no pivot is zero.
+    """
+    m, n = a.shape
+    pivots, info = np.zeros(n, np.intc), _INTEGER(0)
+    at, apart = _columns(a)
+    _routine(_LETTER[a.dtype] + "getrf")(
+        _number(m), _number(n), at, _number(apart), pivots.ctypes.data, ctypes.byref(info)
+    )
+    return pivots - 1, info.value == 0
