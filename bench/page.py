@@ -284,6 +284,31 @@ def divide_cases(f: dict[str, Any]) -> str:
     return f"Of {len(f['matrices'])} matrices: {said}.\n\n" + table(rows, [*header, "LAPACK's", "verdict"])
 
 
+def divide_workers(f: dict[str, Any]) -> str:
+    rows = []
+    for w in f["ways"]:
+        relative = w["seconds"] / f["ways"][0]["seconds"]
+        row = [w["way"], f"{w['columns']:,}", w["divisions"], seconds(w["seconds"]), f"{relative:.2f}"]
+        rows.append([*row, mib(w["peak_bytes"]), mib(w["allowed_bytes"])])
+    header = ["way", "columns of a block", "divisions", "s", "relative", "peak of the tree, MiB", "allowed, MiB"]
+    return (
+        f"{f['network']} {f['block']}, k = {f['ways'][0]['k']:,}. The eigenvalues of the three differ by at most "
+        f"{f['largest_difference']:.1e}.\n\n" + table(rows, header)
+    )
+
+
+def slicing(f: dict[str, Any]) -> str:
+    rows = []
+    for b in f["blocks"]:
+        for s in b["slices"]:
+            row = [f"{b['network']} {b['block']}", f"{b['k']:,}", seconds(b["dense_s"]), s["at"]]
+            row += [f"{s['found']} of {s['wanted']}", seconds(s["factor_s"]), seconds(s["arnoldi_s"])]
+            row += [mib(s["factor_bytes"]), f"{s['found'] / (s['factor_s'] + s['arnoldi_s']):.1f}"]
+            rows.append([*row, seconds(s["all_s"]), f"{s['all_s'] / b['dense_s']:.1f}"])
+    header = ["block", "k", "LAPACK, s", "shift", "found", "LU, s", "Arnoldi, s", "factors, MiB", "yield, 1/s"]
+    return table(rows, [*header, "all at least, s", "beside LAPACK"])
+
+
 def divide_costs(f: dict[str, Any]) -> str:
     rows = []
     for r in f["rows"]:
@@ -327,6 +352,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "imagenet_plan": imagenet_plan,
     "divide": divide,
     "divide_cases": divide_cases,
+    "divide_workers": divide_workers,
+    "slicing": slicing,
     "divide_costs": divide_costs,
 }
 
