@@ -5,7 +5,8 @@ mean of the eigenvalues, and above it at half their spread. Each is one sparse L
 the 50, 100, 200 and 400 eigenvalues nearest to z (ARPACK, twice as many vectors, tolerance 1e-10); the yield is what
 converged, by the second. A spectrum is its own conjugate, so that half of it is enough: *all at least* is k / 2
 eigenvalues at that yield, as if no slice overlapped another and none were missed. Beside it the seconds of LAPACK on
-the whole matrix (Hessenberg reduction and QR). Seconds are of the processor, on one thread. (`--quick`: ResNet18's layer4.1 alone.)
+the whole matrix (Hessenberg reduction and QR). Seconds are of the processor, on one thread. (`--quick`: ResNet18's
+layer4.1 alone.)
 """
 
 import time

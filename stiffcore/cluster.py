@@ -252,14 +252,15 @@ class Spread:
     left.
     """
 
-    def __init__(self, threads: int, check: Callable[[], None]) -> None:
+    def __init__(self, threads: int, check: Callable[[], None], *, gpu: bool = False) -> None:
         """Lead.
 
         Args:
             threads: of each block's arithmetic.
             check: raises where the unit may no longer be written to; asked every second.
+            gpu: whether only workers that declare a `GPU` can have a block.
         """
-        self._threads, self._check = threads, check
+        self._threads, self._check, self._gpu = threads, check, gpu
 
     def __call__(self, work: Work, blocks: Sequence[tuple[int, int]], finished: Callable[[int, int], None]) -> None:
         """As `stiffcore.eigen.panels.Each`.
@@ -287,7 +288,8 @@ class Spread:
         with worker_client() as client:
             lease = Variable(f"stiffcore-{uuid.uuid4().hex}", client)
             lease.set(beats)
-            free, waiting = sorted(client.nthreads()), list(left)
+            able = client.run_on_scheduler(_with_gpu) if self._gpu else client.nthreads()
+            free, waiting = sorted(able), list(left)
             try:
                 while running or (waiting and not (errors or died)):
                     while free and waiting and not (errors or died):
@@ -335,15 +337,18 @@ class Spread:
         return left
 
 
-def spread(threads: int, check: Callable[[], None]) -> Each:
-    """Who works on the blocks of a unit that is spread: all workers, where this process is one of a cluster's."""
+def spread(threads: int, check: Callable[[], None], *, gpu: bool = False) -> Each:
+    """Who works on the blocks of a unit that is spread: all workers, where this process is one of a cluster's.
+
+    With `gpu`, all that declare one.
+    """
     from distributed import get_worker
 
     try:
         get_worker()
     except ValueError:
         return one_by_one
-    return Spread(threads, check)
+    return Spread(threads, check, gpu=gpu)
 
 
 def _carry_out_block(work: Work, block: tuple[int, int], lease: str, threads: int) -> None:

@@ -308,8 +308,8 @@ def plan_below(plan: UnitPlan, study: Study, machine: Machine, data_bytes: int, 
         data_bytes: what a unit may hold.
         why: it failed.
     """
-    if plan.solver is Solver.EXTREMES:  # the same, without the device
-        below: Sequence[Solver] = (Solver.EXTREMES,)
+    if plan.solver is Solver.EXTREMES or (plan.solver is Solver.DIVIDE and plan.device_bytes):
+        below: Sequence[Solver] = (plan.solver,)  # the same, without the device
         machine = replace(machine, device_bytes=None)
     else:
         below = LADDER[LADDER.index(plan.solver) + 1 :] if study.solver is None else ()
@@ -435,15 +435,27 @@ def _host_dense(
     return plan, why_not
 
 
-def divide_sizes(k: int, data_bytes: int) -> tuple[int, int, int]:
-    """Columns of a panel, panels of a block, and the order that LAPACK solves, for a division within so many bytes."""
+def divide_sizes(k: int, data_bytes: int, device_bytes: int | None = None) -> tuple[int, int, int]:
+    """Columns of a panel, panels of a block, and the order of a part that is solved in memory, for a division.
+
+    Args:
+        k: order of the matrix.
+        data_bytes: that the host may hold.
+        device_bytes: that a device may hold, where blocks are worked on there; the host then holds panels, and a part.
+    """
     room = max(0, data_bytes - BLAS_BYTES)
     columns = room // (8 * k)
-    wide = (w for w in DIVIDE_PANELS if columns >= (DIVIDE_PASSING + DIVIDE_PANELS_AT_ONCE) * w)
-    width = min(next(wide, DIVIDE_PANEL_LEAST), k)
-    at_once = max(1, min(columns // width - DIVIDE_PASSING, -(-k // width)))
+    if device_bytes is None:
+        able = (w for w in DIVIDE_PANELS if columns >= (DIVIDE_PASSING + DIVIDE_PANELS_AT_ONCE) * w)
+        width = min(next(able, DIVIDE_PANEL_LEAST), k)
+        at_once, most = columns // width - DIVIDE_PASSING, dense.LAPACK_MAX_ORDER
+    else:
+        able = (w for w in DIVIDE_PANELS if columns >= (DIVIDE_PASSING + 2) * w)
+        width = min(next(able, DIVIDE_PANEL_LEAST), k)
+        at_once = (device_bytes // (8 * width * k) - DIVIDE_PASSING) // 2
+        most = min(dense.CUSOLVER_MAX_ORDER, math.isqrt(max(0, device_bytes - dense.device_bytes(0, 8)) // 40) - 64)
     leaf = math.isqrt(max(0, room - (1 << 20) - 16 * width * k) // 8) - 64  # see `dense.to_hessenberg_bytes`
-    return width, at_once, max(width, min(k, leaf, dense.LAPACK_MAX_ORDER))
+    return width, max(1, min(at_once, -(-k // width))), max(width, min(k, leaf, most))
 
 
 def divide_held_bytes(k: int, width: int, at_once: int) -> int:
@@ -452,6 +464,14 @@ def divide_held_bytes(k: int, width: int, at_once: int) -> int:
     A block, or two of half as many panels; and a panel six times: 8 * width * k * (max(at_once, 2) + 6).
     """
     return 8 * width * k * (max(at_once, 2) + DIVIDE_PASSING)
+
+
+def divide_device_bytes(k: int, width: int, at_once: int, leaf: int) -> int:
+    """What a division holds on a device: a block, twice while it is factored, and panels; or a part that is solved.
+
+    8 * width * k * (2 * at_once + 6), or `dense.device_bytes`.
+    """
+    return max(8 * width * k * (2 * at_once + DIVIDE_PASSING), dense.device_bytes(leaf, 8))
 
 
 def divide_moved_bytes(k: int, columns: int) -> int:
@@ -470,23 +490,33 @@ def _divide(
 ) -> tuple[UnitPlan, str]:
     """Spectral divide and conquer in the store (`eigen.divide`), with blocks as wide as fit.
 
-    Where workers share it, each holds a block, of the budget's share that is left beside all of them.
+    They are worked on on the device, where there is one that holds a block. Where workers share the unit, each holds a
+    block, of the budget's share that is left beside all of them.
     disk: the matrix, and while it is divided six of its order in float64.
     """
-    k, spread = max(unit.k, 1), machine.spread
+    k, device_bytes = max(unit.k, 1), machine.device_bytes
+    spread = machine.spread if device_bytes is None else max(1, min(machine.spread, machine.gpus))
     here = 1 if machine.separate else spread  # blocks in one budget
     room = data_bytes - (here - 1) * machine.worker_bytes
-    width, at_once, _ = divide_sizes(k, room // here)
-    leaf = divide_sizes(k, room)[2]
+    width, at_once, _ = divide_sizes(k, room // here, device_bytes)
+    leaf = divide_sizes(k, room, device_bytes)[2]
+    held = at_once if device_bytes is None else 1
     base, matrix, vectors, why_not = _rung(
-        Solver.DIVIDE, unit, study, machine, room, partial(_divide_stages, width, at_once, leaf, here), stored
+        Solver.DIVIDE, unit, study, machine, room, partial(_divide_stages, width, held, leaf, here), stored
     )
     if why_not and here > 1:
         return _divide(unit, study, replace(machine, spread=here - 1), data_bytes, stored)
-    among = f", shared by {spread} workers" if spread > 1 else ""
+    on_device = 0
+    if device_bytes is not None:
+        stages = base.stages or {}
+        on_device = max(divide_device_bytes(k, width, at_once, leaf), stages["build"], stages["certify"])
+        if on_device > device_bytes:
+            return _divide(unit, study, replace(machine, device_bytes=None), data_bytes, stored)
+    among = (", on the device" if on_device else "") + (f", shared by {spread} workers" if spread > 1 else "")
     plan = replace(
         base,
         why=f"blocks of {width * at_once:,} columns, parts of {leaf:,} in memory{among}",
+        device_bytes=on_device,
         panel=width,
         at_once=at_once,
         leaf=leaf,
@@ -905,18 +935,18 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
 
 
 def _divide_stages(
-    width: int, at_once: int, leaf: int, here: int, unit: Unit, column_bytes: int, itemsize: int, shard: int
+    width: int, held: int, leaf: int, here: int, unit: Unit, column_bytes: int, itemsize: int, shard: int
 ) -> dict[str, int]:
     """Stages of the division: panels of all kernels (`eigen.panels`), a part in memory, the certificate's vectors.
 
-    divide: `divide_held_bytes` of each block that the budget holds; before it, the logarithmic norm: the sparse matrix,
-        if any, and Krylov vectors.
+    divide: `divide_held_bytes` of each block that the budget holds, of a panel where blocks are on a device; before it,
+        the logarithmic norm: the sparse matrix, if any, and Krylov vectors.
     leaf: LAPACK's own, and a panel that is read.
     """
     k = unit.k
     sparse = 56 * unit.nonzeros
     return {
-        "divide": max(here * (divide_held_bytes(k, width, at_once) + BLAS_BYTES), sparse + _krylov_bytes(k)),
+        "divide": max(here * (divide_held_bytes(k, width, held) + BLAS_BYTES), sparse + _krylov_bytes(k)),
         "leaf": dense.to_hessenberg_bytes(leaf, 8) + 16 * width * leaf + BLAS_BYTES,
         "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize),
     }

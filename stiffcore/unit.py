@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -555,8 +555,11 @@ def _divide(run: UnitRun) -> dict[str, Any]:
         moments = space.once("moments", arranged)
         whole = space.matrix("whole", k, k)
         growth = space.once("growth", lambda: _growth(run, _product_operator(whole)))
+        on_device: dict[str, Any] = {}
+        if plan["device_bytes"]:
+            on_device = {"device": run.device, "solve": partial(device.device_eigenvalues, device=run.device)}
         found = divide.eigenvalues(
-            whole, space, plan["leaf"], first=first, at_once=plan["at_once"], tell=tell, each=run.each
+            whole, space, plan["leaf"], first=first, at_once=plan["at_once"], tell=tell, each=run.each, **on_device
         )
     division = {"splits": [asdict(split) for split in found.splits], "error": found.error}
     return (

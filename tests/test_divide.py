@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ import scipy.linalg
 from scipy.optimize import linear_sum_assignment
 
 from stiffcore.eigen import divide, panels
+from stiffcore.eigen.blas import HOST
 from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.eigen.panels import SingularError
 from stiffcore.errors import DamagedError
@@ -20,6 +22,8 @@ from stiffcore.unit import carry_out
 from tests.test_run import OPTIONS, InProcess, execute
 
 N, PANEL, TILE = 60, 16, 8
+# torch's, with device "cpu", runs every line of what CUDA does
+DEVICES = pytest.mark.parametrize("on", [HOST, "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 FLOAT = np.dtype(float)
 
 
@@ -134,29 +138,32 @@ def test_rows_of_a_panel_are_read_alone(tmp_path):
     assert matrix.read_shard(3).flags.f_contiguous
 
 
+@DEVICES
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(60, 60, 60), (33, 60, 17), (5, 4, 3)])
-def test_products(space, rows, inner, columns):
+def test_products(space, rows, inner, columns, on):
     a, b = random(rows, inner), random(inner, columns, seed=2)
     out, wide = (space.matrix(name, rows, columns) for name in ("out", "wide"))
-    panels.product(stored(space, "a", a), stored(space, "b", b), out)
-    panels.product(space.matrix("a", rows, inner), space.matrix("b", inner, columns), wide, at_once=3)
+    panels.product(stored(space, "a", a), stored(space, "b", b), out, device=on)
+    panels.product(space.matrix("a", rows, inner), space.matrix("b", inner, columns), wide, at_once=6, device=on)
     assert np.allclose(wide.read(), a @ b, atol=1e-13)
     assert np.allclose(out.read(), a @ b, atol=1e-13)
 
 
-def test_a_product_with_a_shift_and_columns_made_as_they_are_needed(space):
+@DEVICES
+def test_a_product_with_a_shift_and_columns_made_as_they_are_needed(space, on):
     a, b = random(N, N), random(N, 20, seed=2)
     out = space.matrix("out", N, 20)
-    panels.product(stored(space, "a", a), lambda start, stop: b[:, start:stop], out, shift=-1.5)
+    panels.product(stored(space, "a", a), lambda start, stop: b[:, start:stop], out, shift=-1.5, device=on)
     assert np.allclose(out.read(), a @ b - 1.5 * b, atol=1e-13)
 
 
+@DEVICES
 @pytest.mark.parametrize("dtype", [float, complex])
 @pytest.mark.parametrize(("order", "at_once"), [(1, 1), (16, 2), (17, 1), (17, 2), (60, 1), (60, 2), (60, 3), (60, 9)])
-def test_lu_solves(space, dtype, order, at_once):
+def test_lu_solves(space, dtype, order, at_once, on):
     a, b = random(order, order, dtype=dtype), random(order, 3, dtype=dtype, seed=2)
     lu = space.matrix("lu", order + 1, order, np.dtype(dtype))
-    panels.factor(stored(space, "a", a), lu, at_once=at_once)
+    panels.factor(stored(space, "a", a), lu, at_once=at_once, device=on)
     assert panels.log_determinant(lu) == pytest.approx(np.linalg.slogdet(a)[1])
     assert np.allclose(panels.solve(lu, b.copy(order="F")), np.linalg.solve(a, b), atol=1e-11)
     assert np.allclose(panels.solve_adjoint(lu, b.copy(order="F")), np.linalg.solve(a.conj().T, b), atol=1e-11)
@@ -174,33 +181,36 @@ def test_lu_is_that_of_lapack_whatever_the_block(space, at_once):
     assert np.allclose(lu.read(), alone.read(), atol=1e-12)
 
 
+@DEVICES
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_an_inverse_beside_other_terms(space, at_once):
+def test_an_inverse_beside_other_terms(space, at_once, on):
     a, b = random(N, N), random(N, N, seed=3)
     lu, out = space.matrix("lu", N + 1, N), space.matrix("out", N, N)
     panels.factor(stored(space, "a", a), lu)
-    panels.inverse(lu, out, scale=2.0, shift=-0.5, beside=(0.25, stored(space, "b", b)), at_once=at_once)
+    panels.inverse(lu, out, scale=2.0, shift=-0.5, beside=(0.25, stored(space, "b", b)), at_once=at_once, device=on)
     assert np.allclose(out.read(), 2 * np.linalg.inv(a) - 0.5 * np.eye(N) + b / 4, atol=1e-10)
 
 
+@DEVICES
 @pytest.mark.parametrize("column", [0, 20, 59])
-def test_a_singular_matrix_is_said_to_be(space, column):
+def test_a_singular_matrix_is_said_to_be(space, column, on):
     a = random(N, N)
     a[:, column] = 0
     with pytest.raises(SingularError, match="zero"):
-        panels.factor(stored(space, "a", a), space.matrix("lu", N + 1, N))
+        panels.factor(stored(space, "a", a), space.matrix("lu", N + 1, N), device=on)
 
 
+@DEVICES
 @pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("columns", [1, 16, 37, 60])
-def test_reflectors_are_an_orthogonal_matrix_that_spans_the_columns(space, columns, at_once):
+def test_reflectors_are_an_orthogonal_matrix_that_spans_the_columns(space, columns, at_once, on):
     a = random(N, columns)
     a[:, columns // 2] = 0  # no reflector, or any
     qr = space.matrix("qr", N + PANEL, columns)
-    panels.orthogonalise(stored(space, "a", a), qr, at_once=at_once)
+    panels.orthogonalise(stored(space, "a", a), qr, at_once=at_once, device=on)
     turned, identity = space.matrix("turned", N, columns), space.matrix("identity", N, N)
     panels.rotate(qr, stored(space, "b", a), turned)
-    panels.rotate(qr, stored(space, "eye", np.eye(N)), identity, at_once=at_once)
+    panels.rotate(qr, stored(space, "eye", np.eye(N)), identity, at_once=at_once, device=on)
     q = identity.read().T
     assert np.allclose(q.T @ q, np.eye(N), atol=1e-13)
     assert np.allclose(turned.read(), q.T @ a, atol=1e-13)
@@ -288,10 +298,11 @@ MATRICES = {
 }
 
 
+@DEVICES
 @pytest.mark.parametrize("name", MATRICES)
-def test_all_eigenvalues_are_those_of_a_dense_solver(space, name):
+def test_all_eigenvalues_are_those_of_a_dense_solver(space, name, on):
     a = MATRICES[name]
-    found = divide.eigenvalues(stored(space, "a", a), space, 20, first=0.0)
+    found = divide.eigenvalues(stored(space, "a", a), space, 20, first=0.0, device=on)
     expected, size = scipy.linalg.eigvals(a), np.linalg.norm(a)
     assert largest_error(found.values, expected) <= 1e-10 * size
     assert found.error <= 1e-10 * len(found.splits) * size
@@ -425,6 +436,22 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
     assert not (small / "divided" / "units" / key / "division").exists()
     assert found.record["division"] is None
     damaged_after_it_was_built(run, url, key)
+
+
+def test_a_unit_is_divided_on_a_device(small, supposed_device):
+    options = OPTIONS | {"blocks": "1", "functions": "block", "index": (0,), "solver": "divide"}
+    expected = execute(small / "host", options | {"device": "cpu"})[0].spectrum(block=1).values
+    url, executor = str(small / "device"), InProcess(lambda event: None)
+    prepared = prepare(url, options, executor)
+    (unit,) = prepared.plan.units
+    assert unit.device_bytes > 0
+    unit = replace(unit, panel=32, at_once=2, leaf=unit.unit.k // 2)
+    prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
+    run, outcome = carry_out_plan(url, prepared, executor, print)
+    assert outcome.failed == {}
+    assert run.spectrum(block=1).certificate.passed
+    assert run.spectrum(block=1).record["divided"]["splits"]
+    assert largest_error(run.spectrum(block=1).values, expected) < 1e-12
 
 
 def damaged_after_it_was_built(run, url, key):

@@ -265,6 +265,35 @@ class TestDevice:
         assert p.projected_bytes <= 900 * MIB
 
 
+class TestDivisionOnADevice:
+    def test_blocks_are_there_and_panels_on_the_host(self):
+        m = machine(device_bytes=2 * GIB)
+        (p,) = planned([unit(20_000)], 1500 * MIB, m).units
+        assert p.solver is Solver.DIVIDE
+        assert p.why.endswith("on the device")
+        assert p.device_bytes <= 2 * GIB
+        assert p.device_bytes > 8 * p.panel * p.at_once * 20_000
+        (host,) = planned([unit(20_000)], 1500 * MIB).units
+        assert p.stages["divide"] < host.stages["divide"]
+        assert p.at_once * p.panel > host.at_once * host.panel or p.stages["divide"] < host.stages["divide"] / 2
+        assert UnitPlan.from_json(p.unit, json.loads(json.dumps(p.to_json()))) == p
+
+    def test_where_the_device_is_full_the_host_goes_on(self):
+        m = machine(device_bytes=2 * GIB)
+        (p,) = planned([unit(20_000)], 1500 * MIB, m).units
+        below = plan_below(p, Study(memory=1500 * MIB), m, 1100 * MIB, "out of memory")
+        assert (below.solver, below.device_bytes) == (Solver.DIVIDE, 0)
+
+    def test_a_device_that_holds_no_block_is_not_used(self):
+        (p,) = planned([unit(20_000)], 1500 * MIB, machine(device_bytes=20 * MIB)).units
+        assert (p.solver, p.device_bytes) == (Solver.DIVIDE, 0)
+
+    def test_as_many_share_a_unit_as_have_a_device(self):
+        m = machine(separate=4, gpus=2, device_bytes=2 * GIB)
+        (p,) = planned([unit(20_000)], 1500 * MIB, m, solver="divide").units
+        assert p.spread == 2
+
+
 class TestSpread:
     def test_a_unit_is_shared_by_the_workers_asked_for_within_one_budget(self):
         (alone,) = planned([unit(5000)], 900 * MIB, solver="divide").units

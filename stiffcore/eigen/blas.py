@@ -1,7 +1,8 @@
-"""BLAS and LAPACK in place, on parts of column-major arrays, which SciPy's own wrappers copy.
+"""BLAS and LAPACK in place, on parts of column-major arrays, which SciPy's own wrappers copy; or on a torch device.
 
-The routines are those of the library that SciPy comes with (`scipy.linalg.cython_blas`), so that all arithmetic on
-panels is one library's: NumPy comes with another one, and the threads of both would wait for each other.
+On the host, the routines are those of the library that SciPy comes with (`scipy.linalg.cython_blas`), so that all
+arithmetic on panels is one library's: NumPy comes with another one, and the threads of both would wait for each other.
+Where an array is a torch tensor, torch does the same on its device. The tests run every line with device "cpu".
 """
 
 import ctypes
@@ -10,7 +11,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.linalg import cython_blas, cython_lapack
+
+HOST = ""
+# Of NumPy on the host, of torch on a device.
+Array = Any
 
 _LETTER = {np.dtype(np.float64): "d", np.dtype(np.complex128): "z"}
 _INTEGER = ctypes.c_int
@@ -47,7 +53,31 @@ def _columns(a: np.ndarray) -> tuple[int, int]:
     return a.ctypes.data, max(1, apart)
 
 
-def add_product(c: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray) -> None:
+def zeros(rows: int, columns: int, dtype: np.dtype, device: str) -> Array:
+    """A column-major array of zeros, on a torch device or the `HOST`."""
+    if device == HOST:
+        return np.zeros((rows, columns), dtype, order="F")
+    return torch.zeros((columns, rows), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device).T
+
+
+def to_device(a: np.ndarray, device: str) -> Array:
+    """An array of the host where it is needed; the same one, where that is the `HOST`."""
+    return a if device == HOST else torch.from_numpy(a).to(device)
+
+
+def to_host(a: Array) -> np.ndarray:
+    """The inverse of `to_device`."""
+    return a if isinstance(a, np.ndarray) else a.cpu().numpy()
+
+
+def finite(a: Array) -> bool:
+    """Whether all numbers are."""
+    if isinstance(a, np.ndarray):
+        return all(np.isfinite(a[:, j]).all() for j in range(a.shape[1]))
+    return bool(torch.isfinite(a).all())
+
+
+def add_product(c: Array, factor: float, a: Array, b: Array) -> None:
     """c += factor a b, in place.
 
     Args:
@@ -58,6 +88,9 @@ def add_product(c: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray) -> N
     """
     (m, n), k = c.shape, a.shape[1]
     if not (m and n and k):
+        return
+    if not isinstance(c, np.ndarray):
+        c.addmm_(a, b, alpha=factor)
         return
     across = b"N" if a.strides[0] == a.itemsize else b"T"
     a_at, a_apart = _columns(a if across == b"N" else a.T)
@@ -81,9 +114,7 @@ def add_product(c: np.ndarray, factor: float, a: np.ndarray, b: np.ndarray) -> N
     )
 
 
-def solve_triangular(
-    a: np.ndarray, b: np.ndarray, *, lower: bool = False, unit: bool = False, trans: str = "N"
-) -> None:
+def solve_triangular(a: Array, b: Array, *, lower: bool = False, unit: bool = False, trans: str = "N") -> None:
     """b = a^-1 b, or a^-T b (`trans` is "T") or a^-H b ("C"), in place; of `a`, the other triangle is not looked at.
 
     Args:
@@ -95,6 +126,10 @@ def solve_triangular(
     """
     n, columns = b.shape
     if not (n and columns):
+        return
+    if not isinstance(b, np.ndarray):
+        turned = {"N": a, "T": a.T, "C": a.mH}[trans]
+        b.copy_(torch.linalg.solve_triangular(turned, b, upper=lower == (trans != "N"), unitriangular=unit))
         return
     a_at, a_apart = _columns(a)
     b_at, b_apart = _columns(b)
@@ -114,7 +149,7 @@ def solve_triangular(
     )
 
 
-def factor(a: np.ndarray) -> tuple[np.ndarray, bool]:
+def factor(a: Array) -> tuple[np.ndarray, bool]:
     """P a = L U by partial pivoting, in place.
 
     Args:
@@ -124,6 +159,10 @@ def factor(a: np.ndarray) -> tuple[np.ndarray, bool]:
         (n,) the rows that each row was swapped with, from 0 on; and whether no pivot is zero.
     """
     m, n = a.shape
+    if not isinstance(a, np.ndarray):
+        factors, swapped, failed = torch.linalg.lu_factor_ex(a)
+        a.copy_(factors)
+        return swapped.cpu().numpy() - 1, not int(failed)
     pivots, info = np.zeros(n, np.intc), _INTEGER(0)
     at, apart = _columns(a)
     _routine(_LETTER[a.dtype] + "getrf")(

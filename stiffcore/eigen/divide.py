@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stiffcore.eigen import panels
+from stiffcore.eigen.blas import HOST
 from stiffcore.eigen.dense import Eigenvectors, hessenberg_eigenvalues, sort_eigenvalues, to_hessenberg
 from stiffcore.eigen.panels import Each, Panels, SingularError, one_by_one
 from stiffcore.eigen.sparse import EPS
@@ -121,6 +122,10 @@ class DivisionError(StiffcoreError):
     """A spectrum that no curve tried divides."""
 
 
+def _dense_eigenvalues(a: np.ndarray) -> np.ndarray:
+    return hessenberg_eigenvalues(to_hessenberg(a))
+
+
 def eigenvalues(
     a: Panels,
     space: Workspace,
@@ -130,6 +135,8 @@ def eigenvalues(
     at_once: int = 1,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
     each: Each = one_by_one,
+    device: str = HOST,
+    solve: Callable[[np.ndarray], np.ndarray] = _dense_eigenvalues,
 ) -> Division:
     """All eigenvalues of a.
 
@@ -141,6 +148,8 @@ def eigenvalues(
         at_once: panels of a block, see `stiffcore.eigen.panels`.
         tell: told of what is done, panels done and panels in all.
         each: who works on the blocks.
+        device: of torch, where blocks are worked on; else the host.
+        solve: all eigenvalues of a part, Fortran-ordered, which it may write to.
 
     Raises:
         DivisionError: where no curve divides the matrix, or a part of it; or where squares of its numbers, or of what
@@ -150,7 +159,7 @@ def eigenvalues(
     if size and not SMALLEST < size < 1 / SMALLEST:
         raise DivisionError(f"a matrix of norm {size:.1e} is too far from 1 to be divided: scale the function")
     splits: list[Split] = []
-    work = _Work(space, most, at_once, tell, each, splits)
+    work = _Work(space, most, at_once, tell, each, device, solve, splits)
     values = list(_divided(work, "", lambda: a, a.shape[0], first))
     neglected = sum(s.neglected for s in splits if not s.failure)
     return Division(sort_eigenvalues(np.concatenate(values)), tuple(splits), neglected)
@@ -216,11 +225,14 @@ class _Work:
     at_once: int
     tell: Callable[[str, int, int], None]
     each: Each
+    device: str
+    solve: Callable[[np.ndarray], np.ndarray]
     splits: list[Split]
 
     def told(self, what: str) -> dict[str, Any]:
-        """How a kernel is called: in which blocks, what it tells, and who works on them."""
-        return {"at_once": self.at_once, "tell": partial(self.tell, what), "each": self.each}
+        """How a kernel is called: in which blocks, what it tells, and who works on them where."""
+        told = partial(self.tell, what)
+        return {"at_once": self.at_once, "tell": told, "each": self.each, "device": self.device}
 
 
 def _divided(
@@ -229,7 +241,7 @@ def _divided(
     """The eigenvalues of a part, in parts."""
     space = work.space
     if n <= work.most:
-        yield space.once_array(f"{name}-values", lambda: _in_memory(opened()))
+        yield space.once_array(f"{name}-values", lambda: work.solve(_in_memory(opened())))
         return
     mean, spread, away = space.once(f"{name}-moments", lambda: _moments(opened()))
     if not spread:
@@ -256,7 +268,7 @@ def _in_memory(a: Panels) -> np.ndarray:
     whole = np.empty(a.shape, order="F")
     for i in range(a.shards):
         whole[:, slice(*a.columns(i))] = a.read_shard(i)
-    return hessenberg_eigenvalues(to_hessenberg(whole))
+    return whole
 
 
 def _moments(a: Panels) -> tuple[float, float, float]:

@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from stiffcore.eigen import blas
+from stiffcore.eigen.blas import HOST, Array
 from stiffcore.errors import StiffcoreError
 
 Tell = Callable[[int, int], None]
@@ -112,28 +113,32 @@ def _span(a: Panels, first: int, last: int) -> tuple[int, int]:
     return a.columns(first)[0], a.columns(last - 1)[1]
 
 
-def _read(a: Panels, first: int, last: int, *, more: int = 0) -> np.ndarray:
-    """Panels side by side, with some rows more below them, which hold anything."""
+def _read(a: Panels, first: int, last: int, device: str, *, more: int = 0) -> Array:
+    """Panels side by side, with some rows of zeros more below them."""
     start, stop = _span(a, first, last)
-    block = np.empty((a.shape[0] + more, stop - start), a.dtype, order="F")
+    block = blas.zeros(a.shape[0] + more, stop - start, a.dtype, device)
     for j in range(first, last):
         left, right = a.columns(j)
-        block[: a.shape[0], left - start : right - start] = a.read_shard(j)
+        block[: a.shape[0], left - start : right - start] = blas.to_device(a.read_shard(j), device)
     return block
 
 
-def _write(out: Panels, first: int, last: int, block: np.ndarray) -> None:
+def _write(out: Panels, first: int, last: int, block: Array) -> None:
     """Those of a block's panels that are not written yet."""
     start = out.columns(first)[0]
     for j in range(first, last):
         if not out.has(j):
             left, right = out.columns(j)
-            out.write(j, block[:, left - start : right - start])
+            out.write(j, blas.to_host(block[:, left - start : right - start]))
 
 
 def _passing(
-    a: Panels, numbers: Iterable[int], rows: Callable[[int], tuple[int, int | None]], ready: Await | None = None
-) -> Iterator[tuple[int, np.ndarray]]:
+    a: Panels,
+    numbers: Iterable[int],
+    rows: Callable[[int], tuple[int, int | None]],
+    device: str,
+    ready: Await | None = None,
+) -> Iterator[tuple[int, Array]]:
     """Panels, the given rows of each, read while the ones before are worked on; with `ready`, those that are there."""
     left = list(numbers)
     with ThreadPoolExecutor(1) as reader:
@@ -145,11 +150,7 @@ def _passing(
             panel = a.read_shard(i, *rows(i)) if ahead is None else ahead.result()
             follows = bool(left) and (ready is None or a.has(left[0]))
             ahead = reader.submit(a.read_shard, left[0], *rows(left[0])) if follows else None
-            yield i, panel
-
-
-def _finite(block: np.ndarray) -> bool:
-    return all(np.isfinite(block[:, j]).all() for j in range(block.shape[1]))
+            yield i, blas.to_device(panel, device)
 
 
 def copy(a: Panels, out: Panels, *, shift: complex = 0.0, first: int = 0) -> None:
@@ -175,7 +176,7 @@ def transpose(a: Panels, out: Panels, *, tell: Tell = _silent, each: Each = one_
 def _transpose(a: Panels, out: Panels, first: int, last: int, ready: Await) -> None:
     start, stop = _span(out, first, last)
     block = np.empty((out.shape[0], stop - start), order="F")
-    for i, panel in _passing(a, range(a.shards), lambda i: (start, stop)):
+    for i, panel in _passing(a, range(a.shards), lambda i: (start, stop), HOST):
         block[slice(*a.columns(i))] = panel.T
     _write(out, first, last, block)
 
@@ -189,12 +190,13 @@ def product(
     at_once: int = 1,
     tell: Tell = _silent,
     each: Each = one_by_one,
+    device: str = HOST,
 ) -> None:
     """out = (a + shift I) b; b is stored, in panels like those of `out`, or makes columns start..stop-1 of it.
 
     Memory: two blocks of half as many panels, and panels. Each block reads all of a.
     """
-    _carry_out(partial(_product, a, b, out, shift), out, max(1, at_once // 2), tell, each)
+    _carry_out(partial(_product, a, b, out, shift, device), out, max(1, at_once // 2), tell, each)
 
 
 def _product(
@@ -202,13 +204,17 @@ def _product(
     b: Panels | Callable[[int, int], np.ndarray],
     out: Panels,
     shift: float,
+    device: str,
     first: int,
     last: int,
     ready: Await,
 ) -> None:
-    right = np.asfortranarray(b(*_span(out, first, last))) if callable(b) else _read(b, first, last)
-    block = np.asfortranarray(shift * right) if shift else np.zeros((out.shape[0], right.shape[1]), order="F")
-    for i, panel in _passing(a, range(a.shards), _whole):
+    if callable(b):
+        right = blas.to_device(np.asfortranarray(b(*_span(out, first, last))), device)
+    else:
+        right = _read(b, first, last, device)
+    block = shift * right if shift else blas.zeros(out.shape[0], right.shape[1], out.dtype, device)
+    for i, panel in _passing(a, range(a.shards), _whole, device):
         blas.add_product(block, 1.0, panel, right[slice(*a.columns(i))])
     _write(out, first, last, block)
 
@@ -254,7 +260,9 @@ def distance(a: Panels, b: Panels) -> float:
     return float(np.sqrt(sum(np.sum((a.read_shard(i) - b.read_shard(i)) ** 2) for i in range(a.shards))))
 
 
-def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one) -> None:
+def factor(
+    a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one, device: str = HOST
+) -> None:
     """P a = L U by partial pivoting (Golub and Van Loan, 3.2.11, in its left-looking form).
 
     Memory: a block, and panels.
@@ -266,37 +274,39 @@ def factor(a: Panels, lu: Panels, *, at_once: int = 1, tell: Tell = _silent, eac
         at_once: panels of a block.
         tell: told of panels done and panels in all.
         each: who works on the blocks.
+        device: of torch, where they are worked on; else the host.
 
     Raises:
         SingularError: where a pivot is zero, or not finite.
     """
-    _carry_out(partial(_factor, a, lu), lu, at_once, tell, each)
+    _carry_out(partial(_factor, a, lu, device), lu, at_once, tell, each)
 
 
-def _factor(a: Panels, lu: Panels, first: int, last: int, ready: Await) -> None:
+def _factor(a: Panels, lu: Panels, device: str, first: int, last: int, ready: Await) -> None:
     n, (start, stop) = a.shape[0], _span(lu, first, last)
-    block = _read(a, first, last, more=1)
-    for i, panel in _passing(lu, range(first), lambda i: (lu.columns(i)[0], None), ready):
+    block = _read(a, first, last, device, more=1)
+    for i, panel in _passing(lu, range(first), lambda i: (lu.columns(i)[0], None), device, ready):
         _eliminate(block[:n], panel, lu.columns(i))
     pivots, regular = blas.factor(block[start:n])
-    if not regular or not _finite(block[start:n]):
+    if not regular or not blas.finite(block[start:n]):
         raise SingularError(f"a pivot of columns {start} to {stop - 1} is zero, or not finite")
-    block[n] = start + pivots
+    pivots = start + pivots
+    block[n] = blas.to_device(pivots.astype(lu.dtype), device)
     for j in range(first, last - 1):  # exchanges of later panels have not been when this one was factored
         left, right = (column - start for column in lu.columns(j))
-        _exchange(block[:n, left:right], start + right, block[n, right:], back=True)
+        _exchange(block[:n, left:right], start + right, pivots[right:], back=True)
     _write(lu, first, last, block)
 
 
-def _eliminate(block: np.ndarray, left: np.ndarray, columns: tuple[int, int]) -> None:
+def _eliminate(block: Array, left: Array, columns: tuple[int, int]) -> None:
     """Take a panel of L, from its first row on, with its row exchanges, through a block, in place."""
     start, stop = columns
-    _exchange(block, start, left[-1])
+    _exchange(block, start, blas.to_host(left[-1]))
     blas.solve_triangular(left[: stop - start], block[start:stop], lower=True, unit=True)
     blas.add_product(block[stop:], -1.0, left[stop - start : -1], block[start:stop])
 
 
-def _exchange(block: np.ndarray, start: int, pivots: np.ndarray, *, back: bool = False) -> None:
+def _exchange(block: Array, start: int, pivots: np.ndarray, *, back: bool = False) -> None:
     """Swap rows start, start + 1, ... with those that the pivots name, in this order or `back`, in place."""
     swaps = list(enumerate(pivots.real.astype(int), start))
     order = np.arange(len(block))
@@ -312,11 +322,11 @@ def log_determinant(lu: Panels) -> float:
     return float(sum(np.log(np.abs(d)).sum() for d in diagonals))
 
 
-def solve(lu: Panels, block: np.ndarray) -> np.ndarray:
-    """a^-1 block, from a's factors, in the memory of `block` (n, any)."""
-    for i, left in _passing(lu, range(lu.shards), lambda i: (lu.columns(i)[0], None)):
+def solve(lu: Panels, block: Array, device: str = HOST) -> Array:
+    """a^-1 block, from a's factors, in the memory of `block` (n, any), which is on the device."""
+    for i, left in _passing(lu, range(lu.shards), lambda i: (lu.columns(i)[0], None), device):
         _eliminate(block, left, lu.columns(i))
-    for i, right in _passing(lu, reversed(range(lu.shards)), lambda i: (0, lu.columns(i)[1])):
+    for i, right in _passing(lu, reversed(range(lu.shards)), lambda i: (0, lu.columns(i)[1]), device):
         start, stop = lu.columns(i)
         blas.solve_triangular(right[start:], block[start:stop])
         blas.add_product(block[:start], -1.0, right[:start], block[start:stop])
@@ -324,12 +334,12 @@ def solve(lu: Panels, block: np.ndarray) -> np.ndarray:
 
 
 def solve_adjoint(lu: Panels, block: np.ndarray) -> np.ndarray:
-    """a^-H block, as `solve`."""
-    for i, right in _passing(lu, range(lu.shards), lambda i: (0, lu.columns(i)[1])):
+    """a^-H block, as `solve`, on the host."""
+    for i, right in _passing(lu, range(lu.shards), lambda i: (0, lu.columns(i)[1]), HOST):
         start, stop = lu.columns(i)
         block[start:stop] -= right[:start].conj().T @ block[:start]
         blas.solve_triangular(right[start:], block[start:stop], trans="C")
-    for i, left in _passing(lu, reversed(range(lu.shards)), lambda i: (lu.columns(i)[0], None)):
+    for i, left in _passing(lu, reversed(range(lu.shards)), lambda i: (lu.columns(i)[0], None), HOST):
         start, stop = lu.columns(i)
         block[start:stop] -= left[stop - start : -1].conj().T @ block[stop:]
         blas.solve_triangular(left[: stop - start], block[start:stop], lower=True, unit=True, trans="C")
@@ -347,12 +357,13 @@ def inverse(
     at_once: int = 1,
     tell: Tell = _silent,
     each: Each = one_by_one,
+    device: str = HOST,
 ) -> None:
     """out = scale a^-1 + shift I + weight b, from a's factors; `beside` is (weight, b).
 
     Memory: a block, and panels. Each block reads the factors once, half of them on the way down and half up.
     """
-    _carry_out(partial(_inverse, lu, out, scale, shift, beside), out, at_once, tell, each)
+    _carry_out(partial(_inverse, lu, out, scale, shift, beside, device), out, at_once, tell, each)
 
 
 def _inverse(
@@ -361,30 +372,33 @@ def _inverse(
     scale: float,
     shift: float,
     beside: tuple[float, Panels] | None,
+    device: str,
     first: int,
     last: int,
     ready: Await,
 ) -> None:
     start, stop = _span(out, first, last)
     diagonal = np.arange(start, stop), np.arange(stop - start)
-    block = np.zeros((out.shape[0], stop - start), order="F")
+    block = blas.zeros(out.shape[0], stop - start, out.dtype, device)
     block[diagonal] = 1
-    block = solve(lu, block)
-    if not _finite(block):
+    block = solve(lu, block, device)
+    if not blas.finite(block):
         raise SingularError(f"columns {start} to {stop - 1} of the inverse are not finite")
     block *= scale
     if beside is not None:
         for j in range(first, last):
             left, right = (column - start for column in out.columns(j))
-            block[:, left:right] += beside[0] * beside[1].read_shard(j)
+            block[:, left:right] += beside[0] * blas.to_device(beside[1].read_shard(j), device)
     block[diagonal] += shift
     _write(out, first, last, block)
 
 
-def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one) -> None:
+def orthogonalise(
+    a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one, device: str = HOST
+) -> None:
     """a = Q R by Householder reflectors (Golub and Van Loan, 5.2.2), of which Q is kept.
 
-    Memory: two blocks of half as many panels, and panels.
+    Memory: a block, and panels.
 
     Args:
         a: (n, r), r <= n.
@@ -393,48 +407,64 @@ def orthogonalise(a: Panels, qr: Panels, *, at_once: int = 1, tell: Tell = _sile
         at_once: panels of a block.
         tell: told of panels done and panels in all.
         each: who works on the blocks.
+        device: of torch, where they are worked on; else the host.
     """
-    _carry_out(partial(_orthogonalise, a, qr), qr, max(1, at_once // 2), tell, each)
+    _carry_out(partial(_orthogonalise, a, qr, device), qr, at_once, tell, each)
 
 
-def _orthogonalise(a: Panels, qr: Panels, first: int, last: int, ready: Await) -> None:
+def _orthogonalise(a: Panels, qr: Panels, device: str, first: int, last: int, ready: Await) -> None:
     n, begin = a.shape[0], qr.columns(first)[0]
-    block = _read(a, first, last)
-    for _, panel in _passing(qr, range(first), _whole, ready):
+    block = _read(a, first, last, device)
+    for _, panel in _passing(qr, range(first), _whole, device, ready):
         _reflect(block, panel, n)
-    whole = np.zeros((qr.shape[0], block.shape[1]), order="F")
     for j in range(first, last):
         start, stop = qr.columns(j)
-        mine = slice(start - begin, stop - begin)
-        compact, tau = np.linalg.qr(block[start:, mine], mode="raw")
-        v = np.tril(compact.T, -1)
-        v[np.arange(stop - start), np.arange(stop - start)] = 1
-        v[:, tau == 0] = 0  # no reflector at all
-        whole[start:n, mine] = v
-        # Joffrain et al. 2006: T^-1 + T^-T = V^T V
-        whole[n : n + stop - start, mine] = np.triu(v.T @ v, 1) + np.diag(1 / np.where(tau == 0, 1, tau))
-        _reflect(block[:, stop - begin :], whole[:, mine], n)
-    _write(qr, first, last, whole)
+        made = _reflectors(blas.to_host(block[start:, start - begin : stop - begin]), qr.shape[0], start)
+        _reflect(block[:, stop - begin :], blas.to_device(made, device), n)
+        if not qr.has(j):
+            qr.write(j, made)
 
 
-def _reflect(block: np.ndarray, panel: np.ndarray, n: int) -> None:
+def _reflectors(panel: np.ndarray, rows: int, start: int) -> np.ndarray:
+    """The reflectors that make a panel, from row `start` on, upper triangular, as `orthogonalise` stores them."""
+    below, columns = panel.shape
+    compact, tau = np.linalg.qr(panel, mode="raw")
+    v = np.tril(compact.T, -1)
+    v[np.arange(columns), np.arange(columns)] = 1
+    v[:, tau == 0] = 0  # no reflector at all
+    made, n = np.zeros((rows, columns), order="F"), start + below
+    made[start:n] = v
+    # Joffrain et al. 2006: T^-1 + T^-T = V^T V
+    made[n : n + columns] = np.triu(v.T @ v, 1) + np.diag(1 / np.where(tau == 0, 1, tau))
+    return made
+
+
+def _reflect(block: Array, panel: Array, n: int) -> None:
     """Q^T block, Q of one panel's reflectors, in place."""
     v, inverse = panel[:n], panel[n : n + panel.shape[1]]
-    across = np.zeros((panel.shape[1], block.shape[1]), order="F")
+    device = HOST if isinstance(block, np.ndarray) else str(block.device)
+    across = blas.zeros(panel.shape[1], block.shape[1], np.dtype(float), device)
     blas.add_product(across, 1.0, v.T, block)
     blas.solve_triangular(inverse, across, trans="T")
     blas.add_product(block, -1.0, v, across)
 
 
 def rotate(
-    qr: Panels, a: Panels, out: Panels, *, at_once: int = 1, tell: Tell = _silent, each: Each = one_by_one
+    qr: Panels,
+    a: Panels,
+    out: Panels,
+    *,
+    at_once: int = 1,
+    tell: Tell = _silent,
+    each: Each = one_by_one,
+    device: str = HOST,
 ) -> None:
     """out = Q^T a, Q all n x n of it, from `orthogonalise`. Memory: a block, and panels."""
-    _carry_out(partial(_rotate, qr, a, out), out, at_once, tell, each)
+    _carry_out(partial(_rotate, qr, a, out, device), out, at_once, tell, each)
 
 
-def _rotate(qr: Panels, a: Panels, out: Panels, first: int, last: int, ready: Await) -> None:
-    block = _read(a, first, last)
-    for _, panel in _passing(qr, range(qr.shards), _whole):
+def _rotate(qr: Panels, a: Panels, out: Panels, device: str, first: int, last: int, ready: Await) -> None:
+    block = _read(a, first, last, device)
+    for _, panel in _passing(qr, range(qr.shards), _whole, device):
         _reflect(block, panel, a.shape[0])
     _write(out, first, last, block)
