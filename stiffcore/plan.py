@@ -339,7 +339,9 @@ def _plan_unit(
     if unit.kind is Kind.TENSOR_SLICES:
         asked = (Solver.SLICES,)
     if unit.kind is Kind.SINGULAR:
-        able: tuple[Solver, ...] = (Solver.SYMMETRIC,) if unit.route == "factors" else (Solver.SVD, Solver.SYMMETRIC)
+        able: tuple[Solver, ...] = (
+            (Solver.SYMMETRIC,) if unit.route == "factors" else (Solver.SVD, Solver.SYMMETRIC, Solver.DIVIDE)
+        )
         asked = (study.solver,) if study.solver in able else able
     if recorded is None or recorded.solver is Solver.NONE:
         return _first_that_fits(unit, study, machine, data_bytes, asked)
@@ -494,6 +496,8 @@ def _divide(
     block, of the budget's share that is left beside all of them.
     disk: the matrix, and while it is divided six of its order in float64.
     """
+    if unit.kind is Kind.SINGULAR:
+        return _divide_singular(unit, study, machine, data_bytes)
     k, device_bytes = max(unit.k, 1), machine.device_bytes
     spread = machine.spread if device_bytes is None else max(1, min(machine.spread, machine.gpus))
     here = 1 if machine.separate else spread  # blocks in one budget
@@ -673,10 +677,35 @@ def _symmetric(
     return _singular(Solver.SYMMETRIC, unit, study, machine, data_bytes, 3 * 8 * k * k, flops)
 
 
+def _divide_singular(unit: Unit, study: Study, machine: Machine, data_bytes: int) -> tuple[UnitPlan, str]:
+    """The Gram matrix of the smaller side, divided in the store; the sparse matrices stay in memory.
+
+    solve: `divide_held_bytes`, or a part with its symmetric copies.
+    disk: the Gram matrix, and while it is divided six of its order.
+    """
+    k, itemsize = max(unit.k, 1), np.dtype(study.dtype).itemsize
+    operator = operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize)
+    width, at_once, leaf = divide_sizes(k, data_bytes - 3 * 16 * unit.nonzeros - operator)
+    leaf = max(width, min(leaf, 4 * leaf // 7))  # three matrices of it, not one
+    held = max(divide_held_bytes(k, width, at_once), 3 * 8 * leaf**2 + 16 * width * leaf)
+    flops = DIVIDE_FLOPS * k**3
+    plan, why_not = _singular(Solver.DIVIDE, unit, study, machine, data_bytes, held, flops)
+    plan = replace(
+        plan,
+        why=f"blocks of {width * at_once:,} columns, parts of {leaf:,} in memory",
+        panel=width,
+        at_once=at_once,
+        leaf=leaf,
+        disk_bytes=plan.disk_bytes + 7 * 8 * k * k,
+        moved_bytes=divide_moved_bytes(k, width * at_once),
+    )
+    return plan, why_not
+
+
 def _singular(
     solver: Solver, unit: Unit, study: Study, machine: Machine, data_bytes: int, dense_bytes: int, flops: int
 ) -> tuple[UnitPlan, str]:
-    """What both ways to singular values share.
+    """What all ways to singular values share.
 
     build: blocks or a chunk of products, and the sparse matrices twice:
         accumulated_items * itemsize + 2 * nonzeros * (itemsize + 8), or chunk * column_bytes + 2 * nonzeros * ...
@@ -709,7 +738,7 @@ def _singular(
         moved_bytes=kept,
     )
     largest = max(unit.k, unit.width) if solver is Solver.SVD else unit.k
-    if largest > dense.LAPACK_MAX_ORDER:
+    if solver is not Solver.DIVIDE and largest > dense.LAPACK_MAX_ORDER:
         return plan, f"{solver}: order {largest:,} is over LAPACK's {dense.LAPACK_MAX_ORDER:,}"
     why = _too_small(solver, unit, stages, machine, data_bytes)
     return plan, "" if max(stages.values()) <= data_bytes else why

@@ -253,7 +253,8 @@ class Study(BaseModel):
         if of_singular and self.kinds != (Kind.SINGULAR,):
             raise ValueError(f"--solver {self.solver} is for --kind singular alone")
         if Kind.MATRIX not in self.kinds:
-            if self.solver is not None and not of_singular:
+            divided = self.solver is Solver.DIVIDE and Kind.SINGULAR in self.kinds
+            if self.solver is not None and not (of_singular or divided):
                 raise ValueError(f"--solver {self.solver} is for --kind matrix")
             if self.reduce is Reduce.NONE:
                 raise ValueError("--reduce none is for --kind matrix")

@@ -287,7 +287,7 @@ _Stages = list[tuple[str, Callable[[UnitRun], dict[str, Any]]]]
 def _route(run: UnitRun) -> _Stages:
     if run.solver is Solver.SLICES:
         return [("done", _slice)]
-    if run.solver in (Solver.SVD, Solver.SYMMETRIC):
+    if run.record["kind"] == Kind.SINGULAR:
         return [("done", _find_singular)]
     if run.solver is Solver.MATRIX_ONLY:
         return [("built", _build), ("done", _keep)] if run.record["k"] else [("done", _keep)]
@@ -375,6 +375,7 @@ def _slice(run: UnitRun) -> dict[str, Any]:
 
 def _find_singular(run: UnitRun) -> dict[str, Any]:
     """All singular values, and their certificate."""
+    divided: dict[str, Any] = {}
     factors, chunk = run.function, run.record["plan"]["chunk"]
     assert isinstance(factors, Factors)
     matrices = factors.matrices(chunk, run.step_seldom("done"))
@@ -383,6 +384,9 @@ def _find_singular(run: UnitRun) -> dict[str, Any]:
     difference = factors.difference(matrices)
     if factors.reduction is not None:
         found = singular.by_waist(factors, *matrices)
+    elif run.solver is Solver.DIVIDE and run.record["k"]:
+        found, division = _divided_squares(run, factors, *matrices)
+        divided = {"divided": _told_of(division)}
     else:
         found = (singular.by_svd if run.solver is Solver.SVD else singular.by_gram)(factors, *matrices)
     del matrices
@@ -397,7 +401,32 @@ def _find_singular(run: UnitRun) -> dict[str, Any]:
         exact_zeros=found.zeros,
     )
     sizes = {"k": len(found.values), "found": len(found.values), "ones": found.ones, "zeros": found.zeros}
-    return {"ends": None, "shift": 0, **sizes, "certificate": singular.certify(factors, found, difference).to_json()}
+    certified = singular.certify(factors, found, difference).to_json()
+    return {"ends": None, "shift": 0, **sizes, **divided, "certificate": certified}
+
+
+def _divided_squares(run: UnitRun, factors: Factors, j: csc_array) -> tuple[singular.SingularValues, divide.Division]:
+    """The singular values of J, by division of a Gram matrix in the store."""
+    plan, tell = run.record["plan"], _teller(run, "done")
+    with _undoing(run, "planned", DIVISION):
+        return singular.by_division(
+            factors, j, _workspace(run), plan["leaf"], at_once=plan["at_once"], tell=tell, each=run.each
+        )
+
+
+def _told_of(division: divide.Division) -> dict[str, Any]:
+    """What the record has of a division."""
+    return {"splits": [asdict(split) for split in division.splits], "error": division.error}
+
+
+def _teller(run: UnitRun, stage: str) -> Callable[[str, int, int], None]:
+    """Tells of the steps of a division."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        run.check()
+        run.emit({"unit": run.key, "stage": stage, "done": done, "total": total, "note": what})
+
+    return tell
 
 
 def _restart_if_foreign(run: UnitRun) -> None:
@@ -547,10 +576,6 @@ def _divide(run: UnitRun) -> dict[str, Any]:
             panels.copy(run.matrix("matrix"), a)
         return [panels.trace(a), panels.square_trace(a), panels.norm(a)]
 
-    def tell(what: str, done: int, total: int) -> None:
-        run.check()
-        run.emit({"unit": run.key, "stage": "solved", "done": done, "total": total, "note": what})
-
     with _undoing(run, "built", DIVISION):
         moments = space.once("moments", arranged)
         whole = space.matrix("whole", k, k)
@@ -559,12 +584,18 @@ def _divide(run: UnitRun) -> dict[str, Any]:
         if plan["device_bytes"]:
             on_device = {"device": run.device, "solve": partial(device.device_eigenvalues, device=run.device)}
         found = divide.eigenvalues(
-            whole, space, plan["leaf"], first=first, at_once=plan["at_once"], tell=tell, each=run.each, **on_device
+            whole,
+            space,
+            plan["leaf"],
+            first=first,
+            at_once=plan["at_once"],
+            tell=_teller(run, "solved"),
+            each=run.each,
+            **on_device,
         )
-    division = {"splits": [asdict(split) for split in found.splits], "error": found.error}
     return (
         _store_eigenvalues(run, found.values)
-        | {"moments": asdict(certificate.Moments(*moments)), "divided": division}
+        | {"moments": asdict(certificate.Moments(*moments)), "divided": _told_of(found)}
         | growth
     )
 
@@ -746,12 +777,7 @@ def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | 
 
 def _divided_eigenvectors(run: UnitRun, values: np.ndarray) -> dense.Eigenvectors:
     """Those of a few eigenvalues, by inverse iteration on the matrix in the store."""
-
-    def tell(what: str, done: int, total: int) -> None:
-        run.check()
-        run.emit({"unit": run.key, "stage": "done", "done": done, "total": total, "note": what})
-
     with _undoing(run, "built", DIVISION):
         space, k = _workspace(run), run.record["k"]
         whole, at_once = space.matrix("whole", k, k), run.record["plan"]["at_once"]
-        return divide.eigenvectors(whole, space, values, at_once=at_once, tell=tell, each=run.each)
+        return divide.eigenvectors(whole, space, values, at_once=at_once, tell=_teller(run, "done"), each=run.each)

@@ -1,6 +1,7 @@
 """Claims about singular values: those of a dense SVD, exact ones and zeros counted, lost digits said."""
 
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from stiffcore.networks.zoo import load_network
 from stiffcore.plan import Machine, make_plan
 from stiffcore.study import BlockFunction, Kind, Study
 from stiffcore.survey import _factors_facts
+from stiffcore.unit import carry_out, open_operator
 from tests.cases import (
     Basic,
     Bottleneck,
@@ -32,6 +34,7 @@ from tests.cases import (
     transformer,
 )
 from tests.reference import dense_jacobian
+from tests.test_divide import Memory
 
 CASES = {
     "basic": (lambda: Basic(6), (1, 6, 9, 9)),
@@ -148,6 +151,22 @@ def test_metrics_of_singular_values():
     assert np.isnan(nothing["condition"])
 
 
+@pytest.mark.parametrize("name", ["rectangular", "depthwise", "not_local"])
+def test_a_divided_gram_matrix_has_the_values_of_a_dense_svd(name):
+    build, shape = CASES[name]
+    f, x = randomised(build()), seeded(shape, 1)
+    factors = open_factors(f, x)
+    (j,) = factors.matrices(16)
+    order = min(j.shape)
+    found, division = singular.by_division(factors, j, Memory(order // 2), order // 2)
+    assert [s for s in division.splits if not s.failure]
+    true = np.sort(np.linalg.svd(dense_jacobian(factors.jacobian.f, x), compute_uv=False))
+    allowed = np.concatenate([np.zeros(found.zeros), found.errors]) + 1e-13
+    assert (np.abs(whole(found) - true) <= allowed).all()
+    certificate = singular.certify(factors, found, factors.difference((j,)))
+    assert certificate.passed, certificate.failures
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", ["layer4.0", "layer4.1"])
 def test_a_trained_block_has_the_singular_values_of_its_dense_jacobian(block):
@@ -185,6 +204,27 @@ def test_a_run_holds_singular_values_of_square_and_rectangular_blocks(run):
     assert set(values["solver"]) <= {"svd", "symmetric"}
 
 
+def test_a_run_divides_a_gram_matrix_that_no_memory_holds(run, tmp_path):
+    network, images, _ = run
+    options = {"blocks": "second", "kinds": "singular", "solver": "divide"}
+    found = stiffcore.analyze(network, images[:1], [0], run=tmp_path / "run", **options)
+    store = found.store
+    (key,) = found.records()
+    assert found.records()[key]["plan"]["solver"] == "divide"
+    order = found.records()[key]["k"]
+    store.update(
+        key, plan=found.records()[key]["plan"] | {"panel": 16, "at_once": 2, "leaf": order // 3}, stage="planned"
+    )
+    carry_out(store.url, key, threads=1, emit=print, opener=partial(open_operator, module=network))
+    spectrum = found.spectrum(0, "second", kind="singular")
+    true = np.sort(np.linalg.svd(dense_jacobian(network[1], network[0](images[:1])), compute_uv=False))
+    assert spectrum.certificate.passed
+    assert found.records()[key]["divided"]["splits"]
+    assert np.abs(spectrum.values - true).max() <= 1e-7
+    large = true > 1e-3
+    assert np.abs(spectrum.values - true)[large].max() <= 1e-10
+
+
 def test_tables_and_the_report_show_condition_and_rank(run, tmp_path):
     pytest.importorskip("matplotlib")
     from stiffcore.report import tables
@@ -208,7 +248,7 @@ def test_the_plan_takes_squares_where_a_dense_copy_does_not_fit():
     common = {"key": "u", "image": 0, "label": 0, "number": 1, "block": "b", "fingerprint": ""}
     facts = _factors_facts(factors, common | {"function": BlockFunction.BLOCK, "kind": Kind.SINGULAR})
     facts = facts.model_copy(update={"k": 4000, "width": 16000, "nonzeros": 100_000})
-    for memory, solver in ((4 << 30, "svd"), (450 << 20, "symmetric"), (300 << 20, "none")):
+    for memory, solver in ((4 << 30, "svd"), (450 << 20, "symmetric"), (300 << 20, "divide"), (32 << 20, "none")):
         plan = make_plan([facts], Study.ask({"network": "resnet18", "memory": memory}), Machine(1, 0, 0, None, 1e10))
         assert str(plan.units[0].solver) == solver
         assert plan.units[0].refused == (solver == "none")

@@ -1,5 +1,7 @@
 """Singular values of a Jacobian, from its factors: by an SVD, or from a symmetric matrix of their squares.
 
+That matrix is solved in memory, or divided in the store (`stiffcore.eigen.divide`).
+
 With J = D (s I + U V) on the rows S, W = [U, V_S^T] and K = [[V V^T, I], [I, 0]] (V_S: the columns S of V), for s = 1,
 
     J_S J_S^T = I + W K W^T,
@@ -22,7 +24,10 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh, svds
 
+from stiffcore.eigen import divide, panels
 from stiffcore.eigen.certificate import RESIDUAL_TOLERANCE
+from stiffcore.eigen.divide import Division, Workspace
+from stiffcore.eigen.panels import Each, one_by_one
 from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.linearise import Linearisation
 from stiffcore.metrics import stiffness_error
@@ -76,6 +81,50 @@ def by_gram(factors: Factors, j: sp.csc_array) -> SingularValues:
     exactly = j.astype(np.float64)
     gram = exactly @ exactly.T if j.shape[0] <= j.shape[1] else exactly.T @ exactly
     return _from_squares(factors, gram.toarray(), 0, factors.count - gram.shape[0])
+
+
+def by_division(
+    factors: Factors,
+    j: sp.csc_array,
+    space: Workspace,
+    most: int,
+    *,
+    at_once: int = 1,
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    each: Each = one_by_one,
+) -> tuple[SingularValues, Division]:
+    """The singular values of J, from the Gram matrix of its smaller side, which is divided in the workspace.
+
+    What the division neglected moves no square by more (Weyl), and is in the errors.
+
+    Args:
+        factors: what they are of.
+        j: its nonzero rows and columns; not empty.
+        space: see `stiffcore.eigen.divide`, as for the others.
+        most: order that LAPACK may solve in memory.
+        at_once: panels of a block.
+        tell: told of what is done, panels done and panels in all.
+        each: who works on the blocks.
+
+    Raises:
+        DivisionError: where no curve divides the matrix, or a part of it.
+    """
+    exactly = j.astype(np.float64)
+    rows = sp.csr_array(exactly if j.shape[0] <= j.shape[1] else exactly.T)
+    order, columns = rows.shape[0], sp.csc_array(rows.T)
+    gram = space.matrix("whole", order, order)
+    for i in gram.missing():
+        start, stop = gram.columns(i)
+        gram.write(i, np.asfortranarray((rows @ columns[:, start:stop]).toarray()))
+    trace, norm = space.once("moments", lambda: [panels.trace(gram), panels.norm(gram)])
+    found = divide.eigenvalues(gram, space, most, at_once=at_once, tell=tell, each=each, solve=_symmetric_eigenvalues)
+    squares = found.values.real
+    roots = _roots(factors, squares, trace, norm**2, (0, factors.count - order), neglected=found.error)
+    return roots, found
+
+
+def _symmetric_eigenvalues(a: Array) -> Array:
+    return scipy.linalg.eigvalsh((a + a.T) / 2, overwrite_a=True)
 
 
 def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValues:
@@ -141,12 +190,28 @@ def _from_squares(
     t = (t + t.T) / 2
     trace, norm_square = float(np.trace(t)), float(np.einsum("ij,ij->", t, t))
     found = scipy.linalg.eigvalsh(t, overwrite_a=True) if len(t) else np.zeros(0)
+    return _roots(factors, found, trace, norm_square, (ones, zeros), shift, missing=missing, most=most)
+
+
+def _roots(
+    factors: Factors,
+    found: Array,
+    trace: float,
+    norm_square: float,
+    exact: tuple[int, int],
+    shift: int = 0,
+    *,
+    missing: int = 0,
+    most: float = 0.0,
+    neglected: float = 0.0,
+) -> SingularValues:
+    """See `_from_squares`: of the eigenvalues of T, which may be off by `neglected`, too; ones and zeros are exact."""
     sum_error = _relative(float(found.sum()), trace, float(np.abs(found).sum()))
     fourth_error = _relative(float((found**2).sum()), norm_square)
     found = np.sort(np.concatenate([found, np.zeros(missing)]))
     squares = np.maximum(shift + found, 0.0)
     rounding = SQUARE_ROUNDING * _eps(factors) * squares.max(initial=0)
-    off = np.full(len(squares), rounding)
+    off = np.full(len(squares), rounding + neglected)
     if most:
         # to first order |W|^4 |K|^2 / |value|, see `most`; in terms of `most`, which is its root
         with np.errstate(divide="ignore"):
@@ -154,7 +219,7 @@ def _from_squares(
     values = np.sqrt(squares)
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.fmin(np.sqrt(off), off / (2 * values))
-    return SingularValues(values, ones, zeros, errors, sum_error, fourth_error)
+    return SingularValues(values, *exact, errors, sum_error, fourth_error)
 
 
 def certify(factors: Factors, found: SingularValues, difference: float) -> Certificate:
