@@ -32,7 +32,7 @@ from stiffcore.jacobian.colouring import ReachError
 from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
 from stiffcore.jacobian.slices import RandomCheck, Slices
-from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
+from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
 from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, operator_bytes
 from stiffcore.spectra import Ends, certified_choice, spelled
@@ -46,7 +46,7 @@ from stiffcore.store import (
     TiledMatrix,
     stored_spectrum,
 )
-from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, versions
+from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, format_bytes, versions
 from stiffcore.survey import image_input, open_network, operator_of
 
 Emit = Callable[[dict[str, Any]], None]
@@ -408,10 +408,8 @@ def _find_singular(run: UnitRun) -> dict[str, Any]:
 def _divided_squares(run: UnitRun, factors: Factors, j: csc_array) -> tuple[singular.SingularValues, divide.Division]:
     """The singular values of J, by division of a Gram matrix in the store."""
     plan, tell = run.record["plan"], _teller(run, "done")
-    with _undoing(run, "planned", DIVISION):
-        return singular.by_division(
-            factors, j, _workspace(run), plan["leaf"], at_once=plan["at_once"], tell=tell, each=run.each
-        )
+    with _division(run, "planned") as space:
+        return singular.by_division(factors, j, space, plan["leaf"], at_once=plan["at_once"], tell=tell, each=run.each)
 
 
 def _told_of(division: divide.Division) -> dict[str, Any]:
@@ -420,13 +418,35 @@ def _told_of(division: divide.Division) -> dict[str, Any]:
 
 
 def _teller(run: UnitRun, stage: str) -> Callable[[str, int, int], None]:
-    """Tells of the steps of a division."""
+    """Tells of the steps of a division, and what this process has read and written of it in this session."""
+    begun = moved_bytes()
 
     def tell(what: str, done: int, total: int) -> None:
         run.check()
-        run.emit({"unit": run.key, "stage": stage, "done": done, "total": total, "note": what})
+        note = f"{what}; {format_bytes(moved_bytes() - begun)} moved"
+        run.emit({"unit": run.key, "stage": stage, "done": done, "total": total, "note": note})
 
     return tell
+
+
+@contextmanager
+def _division(run: UnitRun, stage: str) -> Iterator[StoredWorkspace]:
+    """Where a matrix is divided. One that cannot be is not tried again with the same sizes, and leaves nothing there.
+
+    Raises:
+        DivisionError: where it failed before.
+    """
+    failed = (run.record.get(DIVISION) or {}).get("failed")
+    if failed:
+        raise divide.DivisionError(failed)
+    with _undoing(run, stage, DIVISION):
+        try:
+            plan = run.record["plan"]
+            yield StoredWorkspace(run.store, run.key, DIVIDE_TILE_ROWS, plan["panel"], run.check)
+        except divide.DivisionError as error:
+            run.store.drop(run.key, DIVISION)  # seven matrices
+            run.store.update(run.key, **{DIVISION: {"failed": str(error)}})
+            raise
 
 
 def _restart_if_foreign(run: UnitRun) -> None:
@@ -567,17 +587,17 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
 
 def _divide(run: UnitRun) -> dict[str, Any]:
     """All eigenvalues, the matrix and what it is divided into in the store."""
-    plan, space, k, first = run.record["plan"], _workspace(run), run.record["k"], -float(run.reduction.shift)
+    plan, k, first = run.record["plan"], run.record["k"], -float(run.reduction.shift)
     run.drop("reduction")
 
-    def arranged() -> list[float]:
+    def arranged(space: StoredWorkspace) -> list[float]:
         a = space.matrix("whole", k, k)
         with _undoing(run, "planned", "matrix", DIVISION):
             panels.copy(run.matrix("matrix"), a)
         return [panels.trace(a), panels.square_trace(a), panels.norm(a)]
 
-    with _undoing(run, "built", DIVISION):
-        moments = space.once("moments", arranged)
+    with _division(run, "built") as space:
+        moments = space.once("moments", lambda: arranged(space))
         whole = space.matrix("whole", k, k)
         growth = space.once("growth", lambda: _growth(run, _product_operator(whole)))
         on_device: dict[str, Any] = {}
@@ -598,10 +618,6 @@ def _divide(run: UnitRun) -> dict[str, Any]:
         | {"moments": asdict(certificate.Moments(*moments)), "divided": _told_of(found)}
         | growth
     )
-
-
-def _workspace(run: UnitRun) -> StoredWorkspace:
-    return StoredWorkspace(run.store, run.key, DIVIDE_TILE_ROWS, run.record["plan"]["panel"], run.check)
 
 
 def _product_operator(a: TiledMatrix) -> LinearOperator:
@@ -777,7 +793,7 @@ def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | 
 
 def _divided_eigenvectors(run: UnitRun, values: np.ndarray) -> dense.Eigenvectors:
     """Those of a few eigenvalues, by inverse iteration on the matrix in the store."""
-    with _undoing(run, "built", DIVISION):
-        space, k = _workspace(run), run.record["k"]
-        whole, at_once = space.matrix("whole", k, k), run.record["plan"]["at_once"]
+    with _division(run, "built") as space:
+        k, at_once = run.record["k"], run.record["plan"]["at_once"]
+        whole = space.matrix("whole", k, k)
         return divide.eigenvectors(whole, space, values, at_once=at_once, tell=_teller(run, "done"), each=run.each)

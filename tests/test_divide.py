@@ -438,6 +438,32 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
     damaged_after_it_was_built(run, url, key)
 
 
+def test_what_cannot_be_divided_leaves_no_matrices_and_is_not_tried_again(small, monkeypatch):
+    options = OPTIONS | {"blocks": "1", "functions": "block", "index": (0,), "solver": "divide"}
+    url, executor, events = str(small / "run"), InProcess(lambda event: events.append(event)), []
+    prepared = prepare(url, options, executor)
+    (unit,) = prepared.plan.units
+    unit = replace(unit, panel=32, at_once=2, leaf=unit.unit.k // 2)
+    prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
+    with monkeypatch.context() as patch:
+        patch.setattr(divide, "SPLIT_TOLERANCE", 0.0)
+        patch.setattr(divide, "_curves", lambda mean, *others: iter([divide.Curve(mean)]))
+        run, outcome = carry_out_plan(url, prepared, executor, print)
+    (key,) = outcome.failed
+    assert "curves divides a matrix" in outcome.failed[key]
+    assert not (small / "run" / "units" / key / "division").exists()
+    notes = [e["note"] for e in events if "sign of order" in e.get("note", "")]
+    assert any("step 3 after a change of" in note and note.endswith("moved") for note in notes)
+    events.clear()
+    _, outcome = carry_out_plan(url, prepared, executor, print)
+    assert "curves divides a matrix" in outcome.failed[key]
+    assert not [e for e in events if "sign of order" in e.get("note", "")]
+    prepared = replace(prepared, plan=replace(prepared.plan, units=(replace(unit, at_once=1),)))
+    run, outcome = carry_out_plan(url, prepared, executor, print)
+    assert outcome.failed == {}
+    assert run.spectrum(block=1).certificate.passed
+
+
 def test_a_unit_is_divided_on_a_device(small, supposed_device):
     options = OPTIONS | {"blocks": "1", "functions": "block", "index": (0,), "solver": "divide"}
     expected = execute(small / "host", options | {"device": "cpu"})[0].spectrum(block=1).values

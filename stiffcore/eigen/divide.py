@@ -340,13 +340,14 @@ def _sign(work: _Work, where: str, n: int) -> int:
     """Newton's iteration from x0 on: how many steps it took, and so the number of the last iterate."""
     space, before = work.space, float("inf")
 
-    def step(number: int, *, scaled: bool) -> float | str:
+    def step(number: int, before: float) -> float | str:
         """By how much it changed, or why it cannot be made: recorded like a value, before anything is deleted."""
         old, new = (space.matrix(f"{where}x{number + i}", n, n) for i in (0, 1))
-        lu, what = space.matrix(f"{where}lu{number}", n + 1, n), f"sign of order {n:,}, step {number + 1}, "
+        came = f" after a change of {before:.0e}" if number else ""
+        lu, what = space.matrix(f"{where}lu{number}", n + 1, n), f"sign of order {n:,}, step {number + 1}{came}, "
         try:
             panels.factor(old, lu, **work.told(what + "LU"))
-            mu = float(np.exp(-panels.log_determinant(lu) / n)) if scaled else 1.0
+            mu = float(np.exp(-panels.log_determinant(lu) / n)) if before > NEAR else 1.0
             panels.inverse(lu, new, scale=1 / (2 * mu), beside=(mu / 2, old), **work.told(what + "inverse"))
         except SingularError as error:
             return str(error)
@@ -356,7 +357,7 @@ def _sign(work: _Work, where: str, n: int) -> int:
     for number in range(MOST_STEPS):
         # each step has names of its own: what a next one has begun is not taken for what is left of this one
         spent = (f"{where}lu{number}", f"{where}x{number}")
-        change = space.once(f"{where}change{number}", partial(step, number, scaled=before > NEAR))
+        change = space.once(f"{where}change{number}", partial(step, number, before))
         if isinstance(change, str):
             space.drop(*spent, f"{where}x{number + 1}")
             raise SingularError(change)
