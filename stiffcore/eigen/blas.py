@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.linalg import cython_blas, cython_lapack
 
 HOST = ""
@@ -57,12 +56,18 @@ def zeros(rows: int, columns: int, dtype: np.dtype, device: str) -> Array:
     """A column-major array of zeros, on a torch device or the `HOST`."""
     if device == HOST:
         return np.zeros((rows, columns), dtype, order="F")
+    import torch  # which the command line does not load
+
     return torch.zeros((columns, rows), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device).T
 
 
 def to_device(a: np.ndarray, device: str) -> Array:
     """An array of the host where it is needed; the same one, where that is the `HOST`."""
-    return a if device == HOST else torch.from_numpy(a).to(device)
+    if device == HOST:
+        return a
+    import torch
+
+    return torch.from_numpy(a).to(device)
 
 
 def to_host(a: Array) -> np.ndarray:
@@ -74,7 +79,7 @@ def finite(a: Array) -> bool:
     """Whether all numbers are."""
     if isinstance(a, np.ndarray):
         return all(np.isfinite(a[:, j]).all() for j in range(a.shape[1]))
-    return bool(torch.isfinite(a).all())
+    return bool(a.isfinite().all())
 
 
 def add_product(c: Array, factor: float, a: Array, b: Array) -> None:
@@ -128,6 +133,8 @@ def solve_triangular(a: Array, b: Array, *, lower: bool = False, unit: bool = Fa
     if not (n and columns):
         return
     if not isinstance(b, np.ndarray):
+        import torch
+
         turned = {"N": a, "T": a.T, "C": a.mH}[trans]
         b.copy_(torch.linalg.solve_triangular(turned, b, upper=lower == (trans != "N"), unitriangular=unit))
         return
@@ -160,6 +167,8 @@ def factor(a: Array) -> tuple[np.ndarray, bool]:
     """
     m, n = a.shape
     if not isinstance(a, np.ndarray):
+        import torch
+
         factors, swapped, failed = torch.linalg.lu_factor_ex(a)
         a.copy_(factors)
         return swapped.cpu().numpy() - 1, not int(failed)
