@@ -292,7 +292,7 @@ def divide_workers(f: dict[str, Any]) -> str:
         rows.append([*row, mib(w["peak_bytes"]), mib(w["allowed_bytes"])])
     header = ["way", "columns of a block", "divisions", "s", "relative", "peak of the tree, MiB", "allowed, MiB"]
     return (
-        f"{f['network']} {f['block']}, k = {f['ways'][0]['k']:,}. The eigenvalues of the three differ by at most "
+        f"{f['network']} {f['block']}, k = {f['ways'][0]['k']:,}. The spectra differ by at most "
         f"{f['largest_difference']:.1e}.\n\n" + table(rows, header)
     )
 
