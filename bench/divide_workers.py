@@ -1,7 +1,7 @@
 """One matrix, divided by one worker or shared by two: what do the second core and the second worker bring?
 
 ResNet50's layer3.1 (bundled weights, the first sample image), `--solver divide` with 64 MiB for blocks and what passes
-through them, in parts of at most a quarter of its order: by one worker with one thread, by one with two, by two with one
+through them, in parts of at most a quarter of its order: by one worker with a thread, by one with two, by two with one
 each, which share the 64 MiB, and by two with 64 MiB each, as on a cluster. Seconds are those of the division (the stage
 `solved`). The eigenvalues may differ by rounding alone: blocks are of other widths. Needs both cores idle. (`--quick`:
 ResNet18's layer4.1 within 32 MiB.)

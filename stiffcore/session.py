@@ -506,7 +506,7 @@ def _carry_out(url: str, key: str, threads: int, module: Any, token: str, emit: 
     store = RunStore(url)
     check, opener = partial(store.check_held, token), partial(open_operator, module=module)
     plan = store.record(key)["plan"]
-    each = spread(threads, check, gpu=plan["device_bytes"] > 0) if plan["spread"] > 1 else one_by_one
+    each = spread(threads, check, gpu=plan["device_bytes"] > 0) if plan.get("spread", 1) > 1 else one_by_one
     return carry_out(url, key, threads=threads, emit=emit, opener=opener, check=check, each=each)
 
 
