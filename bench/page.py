@@ -284,6 +284,15 @@ def divide_cases(f: dict[str, Any]) -> str:
     return f"Of {len(f['matrices'])} matrices: {said}.\n\n" + table(rows, [*header, "LAPACK's", "verdict"])
 
 
+def divide_steps(f: dict[str, Any]) -> str:
+    kernels = ", ".join(
+        f"{name} {s:.2f} s ({100 * f['share_of_product_rate'][name]:.0f} % of the product rate)"
+        for name, s in f["seconds"].items()
+    )
+    rows = [[s["iteration"], f"{s['step_s']:.2f}", f"{s['doubling_s']:.2f}"] for s in f["steps"]]
+    return f"Order {f['order']:,}: {kernels}.\n\n" + table(rows, ["iteration", "a step, s", "digits doubled in, s"])
+
+
 def divide_workers(f: dict[str, Any]) -> str:
     rows = []
     for w in f["ways"]:
@@ -352,6 +361,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "imagenet_plan": imagenet_plan,
     "divide": divide,
     "divide_cases": divide_cases,
+    "divide_steps": divide_steps,
     "divide_workers": divide_workers,
     "slicing": slicing,
     "divide_costs": divide_costs,
