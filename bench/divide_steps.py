@@ -3,8 +3,8 @@
 LU, inverse and product of a random matrix of order 3,072 (`--quick`: 1,024) in a store, in blocks of 768 columns, on
 one thread (seconds of the processor). A step of Newton's is an LU and an inverse; of Newton-Schulz, X (3 I - X^2) / 2,
 two products; of Halley's, X / 3 + 8/3 (I + 3 X^2)^-1 X, a product, an LU, and a solve that takes as long as an inverse.
-Near the sign, a step of the first two doubles the digits, one of Halley's trebles them: seconds for a doubling are those
-of a step by log2 of that. Newton-Schulz converges only where |X^2 - I| < 1, the other two from everywhere.
+Near the sign, a step of the first two doubles the digits, one of Halley's trebles them: seconds for a doubling are
+those of a step by log2 of that. Newton-Schulz converges only where |X^2 - I| < 1, the other two from everywhere.
 """
 
 import math
