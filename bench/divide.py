@@ -3,10 +3,11 @@
 ResNet50's block 2 (bundled weights, the first sample image, k = 7,386; `--quick`: ResNet18's layer4.1, k = 939), solved
 by division in a store within a quarter of the matrix, in a fresh process of one thread (as a worker of a run is),
 against LAPACK's Hessenberg reduction and QR iteration on the whole matrix in another. Memory is the process's peak
-above what it held before. Bytes are those that it asked the kernel to read and write (/proc/self/io), mostly served from the page cache
-where that holds them. Operations are counted from the divisions made: 8/3 n^3 a Newton step (and for a circle), 2 n^2 s for the
-projector of the smaller part s, 2 s^2 (n - s/3) for its QR and 8 n^2 s for both rotations, 10 n^3 for what LAPACK
-solves in the end. The product rate is that of a 2,048 x 2,048 product on the same thread, before the solve.
+above what it held before. Bytes are those that it asked the kernel to read and write (/proc/self/io), mostly served
+from the page cache where that holds them. Operations are counted from the divisions made: 8/3 n^3 a Newton step (and
+for a circle), 2 n^2 s for the projector of the smaller part s, 2 s^2 (n - s/3) for its QR and 8 n^2 s for both
+rotations, 10 n^3 for what LAPACK solves in the end. The product rate is that of a 2,048 x 2,048 product on the same
+thread, before the solve.
 """
 
 import json
