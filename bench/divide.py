@@ -2,12 +2,12 @@
 
 ResNet50's block 2 (bundled weights, the first sample image, k = 7,386; `--quick`: ResNet18's layer4.1, k = 939), solved
 by division in a store within a quarter of the matrix, in a fresh process of one thread (as a worker of a run is),
-against LAPACK's Hessenberg reduction and QR iteration on the whole matrix in another. Memory is the process's peak
-above what it held before. Bytes are those that it asked the kernel to read and write (/proc/self/io), mostly served
-from the page cache where that holds them. Operations are counted from the divisions made: 8/3 n^3 a Newton step (and
-for a circle), 2 n^2 s for the projector of the smaller part s, 2 s^2 (n - s/3) for its QR and 8 n^2 s for both
-rotations, 10 n^3 for what LAPACK solves in the end. The product rate is that of a 2,048 x 2,048 product on the same
-thread, before the solve.
+against LAPACK's Hessenberg reduction and QR iteration on the whole matrix in another. Seconds are of the processor:
+others used it, too. Memory is the process's peak above what it held before. Bytes are those that it asked the kernel to
+read and write (/proc/self/io), mostly served from the page cache where that holds them. Operations are counted from the
+divisions made: 8/3 n^3 a Newton step (and for a circle), 2 n^2 s for the projector of the smaller part s, 2 s^2 (n -
+s/3) for its QR and 8 n^2 s for both rotations, 10 n^3 for what LAPACK solves in the end. The product rate is that of a
+2,048 x 2,048 product on the same thread, before the solve.
 """
 
 import json
@@ -62,9 +62,9 @@ def solve_dense(folder, k):
     """LAPACK on the whole matrix, which is read before the clock starts."""
     whole = workspace(folder, k).matrix("whole", k, k)
     a = whole.read()
-    before, start = reset_peak(), time.perf_counter()
+    before, start = reset_peak(), time.process_time()
     values = dense.hessenberg_eigenvalues(dense.to_hessenberg(a))
-    found = {"seconds": time.perf_counter() - start, "peak_bytes": a.nbytes + own_peak_bytes() - before}
+    found = {"seconds": time.process_time() - start, "peak_bytes": a.nbytes + own_peak_bytes() - before}
     np.save(f"{folder}/dense.npy", dense.sort_eigenvalues(values))
     return found
 
@@ -74,9 +74,9 @@ def solve_divided(folder, k, first):
     budget, width, at_once, leaf = sizes(k)
     space = workspace(folder, k)
     rate = product_rate()
-    io, before, start = moved(), reset_peak(), time.perf_counter()
+    io, before, start = moved(), reset_peak(), time.process_time()
     found = divide.eigenvalues(space.matrix("whole", k, k), space, leaf, first=first, at_once=at_once)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     read, written = (b - a for a, b in zip(io, moved(), strict=True))
     np.save(f"{folder}/divided.npy", found.values)
     splits = [
