@@ -1,64 +1,75 @@
-"""One matrix, divided by one worker or shared by two: what do the second core and the second worker bring?
+"""One matrix, one worker or two: what do a second thread and a second worker bring to a step of a division?
 
-ResNet50's layer3.1 (bundled weights, the first sample image), `--solver divide` with 64 MiB for blocks and what passes
-through them, in parts of at most a quarter of its order: by one worker with a thread, by one with two, by two with one
-each, which share the 64 MiB, and by two with 64 MiB each, as on a cluster. Seconds are those of the division (the stage
-`solved`). The eigenvalues may differ by rounding alone: blocks are of other widths. Needs both cores idle. (`--quick`:
-ResNet18's layer4.1 within 32 MiB.)
+A step of Newton's iteration, an LU and an inverse, on the reduced matrix of ResNet50's block 2 (bundled weights, the
+first sample image, k = 7,386; `--quick`: ResNet18's layer4.1, k = 939) in a store, in blocks of 768 columns (`--quick`:
+256): by one worker with one thread, by one with two, and by two with a thread and a block each. The panels they write
+must be the same, to the bit where the number of threads is the same. Needs both cores idle.
 """
 
-import os
 import tempfile
-from dataclasses import replace
+import time
 
 import numpy as np
-from common import QUICK, distance, write
+from common import QUICK, block_calls, write
+from scipy.sparse import csc_array
+from threadpoolctl import threadpool_limits
 
-from stiffcore.cluster import local_workers
-from stiffcore.plan import DIVIDE_PASSING
-from stiffcore.session import carry_out_plan, prepare
+from stiffcore.cluster import local_workers, spread
+from stiffcore.eigen import panels
+from stiffcore.jacobian.reduction import reduce_jacobian
+from stiffcore.plan import DIVIDE_TILE_ROWS
+from stiffcore.store import RunStore, StoredWorkspace
+from stiffcore.unit import sparse_matrix
 
-NETWORK, BLOCK, DATA = ("resnet18", "layer4.1", 32 << 20) if QUICK else ("resnet50", "layer3.1", 64 << 20)
-PANEL = 128
-OPTIONS = {"network": NETWORK, "images": "samples", "count": 1, "blocks": BLOCK, "solver": "divide"}
+NETWORK, BLOCK = ("resnet18", "layer4.1") if QUICK else ("resnet50", "layer1.1")
+PANEL, AT_ONCE = 128, 2 if QUICK else 6
 WAYS = {
-    "one worker, one thread": (1, 1, DATA),
-    "one worker, two threads": (1, 2, DATA),
-    "two workers, a thread each": (2, 1, DATA // 2),
-    "two workers, a thread and as much memory each": (2, 1, DATA),
+    "one worker, one thread": (1, 1),
+    "one worker, two threads": (1, 2),
+    "two workers, a thread each": (2, 1),
 }
 
 
-def solved(workers, threads, data):
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    with tempfile.TemporaryDirectory() as folder, local_workers(lambda event: None) as executor:
-        loose = prepare(f"{folder}/run", OPTIONS | {"memory": "6GiB"}, executor, workers=workers)
-        (unit,) = loose.plan.units
-        room = max(workers * data, unit.stages["open"], unit.stages["build"])
-        allowed = loose.plan.reserved_bytes + (loose.plan.workers - 1) * loose.plan.worker_bytes + room
-        prepared = prepare(f"{folder}/run", OPTIONS | {"memory": allowed + (8 << 20)}, executor, workers=workers)
-        (unit,) = prepared.plan.units
-        # what else the unit does needs more room than its division is to have
-        at_once = max(1, data // (8 * PANEL * unit.unit.k) - DIVIDE_PASSING)
-        unit = replace(unit, panel=PANEL, at_once=at_once, leaf=unit.unit.k // 4, spread=workers)
-        prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,), workers=workers, threads=threads))
-        run, outcome = carry_out_plan(f"{folder}/run", prepared, executor, lambda event: None)
-        assert not outcome.failed, outcome.failed
-        (record,) = run.records().values()
-        return run.spectrum(block=BLOCK).values, {
-            "k": record["k"],
-            "columns": at_once * PANEL,
-            "seconds": record["seconds"]["solved"],
-            "divisions": len(record["divided"]["splits"]),
-            "peak_bytes": outcome.peak_bytes,
-            "allowed_bytes": prepared.plan.allowed_bytes,
-        }
+def workspace(folder):
+    store = RunStore(f"{folder}/run", create=True)
+    if "u" not in store.units():
+        store.update("u", stage="built")
+    return StoredWorkspace(store, "u", DIVIDE_TILE_ROWS, PANEL)
+
+
+def step(folder, k, name, workers, threads, emit):
+    """One step, led from this worker: its seconds."""
+    space = workspace(folder)
+    each = spread(threads, lambda: None) if workers > 1 else panels.one_by_one
+    a, lu, out = (space.matrix(n, k + (n[0] == "l"), k) for n in ("a", f"lu{name}", f"x{name}"))
+    start = time.perf_counter()
+    with threadpool_limits(threads):
+        panels.factor(a, lu, at_once=AT_ONCE, each=each)
+        half = time.perf_counter()
+        panels.inverse(lu, out, at_once=AT_ONCE, each=each)
+    return {"LU_s": half - start, "inverse_s": time.perf_counter() - half}
 
 
 if __name__ == "__main__":
-    found = {way: solved(*numbers) for way, numbers in WAYS.items()}
-    values = [spectrum for spectrum, _ in found.values()]
-    rows = [{"way": way, **figures} for way, (_, figures) in found.items()]
-    apart = max(distance(values[0], other) for other in values[1:])
-    write(__file__, {"network": NETWORK, "block": BLOCK, "ways": rows, "largest_difference": apart})
-    assert apart < 1e-8 * np.abs(values[0]).max()
+    call = block_calls(NETWORK)[BLOCK]
+    reduction = reduce_jacobian(call.function, call.x)
+    matrix, k = csc_array(sparse_matrix(reduction, 256)), reduction.k
+    with tempfile.TemporaryDirectory() as folder:
+        a = workspace(folder).matrix("a", k, k)
+        for i in range(a.shards):
+            start, stop = a.columns(i)
+            a.write(i, np.asfortranarray(matrix[:, start:stop].toarray()))
+        rows = []
+        for number, (way, (workers, threads)) in enumerate(WAYS.items()):
+            with local_workers(lambda event: None) as executor:
+                executor.scale(workers)
+                found = executor.submit(step, folder, k, number, workers, threads).result()
+            rows.append({"way": way, **found, "seconds": sum(found.values())})
+            print(rows[-1], flush=True)
+        space = workspace(folder)
+        first, last = (space.matrix(f"x{number}", k, k) for number in (0, 2))
+        same = all(np.array_equal(first.read_shard(i), last.read_shard(i)) for i in range(first.shards))
+    write(
+        __file__, {"network": NETWORK, "block": BLOCK, "k": k, "columns": PANEL * AT_ONCE, "ways": rows, "same": same}
+    )
+    assert same
