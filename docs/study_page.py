@@ -84,8 +84,8 @@ structural zeros of the last ReLU; without them S is {least} to {most}, and in t
 negative shares of the paper's tables are those of slices; they do not carry over to the Jacobian.
 
 **The branches F, alone, have both signs.** In the reading x' = F(x), what decides is the spectrum of F's Jacobian
-(`branch`). In {branches} of them, {shares} % of the eigenvalues (means of blocks) have a negative real part, about
-as many a positive one, and the rest are zeros. The largest real part is {right} (means of blocks), the smallest
+(`branch`). In {branches} of them, {shares} of the eigenvalues
+(means of blocks) have a negative real part, about as many a positive one, and the rest are zeros. The largest real part is {right} (means of blocks), the smallest
 {left}: F has growing modes beside decaying ones, and S is between {ratio}. Slices have
 the signs that F has and the block does not; but their numbers are not those of F.
 """
@@ -247,10 +247,11 @@ def findings():
     none, doubtful = int((square["negative"] == 0).sum()), square["negative"].isna().sum()
     block, ratios = square[square["negative"] > 0]["block"].iloc[0], square[square["negative"] == 0]["S_active"]
     others = square.loc[ratios.index, "block"] != block
-    branch = pd.concat([read(f"spectra-{network}") for network in NETWORKS], ignore_index=True)
+    branch = pd.concat([read(f"spectra-{n}").assign(network=n) for n in NETWORKS], ignore_index=True)
     branch = branch[(branch["function"] == "branch") & (branch["state"] == "done")]
-    means = branch.groupby(["n", "block"])[["negative", "abscissa", "min_re_active", "S_active"]].mean()
+    means = branch.groupby(["network", "block"])[["negative", "abscissa", "min_re_active", "S_active"]].mean()
     ends = {name: (means[name].min(), means[name].max()) for name in means}
+    shares = (100 * means["negative"]).groupby("network").agg(["min", "max"])
     return FINDINGS.format(
         images=done["image"].nunique(),
         varies=f"{100 * varies:.0f}",
@@ -269,7 +270,7 @@ def findings():
         most=f"{ratios[others].max():.2g}",
         first=f"{ratios[~others].max():,.0f}",
         branches=f"{len(branch):,}",
-        shares="{:.3g} to {:.3g}".format(*(100 * end for end in ends["negative"])),
+        shares=" and ".join(f"{low:.3g} to {high:.3g} % ({name})" for name, low, high in shares.itertuples()),
         right="{:.2g} to {:.2g}".format(*ends["abscissa"]),
         left="{:.2g} to {:.2g}".format(*ends["min_re_active"]),
         ratio="{:.2g} and {:.2g}".format(*ends["S_active"]),
