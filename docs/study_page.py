@@ -86,8 +86,8 @@ negative shares of the paper's tables are those of slices; they do not carry ove
 **The branches F, alone, have both signs.** In the reading x' = F(x), what decides is the spectrum of F's Jacobian
 (`branch`). In {branches} of them, {shares} of the eigenvalues
 (means of blocks) have a negative real part, about as many a positive one, and the rest are zeros. The largest real part
-is {right} (means of blocks), the smallest {left}: F has growing modes beside decaying ones, and S is between {ratio}. Slices have
-the signs that F has and the block does not; but their numbers are not those of F.
+is {right} (means of blocks), the smallest {left}: F has growing modes beside decaying ones, and S is between
+{ratio}. Slices have the signs that F has and the block does not; but their numbers are not those of F.
 """
 COLUMNS = ["image_index", "label", "prediction", "loss", "correct", "number", "block", "function", "kind", "n", "k"]
 COLUMNS += ["elements", "eigenvalues", "state", "certified", "S", "S_active", "S_active_error", "negative", "zero"]
