@@ -172,7 +172,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("workers", "factor"), [(1, 1.0), (1, 1.5), (2, 1.0)])
+@pytest.mark.parametrize(("workers", "factor"), [(1, 1.0), pytest.param(1, 1.5, marks=pytest.mark.slow), (2, 1.0)])
 def test_the_process_tree_holds_at_most_what_is_allowed(tmp_path, workers, factor):
     script = tmp_path / "tree.py"
     script.write_text(TREE)
