@@ -1,55 +1,31 @@
 """BLAS and LAPACK in place, on parts of column-major arrays, which SciPy's own wrappers copy; or on a torch device.
 
-On the host, the routines are those of the library that SciPy comes with (`scipy.linalg.cython_blas`), so that all
+On the host, the routines are those of the library that SciPy comes with (`stiffcore.eigen.lapack`), so that all
 arithmetic on panels is one library's: NumPy comes with another one, and the threads of both would wait for each other.
 Where an array is a torch tensor, torch does the same on its device. The tests run every line with device "cpu".
 """
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cython_blas, cython_lapack
+
+from stiffcore.eigen.lapack import call
 
 HOST = ""
 # Of NumPy on the host, of torch on a device.
 Array = Any
 
-_LETTER = {np.dtype(np.float64): "d", np.dtype(np.complex128): "z"}
-_INTEGER = ctypes.c_int
-_capsule_name = ctypes.pythonapi.PyCapsule_GetName
-_capsule_name.restype, _capsule_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_PREFIXES = {np.dtype(np.float64): "d", np.dtype(np.complex128): "z"}
 
 
-@cache
-def _routine(name: str) -> Callable[..., None]:
-    """A routine by its name; all its arguments are pointers. It runs without Python's lock."""
-    library = cython_lapack if name.endswith("getrf") else cython_blas
-    capsule = library.__pyx_capi__[name]
-    signature = _capsule_name(capsule)
-    arguments = signature.count(b",") + 1
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(_capsule_pointer(capsule, signature))
-
-
-def _number(value: int) -> Any:
-    return ctypes.byref(_INTEGER(value))
-
-
-def _scalar(value: complex, dtype: np.dtype) -> np.ndarray:
-    return np.array(value, dtype)
-
-
-def _columns(a: np.ndarray) -> tuple[int, int]:
-    """Where a column-major array or a part of one begins, and how far its columns are apart, in numbers."""
+def _apart(a: np.ndarray) -> int:
+    """How far the columns of a column-major array or a part of one are apart, in numbers."""
     rows, columns = a.shape
     apart = a.strides[1] // a.itemsize if columns > 1 else rows
     if (rows > 1 and a.strides[0] != a.itemsize) or apart < rows:
         raise ValueError(f"an array of shape {a.shape} and strides {a.strides} is not column-major")
-    return a.ctypes.data, max(1, apart)
+    return max(1, apart)
 
 
 def zeros(rows: int, columns: int, dtype: np.dtype, device: str) -> Array:
@@ -98,25 +74,9 @@ def add_product(c: Array, factor: float, a: Array, b: Array) -> None:
         c.addmm_(a, b, alpha=factor)
         return
     across = b"N" if a.strides[0] == a.itemsize else b"T"
-    a_at, a_apart = _columns(a if across == b"N" else a.T)
-    b_at, b_apart = _columns(b)
-    c_at, c_apart = _columns(c)
-    alpha, beta = _scalar(factor, c.dtype), _scalar(1, c.dtype)
-    _routine(_LETTER[c.dtype] + "gemm")(
-        across,
-        b"N",
-        _number(m),
-        _number(n),
-        _number(k),
-        alpha.ctypes.data,
-        a_at,
-        _number(a_apart),
-        b_at,
-        _number(b_apart),
-        beta.ctypes.data,
-        c_at,
-        _number(c_apart),
-    )
+    apart = _apart(a if across == b"N" else a.T), _apart(b), _apart(c)
+    alpha, beta = np.array(factor, c.dtype), np.array(1, c.dtype)
+    call("gemm", _PREFIXES[c.dtype], across, b"N", m, n, k, alpha, a, apart[0], b, apart[1], beta, c, apart[2])
 
 
 def solve_triangular(a: Array, b: Array, *, lower: bool = False, unit: bool = False, trans: str = "N") -> None:
@@ -138,22 +98,9 @@ def solve_triangular(a: Array, b: Array, *, lower: bool = False, unit: bool = Fa
         turned = {"N": a, "T": a.T, "C": a.mH}[trans]
         b.copy_(torch.linalg.solve_triangular(turned, b, upper=lower == (trans != "N"), unitriangular=unit))
         return
-    a_at, a_apart = _columns(a)
-    b_at, b_apart = _columns(b)
-    one = _scalar(1, b.dtype)
-    _routine(_LETTER[b.dtype] + "trsm")(
-        b"L",
-        b"L" if lower else b"U",
-        trans.encode(),
-        b"U" if unit else b"N",
-        _number(n),
-        _number(columns),
-        one.ctypes.data,
-        a_at,
-        _number(a_apart),
-        b_at,
-        _number(b_apart),
-    )
+    triangle, diagonal, one = b"L" if lower else b"U", b"U" if unit else b"N", np.array(1, b.dtype)
+    of_a = triangle, trans.encode(), diagonal
+    call("trsm", _PREFIXES[b.dtype], b"L", *of_a, n, columns, one, a, _apart(a), b, _apart(b))
 
 
 def factor(a: Array) -> tuple[np.ndarray, bool]:
@@ -172,9 +119,6 @@ def factor(a: Array) -> tuple[np.ndarray, bool]:
         factors, swapped, failed = torch.linalg.lu_factor_ex(a)
         a.copy_(factors)
         return swapped.cpu().numpy() - 1, not int(failed)
-    pivots, info = np.zeros(n, np.intc), _INTEGER(0)
-    at, apart = _columns(a)
-    _routine(_LETTER[a.dtype] + "getrf")(
-        _number(m), _number(n), at, _number(apart), pivots.ctypes.data, ctypes.byref(info)
-    )
+    pivots, info = np.zeros(n, np.intc), ctypes.c_int(0)
+    call("getrf", _PREFIXES[a.dtype], m, n, a, _apart(a), pivots, info)
     return pivots - 1, info.value == 0

@@ -2,8 +2,8 @@
 
 SciPy exposes ?hseqr and ?hsein only as capsules of `scipy.linalg.cython_lapack`, and its own wrappers hold
 the global interpreter lock for the whole call, so that a worker's heartbeat stops for minutes. `ctypes` calls
-the same capsules without the lock. Real single and double precision only; the prefix follows from the array's
-dtype.
+the same capsules without the lock, and those of BLAS (`stiffcore.eigen.blas`). Here, real single and double precision
+only; the prefix follows from the array's dtype.
 
 All matrices are Fortran-ordered. Indices `ilo` and `ihi` are LAPACK's own: they count from 1 and include both
 ends.
@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cython_lapack
+from scipy.linalg import cython_blas, cython_lapack
 
 from stiffcore.errors import InputError, StiffcoreError
 
@@ -29,7 +29,11 @@ _ARGUMENTS = {
     "hsein": "side eigsrc initv select n h ldh wr wi vl ldvl vr ldvr mm m work ifaill ifailr info",
     "ormhr": "side trans m n ilo ihi a lda tau c ldc work lwork info",
     "gebak": "job side n ilo ihi scale m v ldv info",
+    "getrf": "m n a lda ipiv info",
+    "gemm": "transa transb m n k alpha a lda b ldb beta c ldc",
+    "trsm": "side uplo transa diag m n alpha a lda b ldb",
 }
+_OF_BLAS = ("gemm", "trsm")
 
 _FAILURES = {
     "hseqr": "the QR iteration did not converge: only the eigenvalues after number {info} were found",
@@ -228,10 +232,21 @@ def _call_with_work(routine: str, least: int, dtype: np.dtype, *arguments: Any) 
 
 
 def _info(routine: str, dtype: np.dtype, *arguments: Any) -> int:
-    """Call and return info. Arguments that are not arrays are passed by reference, as Fortran wants them."""
+    """Call and return info."""
     info = ctypes.c_int(0)
-    _function(routine, _prefix(dtype))(*(_pointer(argument) for argument in (*arguments, info)))
+    call(routine, _prefix(dtype), *arguments, info)
     return info.value
+
+
+def call(routine: str, prefix: str, *arguments: Any) -> None:
+    """Call a routine of LAPACK or BLAS. Arguments that are not arrays are passed by reference, as Fortran wants them.
+
+    Args:
+        routine: without its prefix, one of those that this module knows.
+        prefix: by the numbers: "s", "d" or "z".
+        arguments: all of them; of a part of an array, where it begins is what counts.
+    """
+    _function(routine, prefix)(*(_pointer(argument) for argument in arguments))
 
 
 def _pointer(argument: Any) -> Any:
@@ -245,7 +260,8 @@ def _pointer(argument: Any) -> Any:
 @cache
 def _function(routine: str, prefix: str) -> Callable[..., None]:
     """Bind one capsule, after a look at its signature: one with 64-bit integers must not be called so."""
-    capsule = cython_lapack.__pyx_capi__[prefix + routine]
+    library = cython_blas if routine in _OF_BLAS else cython_lapack
+    capsule = library.__pyx_capi__[prefix + routine]
     name = _capsule_name(capsule)
     signature = name.decode()
     expected = len(_ARGUMENTS[routine].split())
