@@ -219,7 +219,7 @@ def test_reflectors_are_an_orthogonal_matrix_that_spans_the_columns(space, colum
 
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_kernels_hold_what_is_planned(tmp_path, at_once):
-    n, width = 640, 64
+    n, width = 1024, 64
     store = RunStore(str(tmp_path / "run"), create=True)
     store.update("u")
     space = StoredWorkspace(store, "u", 256, width)
