@@ -19,6 +19,8 @@ from stiffcore.jacobian.reduction import is_residual
 from stiffcore.networks.blocks import capture, residual_blocks
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
+from stiffcore.plan import DIVIDE_TILE_ROWS
+from stiffcore.store import RunStore, StoredWorkspace
 from stiffcore.study import versions
 
 HERE = Path(__file__).parent
@@ -74,12 +76,6 @@ def distance(a, b):
     return float(max(cKDTree(a).query(b)[0].max(), cKDTree(b).query(a)[0].max()))
 
 
-def moved():
-    """Bytes that this process has read and written."""
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["rchar"]), int(lines["wchar"])
-
-
 def disk_rates(folder, size=256 << 20):
     """Bytes a second: written with fsync, and read again without the kernel's cache."""
     data, path = os.urandom(size), f"{folder}/probe"
@@ -104,3 +100,25 @@ def write(script, figures):
     result = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "figures": figures}
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def workspace(folder, panel):
+    """Where the panels of a division are: a unit of a run in a folder."""
+    store = RunStore(f"{folder}/run", create=True)
+    if not store.units():
+        store.update("divided", stage="built")
+    return StoredWorkspace(store, "divided", DIVIDE_TILE_ROWS, panel)
+
+
+def stored(space, name, columns, order):
+    """The square matrix of that name, in panels; `columns` makes those from start to stop, dense."""
+    matrix = space.matrix(name, order, order)
+    for i in range(matrix.shards):
+        matrix.write(i, np.asfortranarray(columns(*matrix.columns(i))))
+    return matrix
+
+
+def cpu_seconds(work):
+    """What work() returns, and the seconds of the processor that it took."""
+    start = time.process_time()
+    return work(), time.process_time() - start

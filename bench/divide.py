@@ -15,23 +15,19 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
-from common import QUICK, block_calls, distance, moved, product_rate, write
+from common import QUICK, block_calls, cpu_seconds, distance, product_rate, stored, workspace, write
 from scipy.sparse import csc_array
 from threadpoolctl import threadpool_limits
 
-import stiffcore.preload  # noqa: F401  # as a worker: how freed memory is used again decides the peak
 from stiffcore.eigen import dense, divide
 from stiffcore.jacobian.reduction import reduce_jacobian
-from stiffcore.memory import own_peak_bytes, release_free_memory, reset_peak
-from stiffcore.plan import DIVIDE_TILE_ROWS, divide_moved_bytes, divide_sizes
-from stiffcore.store import RunStore, StoredWorkspace
+from stiffcore.memory import keep_freed_pages, moved_bytes, own_peak_bytes, release_free_memory, reset_peak
+from stiffcore.plan import divide_moved_bytes, divide_sizes
 from stiffcore.unit import sparse_matrix
 
 NETWORK, BLOCK = ("resnet18", "layer4.1") if QUICK else ("resnet50", "layer1.1")
-KEY = "divided"
 SHARE = 4
 
 
@@ -40,32 +36,22 @@ def sizes(k):
     return 8 * k * k // SHARE, *divide_sizes(k, 8 * k * k // SHARE)
 
 
-def workspace(folder, k):
-    store = RunStore(f"{folder}/run", create=True)
-    if KEY not in store.units():
-        store.update(KEY, stage="built")
-    return StoredWorkspace(store, KEY, DIVIDE_TILE_ROWS, sizes(k)[1])
-
-
 def make(folder):
     """The matrix, panel by panel, as the store has it; and what is added to its eigenvalues."""
     call = block_calls(NETWORK)[BLOCK]
     reduction = reduce_jacobian(call.function, call.x)
     matrix = csc_array(sparse_matrix(reduction, 256))
-    whole = workspace(folder, reduction.k).matrix("whole", reduction.k, reduction.k)
-    for i in range(whole.shards):
-        start, stop = whole.columns(i)
-        whole.write(i, np.asfortranarray(matrix[:, start:stop].toarray()))
+    space = workspace(folder, sizes(reduction.k)[1])
+    stored(space, "whole", lambda start, stop: matrix[:, start:stop].toarray(), reduction.k)
     return {"n": reduction.n, "k": reduction.k, "nonzeros": matrix.nnz, "shift": reduction.shift}
 
 
 def solve_dense(folder, k):
     """LAPACK on the whole matrix, which is read before the clock starts."""
-    whole = workspace(folder, k).matrix("whole", k, k)
-    a = whole.read()
-    before, start = reset_peak(), time.process_time()
-    values = dense.hessenberg_eigenvalues(dense.to_hessenberg(a))
-    found = {"seconds": time.process_time() - start, "peak_bytes": a.nbytes + own_peak_bytes() - before}
+    a = workspace(folder, sizes(k)[1]).matrix("whole", k, k).read()
+    before = reset_peak()
+    values, seconds = cpu_seconds(lambda: dense.hessenberg_eigenvalues(dense.to_hessenberg(a)))
+    found = {"seconds": seconds, "peak_bytes": a.nbytes + own_peak_bytes() - before}
     np.save(f"{folder}/dense.npy", dense.sort_eigenvalues(values))
     return found
 
@@ -73,13 +59,13 @@ def solve_dense(folder, k):
 def solve_divided(folder, k, first):
     """Division within a quarter of the matrix, as the plan sizes its blocks and parts."""
     budget, width, at_once, leaf = sizes(k)
-    space = workspace(folder, k)
+    space = workspace(folder, width)
+    keep_freed_pages()  # as a worker: how freed memory is used again decides the peak
     rate = product_rate()
     release_free_memory()  # of the product: what is kept for later use would hide the division's peak
-    io, before, start = moved(), reset_peak(), time.process_time()
-    found = divide.eigenvalues(space.matrix("whole", k, k), space, leaf, first=first, at_once=at_once)
-    seconds = time.process_time() - start
-    read, written = (b - a for a, b in zip(io, moved(), strict=True))
+    io, before, whole = moved_bytes(), reset_peak(), space.matrix("whole", k, k)
+    found, seconds = cpu_seconds(lambda: divide.eigenvalues(whole, space, leaf, first=first, at_once=at_once))
+    read, written = (b - a for a, b in zip(io, moved_bytes(), strict=True))
     np.save(f"{folder}/divided.npy", found.values)
     splits = [
         {"order": s.order, "curve": s.curve, "beyond": s.beyond, "steps": s.steps, "trace_error": s.trace_error}

@@ -15,14 +15,13 @@ import tempfile
 
 import numpy as np
 import scipy.linalg
-from common import QUICK, block_calls, distance, write
+from common import QUICK, block_calls, distance, stored, workspace, write
 from honesty import N, cases
 from threadpoolctl import threadpool_limits
 
 from stiffcore.eigen import divide
 from stiffcore.eigen.divide import DivisionError
 from stiffcore.jacobian.reduction import reduce_jacobian
-from stiffcore.store import RunStore, StoredWorkspace
 from stiffcore.unit import sparse_matrix
 
 BLOCKS = [("resnet18", "layer4.1"), ("resnet18", "layer3.1"), ("resnet50", "layer3.1"), ("resnet50", "layer3.5")]
@@ -32,12 +31,8 @@ EPS = np.finfo(float).eps
 def divided(a, leaf, panel, at_once, first=0.0):
     """The division of a, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
-        store = RunStore(f"{folder}/run", create=True)
-        store.update("u", stage="built")
-        space = StoredWorkspace(store, "u", 256, panel)
-        whole = space.matrix("whole", *a.shape)
-        for i in range(whole.shards):
-            whole.write(i, np.asfortranarray(a[:, slice(*whole.columns(i))]))
+        space = workspace(folder, panel)
+        whole = stored(space, "whole", lambda start, stop: a[:, start:stop], len(a))
         try:
             return divide.eigenvalues(whole, space, leaf, first=first, at_once=at_once)
         except DivisionError as error:

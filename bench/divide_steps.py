@@ -9,41 +9,28 @@ those of a step by log2 of that. Newton-Schulz converges only where |X^2 - I| < 
 
 import math
 import tempfile
-import time
 
 import numpy as np
-from common import QUICK, product_rate, write
+from common import QUICK, cpu_seconds, product_rate, stored, workspace, write
 from threadpoolctl import threadpool_limits
 
 from stiffcore.eigen import panels
-from stiffcore.plan import DIVIDE_TILE_ROWS
-from stiffcore.store import RunStore, StoredWorkspace
 
 N, PANEL, AT_ONCE = 1024 if QUICK else 3072, 256, 3
 
 
-def clocked(work):
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
-        store = RunStore(f"{folder}/run", create=True)
-        store.update("u", stage="built")
-        space = StoredWorkspace(store, "u", DIVIDE_TILE_ROWS, PANEL)
-        a, lu = space.matrix("a", N, N), space.matrix("lu", N + 1, N)
-        rng = np.random.default_rng(0)
-        for i in range(a.shards):
-            start, stop = a.columns(i)
-            a.write(i, np.asfortranarray(rng.standard_normal((N, stop - start))))
-        seconds = {
-            "LU": clocked(lambda: panels.factor(a, lu, at_once=AT_ONCE)),
-            "inverse": clocked(lambda: panels.inverse(lu, space.matrix("inverse", N, N), at_once=AT_ONCE)),
+        space, rng = workspace(folder, PANEL), np.random.default_rng(0)
+        a = stored(space, "a", lambda start, stop: rng.standard_normal((N, stop - start)), N)
+        lu, inverse, square = (space.matrix(name, N + (name == "lu"), N) for name in ("lu", "inverse", "square"))
+        kernels = {
+            "LU": lambda: panels.factor(a, lu, at_once=AT_ONCE),
+            "inverse": lambda: panels.inverse(lu, inverse, at_once=AT_ONCE),
             # a product halves its blocks, for it holds two
-            "product": clocked(lambda: panels.product(a, a, space.matrix("square", N, N), at_once=2 * AT_ONCE)),
+            "product": lambda: panels.product(a, a, square, at_once=2 * AT_ONCE),
         }
+        seconds = {name: cpu_seconds(kernel)[1] for name, kernel in kernels.items()}
         rate = product_rate()
     newton = seconds["LU"] + seconds["inverse"]
     steps = {"Newton": newton, "Newton-Schulz": 2 * seconds["product"], "Halley": seconds["product"] + newton}

@@ -10,15 +10,13 @@ import tempfile
 import time
 
 import numpy as np
-from common import QUICK, block_calls, write
+from common import QUICK, block_calls, stored, workspace, write
 from scipy.sparse import csc_array
 from threadpoolctl import threadpool_limits
 
 from stiffcore.cluster import local_workers, spread
 from stiffcore.eigen import panels
 from stiffcore.jacobian.reduction import reduce_jacobian
-from stiffcore.plan import DIVIDE_TILE_ROWS
-from stiffcore.store import RunStore, StoredWorkspace
 from stiffcore.unit import sparse_matrix
 
 NETWORK, BLOCK = ("resnet18", "layer4.1") if QUICK else ("resnet50", "layer1.1")
@@ -30,16 +28,9 @@ WAYS = {
 }
 
 
-def workspace(folder):
-    store = RunStore(f"{folder}/run", create=True)
-    if "u" not in store.units():
-        store.update("u", stage="built")
-    return StoredWorkspace(store, "u", DIVIDE_TILE_ROWS, PANEL)
-
-
 def step(folder, k, name, workers, threads, emit):
     """One step, led from this worker: its seconds."""
-    space = workspace(folder)
+    space = workspace(folder, PANEL)
     each = spread(threads, lambda: None) if workers > 1 else panels.one_by_one
     a, lu, out = (space.matrix(n, k + (n[0] == "l"), k) for n in ("a", f"lu{name}", f"x{name}"))
     start = time.perf_counter()
@@ -55,10 +46,8 @@ if __name__ == "__main__":
     reduction = reduce_jacobian(call.function, call.x)
     matrix, k = csc_array(sparse_matrix(reduction, 256)), reduction.k
     with tempfile.TemporaryDirectory() as folder:
-        a = workspace(folder).matrix("a", k, k)
-        for i in range(a.shards):
-            start, stop = a.columns(i)
-            a.write(i, np.asfortranarray(matrix[:, start:stop].toarray()))
+        space = workspace(folder, PANEL)
+        stored(space, "a", lambda start, stop: matrix[:, start:stop].toarray(), k)
         rows = []
         for number, (way, (workers, threads)) in enumerate(WAYS.items()):
             with local_workers(lambda event: None) as executor:
@@ -66,7 +55,6 @@ if __name__ == "__main__":
                 found = executor.submit(step, folder, k, number, workers, threads).result()
             rows.append({"way": way, **found, "seconds": sum(found.values())})
             print(rows[-1], flush=True)
-        space = workspace(folder)
         first, last = (space.matrix(f"x{number}", k, k) for number in (0, 2))
         same = all(np.array_equal(first.read_shard(i), last.read_shard(i)) for i in range(first.shards))
     write(

@@ -14,11 +14,12 @@ import time
 from dataclasses import replace
 
 import torch
-from common import QUICK, moved, write
+from common import QUICK, write
 
 import stiffcore
 from stiffcore.cluster import InProcess, local_workers
 from stiffcore.errors import InputError
+from stiffcore.memory import moved_bytes
 from stiffcore.plan import divide_held_bytes
 from stiffcore.session import carry_out_plan, prepare
 
@@ -84,10 +85,10 @@ def divided(at_once, leaf):
         [unit] = prepared.plan.units
         unit = replace(unit, at_once=at_once, leaf=leaf)
         prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
-        before = moved()
+        before = moved_bytes()
         run, outcome = carry_out_plan(folder + "/run", prepared, executor, lambda event: None)
         assert not outcome.failed, outcome.failed
-        read, written = (b - a for a, b in zip(before, moved(), strict=True))
+        read, written = (b - a for a, b in zip(before, moved_bytes(), strict=True))
         [record] = run.records().values()
         return {
             "columns": at_once * unit.panel,

@@ -12,7 +12,7 @@ layer4.1 alone.)
 import time
 
 import numpy as np
-from common import QUICK, block_calls, write
+from common import QUICK, block_calls, cpu_seconds, write
 from scipy.sparse import eye_array
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs, splu
 from threadpoolctl import threadpool_limits
@@ -25,17 +25,12 @@ BLOCKS = [("resnet18", "layer4.1"), ("resnet50", "layer3.1"), ("resnet18", "laye
 WANTED = (50, 100, 200, 400)
 
 
-def clocked(work):
-    start = time.process_time()
-    return work(), time.process_time() - start
-
-
 def slices(m, shift):
     k = m.shape[0]
     mean = m.trace() / k
     spread = np.sqrt(abs((m @ m).trace() / k - mean**2))
     for name, z in {"0 of J": -shift, "the mean": mean, "above the mean": mean + 0.5j * spread}.items():
-        lu, factor_s = clocked(lambda z=z: splu((m - z * eye_array(k, format="csc")).astype(complex).tocsc()))
+        lu, factor_s = cpu_seconds(lambda z=z: splu((m - z * eye_array(k, format="csc")).astype(complex).tocsc()))
         inverse = LinearOperator((k, k), lu.solve, dtype=complex)
         for wanted in WANTED[: 2 if QUICK else None]:
             if 2 * wanted >= k:
@@ -65,7 +60,7 @@ def measured(network, block):
     reduction = reduce_jacobian(call.function, call.x)
     m = sparse_matrix(reduction, 256)
     a = np.asfortranarray(m.toarray())
-    values, seconds = clocked(lambda: dense.hessenberg_eigenvalues(dense.to_hessenberg(a)))
+    values, seconds = cpu_seconds(lambda: dense.hessenberg_eigenvalues(dense.to_hessenberg(a)))
     row = {"network": network, "block": block, "k": len(values), "nonzeros": int(m.nnz), "dense_s": seconds}
     print(row, flush=True)
     return row | {"slices": list(slices(m, reduction.shift))}

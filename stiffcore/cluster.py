@@ -230,12 +230,14 @@ def _with_gpu(dask_scheduler: Any) -> set[str]:
     return {address for address, w in dask_scheduler.workers.items() if w.resources.get("GPU", 0) >= 1}
 
 
+# How often a unit whose worker died, or what it had stored is damaged, is begun again in one session; and blocks that
+# workers share: memory may have been short for a moment, but what kills its worker each time must not do so for ever.
+DEATHS = 2
 # Of blocks that workers share: how often who waits for a panel looks; how often the worker that leads says that it is
-# there, and after how long without that the others stop; how often blocks are begun again where a worker died.
+# there, and after how long without that the others stop.
 POLL_S = 0.02
 RENEW_S = 1.0
 SILENT_S = 60.0
-DEATHS = 2
 _OVER = -1
 
 

@@ -160,10 +160,10 @@ def reset_peak() -> int | None:
         return None
 
 
-def moved_bytes() -> int:
-    """Bytes that this process has asked to read and to write so far; 0 where the system does not count them."""
+def moved_bytes() -> tuple[int, int]:
+    """Bytes that this process has asked to read, and to write, so far; 0 where the system does not count them."""
     counted = psutil.Process().io_counters() if hasattr(psutil.Process, "io_counters") else None
-    return getattr(counted, "read_chars", 0) + getattr(counted, "write_chars", 0)
+    return getattr(counted, "read_chars", 0), getattr(counted, "write_chars", 0)
 
 
 def own_peak_bytes() -> int:

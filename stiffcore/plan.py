@@ -686,7 +686,7 @@ def _divide_singular(unit: Unit, study: Study, machine: Machine, data_bytes: int
     k, itemsize = max(unit.k, 1), np.dtype(study.dtype).itemsize
     operator = operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize)
     width, at_once, leaf = divide_sizes(k, data_bytes - 3 * 16 * unit.nonzeros - operator)
-    leaf = max(width, min(leaf, 4 * leaf // 7))  # three matrices of it, not one
+    leaf = max(width, 4 * leaf // 7)  # three matrices of it, not one
     held = max(divide_held_bytes(k, width, at_once), 3 * 8 * leaf**2 + 16 * width * leaf)
     flops = DIVIDE_FLOPS * k**3
     plan, why_not = _singular(Solver.DIVIDE, unit, study, machine, data_bytes, held, flops)

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
 
-from stiffcore.cluster import ConnectionLostError, Event, Executor, Worker, WorkerDiedError, spread
+from stiffcore.cluster import DEATHS, ConnectionLostError, Event, Executor, Worker, WorkerDiedError, spread
 from stiffcore.eigen.panels import one_by_one
 from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
 from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
@@ -378,11 +378,6 @@ def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
     """Of a stored study, what a process that continues it without looking again must agree with."""
     names = ("network", "normalize", "pool", "blocks", "functions", "kinds", "dtype", "reduce")
     return {name: study[name] for name in names}
-
-
-# How often a unit whose worker died, or what it had stored is damaged, is begun again in one session: memory may have
-# been short for a moment, but a unit that kills its worker each time must not do so for ever.
-DEATHS = 2
 
 
 def _work(

@@ -419,11 +419,11 @@ def _told_of(division: divide.Division) -> dict[str, Any]:
 
 def _teller(run: UnitRun, stage: str) -> Callable[[str, int, int], None]:
     """Tells of the steps of a division, and what this process has read and written of it in this session."""
-    begun = moved_bytes()
+    begun = sum(moved_bytes())
 
     def tell(what: str, done: int, total: int) -> None:
         run.check()
-        note = f"{what}; {format_bytes(moved_bytes() - begun)} moved"
+        note = f"{what}; {format_bytes(sum(moved_bytes()) - begun)} moved"
         run.emit({"unit": run.key, "stage": stage, "done": done, "total": total, "note": note})
 
     return tell

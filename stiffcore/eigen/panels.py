@@ -63,6 +63,16 @@ def _whole(panel: int) -> tuple[int, int | None]:
     return 0, None
 
 
+def _from_diagonal(a: Panels, panel: int) -> tuple[int, int | None]:
+    """Rows of its diagonal block, and all below."""
+    return a.columns(panel)[0], None
+
+
+def _to_diagonal(a: Panels, panel: int) -> tuple[int, int | None]:
+    """Rows of its diagonal block, and all above."""
+    return 0, a.columns(panel)[1]
+
+
 def _silent(done: int, total: int) -> None:
     pass
 
@@ -287,7 +297,7 @@ def factor(
 def _factor(a: Panels, lu: Panels, device: str, first: int, last: int, ready: Await) -> None:
     n, (start, stop) = a.shape[0], _span(lu, first, last)
     block = _read(a, first, last, device, more=1)
-    for i, panel in _passing(lu, range(first), lambda i: (lu.columns(i)[0], None), device, ready):
+    for i, panel in _passing(lu, range(first), partial(_from_diagonal, lu), device, ready):
         _eliminate(block[:n], panel, lu.columns(i))
     pivots, regular = blas.factor(block[start:n])
     if not regular or not blas.finite(block[start:n]):
@@ -326,9 +336,9 @@ def log_determinant(lu: Panels) -> float:
 
 def solve(lu: Panels, block: Array, device: str = HOST) -> Array:
     """a^-1 block, from a's factors, in the memory of `block` (n, any), which is on the device."""
-    for i, left in _passing(lu, range(lu.shards), lambda i: (lu.columns(i)[0], None), device):
+    for i, left in _passing(lu, range(lu.shards), partial(_from_diagonal, lu), device):
         _eliminate(block, left, lu.columns(i))
-    for i, right in _passing(lu, reversed(range(lu.shards)), lambda i: (0, lu.columns(i)[1]), device):
+    for i, right in _passing(lu, reversed(range(lu.shards)), partial(_to_diagonal, lu), device):
         start, stop = lu.columns(i)
         blas.solve_triangular(right[start:], block[start:stop])
         blas.add_product(block[:start], -1.0, right[:start], block[start:stop])
@@ -337,11 +347,11 @@ def solve(lu: Panels, block: Array, device: str = HOST) -> Array:
 
 def solve_adjoint(lu: Panels, block: np.ndarray) -> np.ndarray:
     """a^-H block, as `solve`, on the host."""
-    for i, right in _passing(lu, range(lu.shards), lambda i: (0, lu.columns(i)[1]), HOST):
+    for i, right in _passing(lu, range(lu.shards), partial(_to_diagonal, lu), HOST):
         start, stop = lu.columns(i)
         block[start:stop] -= right[:start].conj().T @ block[:start]
         blas.solve_triangular(right[start:], block[start:stop], trans="C")
-    for i, left in _passing(lu, reversed(range(lu.shards)), lambda i: (lu.columns(i)[0], None), HOST):
+    for i, left in _passing(lu, reversed(range(lu.shards)), partial(_from_diagonal, lu), HOST):
         start, stop = lu.columns(i)
         block[start:stop] -= left[stop - start : -1].conj().T @ block[stop:]
         blas.solve_triangular(left[: stop - start], block[start:stop], lower=True, unit=True, trans="C")
@@ -418,11 +428,11 @@ def _orthogonalise(a: Panels, qr: Panels, device: str, first: int, last: int, re
     n, begin = a.shape[0], qr.columns(first)[0]
     block = _read(a, first, last, device)
     for _, panel in _passing(qr, range(first), _whole, device, ready):
-        _reflect(block, panel, n)
+        _reflect(block, panel, n, device)
     for j in range(first, last):
         start, stop = qr.columns(j)
         made = _reflectors(blas.to_host(block[start:, start - begin : stop - begin]), qr.shape[0], start)
-        _reflect(block[:, stop - begin :], blas.to_device(made, device), n)
+        _reflect(block[:, stop - begin :], blas.to_device(made, device), n, device)
         if not qr.has(j):
             qr.write(j, made)
 
@@ -441,10 +451,9 @@ def _reflectors(panel: np.ndarray, rows: int, start: int) -> np.ndarray:
     return made
 
 
-def _reflect(block: Array, panel: Array, n: int) -> None:
+def _reflect(block: Array, panel: Array, n: int, device: str) -> None:
     """Q^T block, Q of one panel's reflectors, in place."""
     v, inverse = panel[:n], panel[n : n + panel.shape[1]]
-    device = HOST if isinstance(block, np.ndarray) else str(block.device)
     across = blas.zeros(panel.shape[1], block.shape[1], np.dtype(float), device)
     blas.add_product(across, 1.0, v.T, block)
     blas.solve_triangular(inverse, across, trans="T")
@@ -468,5 +477,5 @@ def rotate(
 def _rotate(qr: Panels, a: Panels, out: Panels, device: str, first: int, last: int, ready: Await) -> None:
     block = _read(a, first, last, device)
     for _, panel in _passing(qr, range(qr.shards), _whole, device):
-        _reflect(block, panel, a.shape[0])
+        _reflect(block, panel, a.shape[0], device)
     _write(out, first, last, block)

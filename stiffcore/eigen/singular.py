@@ -78,9 +78,15 @@ def by_gram(factors: Factors, j: sp.csc_array) -> SingularValues:
 
     Memory: that matrix, dense, twice.
     """
-    exactly = j.astype(np.float64)
-    gram = exactly @ exactly.T if j.shape[0] <= j.shape[1] else exactly.T @ exactly
+    rows = _of_smaller_side(j)
+    gram = rows @ rows.T
     return _from_squares(factors, gram.toarray(), 0, factors.count - gram.shape[0])
+
+
+def _of_smaller_side(j: sp.csc_array) -> sp.sparray:
+    """J or its transpose, in float64, with no more rows than columns."""
+    exactly = j.astype(np.float64)
+    return exactly if j.shape[0] <= j.shape[1] else exactly.T
 
 
 def by_division(
@@ -109,8 +115,7 @@ def by_division(
     Raises:
         DivisionError: where no curve divides the matrix, or a part of it.
     """
-    exactly = j.astype(np.float64)
-    rows = sp.csr_array(exactly if j.shape[0] <= j.shape[1] else exactly.T)
+    rows = sp.csr_array(_of_smaller_side(j))
     order, columns = rows.shape[0], sp.csc_array(rows.T)
     gram = space.matrix("whole", order, order)
     for i in gram.missing():
