@@ -340,7 +340,9 @@ def _plan_unit(
         asked = (Solver.SLICES,)
     if unit.kind is Kind.SINGULAR:
         able: tuple[Solver, ...] = (
-            (Solver.SYMMETRIC,) if unit.route == "factors" else (Solver.SVD, Solver.SYMMETRIC, Solver.DIVIDE)
+            *([] if unit.route == "factors" else [Solver.SVD]),
+            Solver.SYMMETRIC,
+            Solver.DIVIDE,
         )
         asked = (study.solver,) if study.solver in able else able
     if recorded is None or recorded.solver is Solver.NONE:
@@ -678,10 +680,10 @@ def _symmetric(
 
 
 def _divide_singular(unit: Unit, study: Study, machine: Machine, data_bytes: int) -> tuple[UnitPlan, str]:
-    """The Gram matrix of the smaller side, divided in the store; the sparse matrices stay in memory.
+    """The matrix that `_symmetric` solves, made and divided in the store; the sparse matrices stay in memory.
 
     solve: `divide_held_bytes`, or a part with its symmetric copies.
-    disk: the Gram matrix, and while it is divided six of its order.
+    disk: the matrix, and while it is divided six of its order.
     """
     k, itemsize = max(unit.k, 1), np.dtype(study.dtype).itemsize
     operator = operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize)

@@ -382,11 +382,11 @@ def _find_singular(run: UnitRun) -> dict[str, Any]:
     if not all(np.isfinite(matrix.data).all() for matrix in matrices):
         raise StiffcoreError(f"{run.key}: the Jacobian is not finite")
     difference = factors.difference(matrices)
-    if factors.reduction is not None:
-        found = singular.by_waist(factors, *matrices)
-    elif run.solver is Solver.DIVIDE and run.record["k"]:
-        found, division = _divided_squares(run, factors, *matrices)
+    if run.solver is Solver.DIVIDE and run.record["k"]:
+        found, division = _divided_squares(run, factors, matrices)
         divided = {"divided": _told_of(division)}
+    elif factors.reduction is not None:
+        found = singular.by_waist(factors, *matrices)
     else:
         found = (singular.by_svd if run.solver is Solver.SVD else singular.by_gram)(factors, *matrices)
     del matrices
@@ -405,11 +405,15 @@ def _find_singular(run: UnitRun) -> dict[str, Any]:
     return {"ends": None, "shift": 0, **sizes, **divided, "certificate": certified}
 
 
-def _divided_squares(run: UnitRun, factors: Factors, j: csc_array) -> tuple[singular.SingularValues, divide.Division]:
-    """The singular values of J, by division of a Gram matrix in the store."""
+def _divided_squares(
+    run: UnitRun, factors: Factors, matrices: list[csc_array]
+) -> tuple[singular.SingularValues, divide.Division]:
+    """The singular values of J, by division of a symmetric matrix in the store."""
     plan, tell = run.record["plan"], _teller(run, "done")
     with _division(run, "planned") as space:
-        return singular.by_division(factors, j, space, plan["leaf"], at_once=plan["at_once"], tell=tell, each=run.each)
+        return singular.by_division(
+            factors, matrices, space, plan["leaf"], at_once=plan["at_once"], tell=tell, each=run.each
+        )
 
 
 def _told_of(division: divide.Division) -> dict[str, Any]:

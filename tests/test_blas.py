@@ -60,6 +60,21 @@ def test_factors_are_those_of_lapack(dtype, rows, columns):
     assert np.array_equal(whole, expected)
 
 
+@DTYPES
+@pytest.mark.parametrize("order", [1, 2, 7])
+def test_a_definite_matrix_has_a_root_in_its_place(dtype, order):
+    whole = numbers(12, 8, dtype)
+    before, part = whole.copy(order="F"), (slice(3, 3 + order), slice(1, 1 + order))
+    a = numbers(order, order, dtype, 1)
+    whole[part] = a @ a.conj().T + np.eye(order)
+    expected = scipy.linalg.cholesky(whole[part])
+    assert blas.cholesky(whole[part])
+    assert np.allclose(np.triu(whole[part]), expected, rtol=0, atol=1e-13)
+    whole[part] = before[part]
+    assert np.array_equal(whole, before)
+    assert not blas.cholesky(np.asfortranarray(whole[part] - 9 * np.eye(order)))
+
+
 def test_a_zero_pivot_is_said():
     a = numbers(6, 6, np.float64)
     a[:, 2] = 0

@@ -156,14 +156,36 @@ def test_a_divided_gram_matrix_has_the_values_of_a_dense_svd(name):
     build, shape = CASES[name]
     f, x = randomised(build()), seeded(shape, 1)
     factors = open_factors(f, x)
-    (j,) = factors.matrices(16)
-    order = min(j.shape)
-    found, division = singular.by_division(factors, j, Memory(order // 2), order // 2)
+    matrices = factors.matrices(16)
+    order = factors.order
+    found, division = singular.by_division(factors, matrices, Memory(order // 2), order // 2)
     assert [s for s in division.splits if not s.failure]
     true = np.sort(np.linalg.svd(dense_jacobian(factors.jacobian.f, x), compute_uv=False))
     allowed = np.concatenate([np.zeros(found.zeros), found.errors]) + 1e-13
     assert (np.abs(whole(found) - true) <= allowed).all()
-    certificate = singular.certify(factors, found, factors.difference((j,)))
+    certificate = singular.certify(factors, found, factors.difference(matrices))
+    assert certificate.passed, certificate.failures
+
+
+@pytest.mark.parametrize(("name", "function"), sorted(BY_WAIST))
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_divided_waist_has_the_values_of_a_dense_svd(name, function, at_once):
+    build, shape = CASES[name]
+    f, x = randomised(build()), seeded(shape, 1)
+    factors = open_factors(f, x, BlockFunction(function))
+    matrices = factors.matrices(16)
+    assert factors.reduction is not None
+    space = Memory(max(2, factors.order // 5))
+    found, division = singular.by_division(factors, matrices, space, factors.order // 2, at_once=at_once)
+    assert [s for s in division.splits if not s.failure]
+    true = np.sort(np.linalg.svd(dense_jacobian(factors.jacobian.f, x), compute_uv=False))
+    assert found.ones == (len(factors.rows) - factors.order if factors.reduction.shift else 0)
+    order = np.argsort(np.concatenate([found.values, np.ones(found.ones), np.zeros(found.zeros)]), kind="stable")
+    allowed = np.concatenate([found.errors, np.zeros(found.ones + found.zeros)])[order] + 1e-13
+    assert (np.abs(whole(found) - true) <= allowed).all()
+    far = np.abs(whole(found) - 1) > 0.1
+    assert np.abs(whole(found) - true)[far & (true > 0.1)].max() <= 1e-10
+    certificate = singular.certify(factors, found, factors.difference(matrices))
     assert certificate.passed, certificate.failures
 
 
@@ -204,10 +226,13 @@ def test_a_run_holds_singular_values_of_square_and_rectangular_blocks(run):
     assert set(values["solver"]) <= {"svd", "symmetric"}
 
 
-def test_a_run_divides_a_gram_matrix_that_no_memory_holds(run, tmp_path):
-    network, images, _ = run
+@pytest.mark.parametrize("name", ["rectangular", "bottleneck"])
+def test_a_run_divides_a_matrix_that_no_memory_holds(name, tmp_path):
+    build, shape = CASES[name]
+    network = nn.Sequential(OrderedDict(second=build().double().eval()))
+    images = seeded(shape, 1)
     options = {"blocks": "second", "kinds": "singular", "solver": "divide"}
-    found = stiffcore.analyze(network, images[:1], [0], run=tmp_path / "run", **options)
+    found = stiffcore.analyze(network, images, [0], run=tmp_path / "run", **options)
     store = found.store
     (key,) = found.records()
     assert found.records()[key]["plan"]["solver"] == "divide"
@@ -217,9 +242,10 @@ def test_a_run_divides_a_gram_matrix_that_no_memory_holds(run, tmp_path):
     )
     carry_out(store.url, key, threads=1, emit=print, opener=partial(open_operator, module=network))
     spectrum = found.spectrum(0, "second", kind="singular")
-    true = np.sort(np.linalg.svd(dense_jacobian(network[1], network[0](images[:1])), compute_uv=False))
+    true = np.sort(np.linalg.svd(dense_jacobian(network[0], images), compute_uv=False))
     assert spectrum.certificate.passed
     assert found.records()[key]["divided"]["splits"]
+    assert found.records()[key]["route"] == ("factors" if name == "bottleneck" else "whole")
     assert np.abs(spectrum.values - true).max() <= 1e-7
     large = true > 1e-3
     assert np.abs(spectrum.values - true)[large].max() <= 1e-10
@@ -252,6 +278,10 @@ def test_the_plan_takes_squares_where_a_dense_copy_does_not_fit():
         plan = make_plan([facts], Study.ask({"network": "resnet18", "memory": memory}), Machine(1, 0, 0, None, 1e10))
         assert str(plan.units[0].solver) == solver
         assert plan.units[0].refused == (solver == "none")
+    waist = facts.model_copy(update={"route": "factors", "width": 0})
+    for memory, solver in ((4 << 30, "symmetric"), (450 << 20, "divide"), (32 << 20, "none")):
+        plan = make_plan([waist], Study.ask({"network": "resnet18", "memory": memory}), Machine(1, 0, 0, None, 1e10))
+        assert str(plan.units[0].solver) == solver
     asked = Study.ask({"network": "resnet18", "memory": 4 << 30, "solver": "symmetric", "kinds": "singular"})
     assert str(make_plan([facts], asked, Machine(1, 0, 0, None, 1e10)).units[0].solver) == "symmetric"
 

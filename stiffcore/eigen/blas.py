@@ -122,3 +122,23 @@ def factor(a: Array) -> tuple[np.ndarray, bool]:
     pivots, info = np.zeros(n, np.intc), ctypes.c_int(0)
     call("getrf", _PREFIXES[a.dtype], m, n, a, _apart(a), pivots, info)
     return pivots - 1, info.value == 0
+
+
+def cholesky(a: Array) -> bool:
+    """a = R^T R, R upper triangular, in place; the other triangle is not looked at.
+
+    Args:
+        a: (n, n), symmetric, a part of a column-major array; its upper triangle becomes R.
+
+    Returns:
+        Whether a is positive definite; else a is spoilt.
+    """
+    if not isinstance(a, np.ndarray):
+        import torch
+
+        root, failed = torch.linalg.cholesky_ex(a, upper=True)
+        a.copy_(root)
+        return not int(failed)
+    info = ctypes.c_int(0)
+    call("potrf", _PREFIXES[a.dtype], b"U", len(a), a, _apart(a), info)
+    return info.value == 0

@@ -41,8 +41,9 @@ NEAR = 1e-2
 MOST_STEPS = 60
 SEED = 0
 SMALLEST = 1e-120
-# Of inverse iteration: beside the eigenvalue, for factors that are not singular, relative to the norm.
-OFFSET = 1e-10
+# Of inverse iteration: beside the eigenvalue, for factors that are not singular, relative to the norm. No further off
+# than rounding, so that of two close eigenvalues each has its own vectors.
+OFFSET = 4 * EPS
 ITERATIONS = 3
 
 
@@ -110,7 +111,8 @@ class Division:
     Attributes:
         values: (n,) complex, in the order of `sort_eigenvalues`.
         splits: all that were tried.
-        error: the sum of what was neglected, a Frobenius norm: these are the eigenvalues of a matrix so far from the
+        error: the sum of what was neglected, of parts that are a multiple of 1 but for rounding, too: a Frobenius norm.
+            These are the eigenvalues of a matrix so far from the
             one given, beside the rounding of orthogonal transformations and of LAPACK.
     """
 
@@ -159,11 +161,10 @@ def eigenvalues(
     size = panels.norm(a)
     if size and not SMALLEST < size < 1 / SMALLEST:
         raise DivisionError(f"a matrix of norm {size:.1e} is too far from 1 to be divided: scale the function")
-    splits: list[Split] = []
-    work = _Work(space, most, at_once, tell, each, device, solve, splits)
+    work = _Work(space, most, at_once, tell, each, device, solve, [], [])
     values = list(_divided(work, "", lambda: a, a.shape[0], first))
-    neglected = sum(s.neglected for s in splits if not s.failure)
-    return Division(sort_eigenvalues(np.concatenate(values)), tuple(splits), neglected)
+    neglected = sum(s.neglected for s in work.splits if not s.failure) + sum(work.levelled)
+    return Division(sort_eigenvalues(np.concatenate(values)), tuple(work.splits), neglected)
 
 
 def eigenvectors(
@@ -229,6 +230,7 @@ class _Work:
     device: str
     solve: Callable[[np.ndarray], np.ndarray]
     splits: list[Split]
+    levelled: list[float]  # how far parts are from the multiples of 1 that they were taken for
 
     def told(self, what: str) -> dict[str, Any]:
         """How a kernel is called: in which blocks, what it tells, and who works on them where."""
@@ -246,6 +248,7 @@ def _divided(
         return
     mean, spread, away = space.once(f"{name}-moments", lambda: _moments(opened()))
     if not spread:
+        work.levelled.append(away * np.sqrt(n))
         yield np.full(n, complex(mean))
         return
     tried = []
@@ -273,11 +276,11 @@ def _in_memory(a: Panels) -> np.ndarray:
 
 
 def _moments(a: Panels) -> tuple[float, float, float]:
-    """The mean of the eigenvalues, and how far they are from it, guessed and at most; 0 for a multiple of 1."""
+    """The mean of the eigenvalues, and how far they are from it, guessed and at most; guessed 0 for a multiple of 1."""
     n, mean = a.shape[0], panels.trace(a) / a.shape[0]
     away = panels.norm(a, shift=-mean) / np.sqrt(n)
     if away <= n * EPS * abs(mean):
-        return mean, 0.0, 0.0
+        return mean, 0.0, float(away)
     # the guess holds where eigenvalues are real, or all on a vertical line; else it is too small
     return mean, float(np.sqrt(abs(panels.square_trace(a) / n - mean**2)) or away), float(away)
 

@@ -30,6 +30,7 @@ _ARGUMENTS = {
     "ormhr": "side trans m n ilo ihi a lda tau c ldc work lwork info",
     "gebak": "job side n ilo ihi scale m v ldv info",
     "getrf": "m n a lda ipiv info",
+    "potrf": "uplo n a lda info",
     "gemm": "transa transb m n k alpha a lda b ldb beta c ldc",
     "trsm": "side uplo transa diag m n alpha a lda b ldb",
 }

@@ -328,6 +328,53 @@ def _exchange(block: Array, start: int, pivots: np.ndarray, *, back: bool = Fals
     block[moved] = block[order[moved]]
 
 
+def cholesky(
+    a: Panels,
+    root: Panels,
+    *,
+    shift: float = 0.0,
+    at_once: int = 1,
+    tell: Tell = _silent,
+    each: Each = one_by_one,
+    device: str = HOST,
+) -> None:
+    """a + shift I = R^T R, R upper triangular (Golub and Van Loan, 4.2.5, by columns of R).
+
+    Memory: a block, and panels.
+
+    Args:
+        a: (n, n), symmetric; the upper triangle counts.
+        root: (n, n), like a: R.
+        shift: see above.
+        at_once: panels of a block.
+        tell: told of panels done and panels in all.
+        each: who works on the blocks.
+        device: of torch, where they are worked on; else the host.
+
+    Raises:
+        SingularError: where a + shift I is not positive definite.
+    """
+    _carry_out(partial(_cholesky, a, root, shift, device), root, at_once, tell, each)
+
+
+def _cholesky(a: Panels, root: Panels, shift: float, device: str, first: int, last: int, ready: Await) -> None:
+    start, stop = _span(root, first, last)
+    block = _read(a, first, last, device)
+    block[stop:] = 0
+    for i, panel in _passing(root, range(first), partial(_to_diagonal, root), device, ready):
+        above, below = root.columns(i)
+        blas.add_product(block[above:below], -1.0, panel[:above].T, block[:above])
+        blas.solve_triangular(panel[above:], block[above:below], trans="T")
+    diagonal = block[start:stop]
+    diagonal[np.arange(stop - start), np.arange(stop - start)] += shift
+    blas.add_product(diagonal, -1.0, block[:start].T, block[:start])
+    if not blas.cholesky(diagonal) or not blas.finite(block):
+        raise SingularError(f"the matrix is not positive definite at columns {start} to {stop - 1}")
+    for column in range(stop - start):  # LAPACK leaves what was there
+        diagonal[column + 1 :, column] = 0
+    _write(root, first, last, block)
+
+
 def log_determinant(lu: Panels) -> float:
     """log |det a|, from its factors."""
     diagonals = (np.diagonal(lu.read_shard(i, *lu.columns(i))) for i in range(lu.shards))

@@ -1,20 +1,23 @@
 """Singular values of a Jacobian, from its factors: by an SVD, or from a symmetric matrix of their squares.
 
-That matrix is solved in memory, or divided in the store (`stiffcore.eigen.divide`).
+That matrix is solved in memory, or made and divided in the store (`stiffcore.eigen.divide`).
 
 With J = D (s I + U V) on the rows S, W = [U, V_S^T] and K = [[V V^T, I], [I, 0]] (V_S: the columns S of V), for s = 1,
 
     J_S J_S^T = I + W K W^T,
 
 and with W^T W = R^T R the squares are 1 + eig(R K R^T), |S| - rank ones, and zeros; for s = 0 they are eig(R V V^T R^T)
-with U^T U = R^T R. R comes from Cholesky's factorisation with pivots (LAPACK's pstrf), since W may lack rank. Squares
-are right to eps |J|^2, so a value s is to eps |J|^2 / s: small ones lose digits, half of them where s is near
+with U^T U = R^T R. R comes from Cholesky's factorisation with pivots (LAPACK's pstrf), since W may lack rank; in the
+store from that of W^T W + d I, without pivots: as if W had more rows, sqrt(d) I, see `_uncertainty`.
+
+Squares are right to eps |J|^2, so a value s is to eps |J|^2 / s: small ones lose digits, half of them where s is near
 sqrt(eps) |J|, which `errors` says. Values near 1 that come through W are right to the root of its rounding.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -26,8 +29,8 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh, svds
 
 from stiffcore.eigen import divide, panels
 from stiffcore.eigen.certificate import RESIDUAL_TOLERANCE
-from stiffcore.eigen.divide import Division, Workspace
-from stiffcore.eigen.panels import Each, one_by_one
+from stiffcore.eigen.divide import Division, DivisionError, Workspace
+from stiffcore.eigen.panels import Each, Panels, SingularError, one_by_one
 from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.linearise import Linearisation
 from stiffcore.metrics import stiffness_error
@@ -91,7 +94,7 @@ def _of_smaller_side(j: sp.csc_array) -> sp.sparray:
 
 def by_division(
     factors: Factors,
-    j: sp.csc_array,
+    matrices: list[sp.csc_array],
     space: Workspace,
     most: int,
     *,
@@ -99,13 +102,14 @@ def by_division(
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
     each: Each = one_by_one,
 ) -> tuple[SingularValues, Division]:
-    """The singular values of J, from the Gram matrix of its smaller side, which is divided in the workspace.
+    """The singular values of J, from a symmetric matrix that is made and divided in the workspace.
 
-    What the division neglected moves no square by more (Weyl), and is in the errors.
+    It is the Gram matrix of J's smaller side, or R K R^T, see the module. What the division neglected moves no square
+    by more (Weyl), and is in the errors.
 
     Args:
         factors: what they are of.
-        j: its nonzero rows and columns; not empty.
+        matrices: from `Factors.matrices`; not empty.
         space: see `stiffcore.eigen.divide`, as for the others.
         most: order that LAPACK may solve in memory.
         at_once: panels of a block.
@@ -115,21 +119,100 @@ def by_division(
     Raises:
         DivisionError: where no curve divides the matrix, or a part of it.
     """
-    rows = sp.csr_array(_of_smaller_side(j))
-    order, columns = rows.shape[0], sp.csc_array(rows.T)
-    gram = space.matrix("whole", order, order)
-    for i in gram.missing():
-        start, stop = gram.columns(i)
-        gram.write(i, np.asfortranarray((rows @ columns[:, start:stop]).toarray()))
-    trace, norm = space.once("moments", lambda: [panels.trace(gram), panels.norm(gram)])
-    found = divide.eigenvalues(gram, space, most, at_once=at_once, tell=tell, each=each, solve=_symmetric_eigenvalues)
+    kernels: dict[str, Any] = {"at_once": at_once, "each": each}
+    order, shift, ones, uncertainty = factors.order, 0, 0, 0.0
+    whole = partial(space.matrix, "whole", order, order)
+    if factors.reduction is None:
+        rows = _of_smaller_side(*matrices)
+        _write_gram(sp.csc_array(rows.T), whole())
+    else:
+        shift = factors.reduction.shift
+        ones = len(factors.rows) - order if shift else 0
+        w, v = _sides(factors, *matrices)
+        size, weight = _norms(w, v, shift)
+        uncertainty = _uncertainty(factors, size, weight, order)
+
+        def told(what: str) -> dict[str, Any]:
+            return kernels | {"tell": partial(tell, f"{what} of order {order:,}")}
+
+        def made() -> int:
+            gram, root, turned = (space.matrix(name, order, order) for name in ("gram", "root", "turned"))
+            _write_gram(w, gram)
+            try:
+                panels.cholesky(gram, root, shift=order * np.finfo(float).eps * size, **told("Cholesky's factor"))
+            except SingularError as error:
+                raise DivisionError(f"W^T W of its factors: {error}") from error
+            panels.transpose(root, turned, tell=told("its transpose")["tell"], each=each)
+            panels.product(root, partial(_inner_columns, v, shift, turned), whole(), **told("R K R^T"))
+            return order
+
+        space.once("made", made)
+        space.drop("gram", "root", "turned")
+    trace, norm = space.once("moments", lambda: [panels.trace(whole()), panels.norm(whole())])
+    found = divide.eigenvalues(whole(), space, most, tell=tell, solve=_symmetric_eigenvalues, **kernels)
+    exact = ones, factors.count - order - ones
     squares = found.values.real
-    roots = _roots(factors, squares, trace, norm**2, (0, factors.count - order), neglected=found.error)
+    roots = _roots(factors, squares, trace, norm**2, exact, shift, most=uncertainty, neglected=found.error)
     return roots, found
+
+
+def _write_gram(w: sp.csc_array, out: Panels) -> None:
+    """out = W^T W."""
+    rows = sp.csr_array(w.T)
+    for i in out.missing():
+        start, stop = out.columns(i)
+        out.write(i, np.asfortranarray((rows @ w[:, start:stop]).toarray()))
+
+
+def _inner_columns(v: sp.csc_array, shift: int, turned: Panels, start: int, stop: int) -> Array:
+    """Columns start..stop-1 of K R^T, R^T in the workspace."""
+    block = np.empty((turned.shape[0], stop - start), order="F")
+    for i in range(turned.shards):
+        left, right = turned.columns(i)
+        if start <= left < stop:
+            panel = turned.read_shard(i)
+            # V^T of few columns at once: no more numbers than those have
+            group = max(1, turned.shape[0] * (right - left) // (2 * v.shape[1]))
+            for at in range(0, right - left, group):
+                done = _inner(v, shift, panel[:, at : at + group])
+                block[:, left - start + at : left - start + at + done.shape[1]] = done
+    return block
 
 
 def _symmetric_eigenvalues(a: Array) -> Array:
     return scipy.linalg.eigvalsh((a + a.T) / 2, overwrite_a=True)
+
+
+def _sides(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> tuple[sp.csc_array, sp.csc_array]:
+    """W and V, in float64: U d and V / d have the same product; of equal norms, neither half of W drowns the other."""
+    assert factors.reduction is not None
+    u, v = u.astype(np.float64, copy=False), v.astype(np.float64, copy=False)
+    balance = np.sqrt(_safe(sp.linalg.norm(v, axis=1)) / _safe(sp.linalg.norm(u, axis=0)))
+    u, v = sp.csc_array(u * balance), sp.csc_array((v.T / balance).T)
+    return (sp.csc_array(sp.hstack([u, v[:, factors.rows].T])) if factors.reduction.shift else u), v
+
+
+def _inner(v: sp.csc_array, shift: int, x: Array) -> Array:
+    """K x, x (2 k, columns); of a branch V V^T x."""
+    if not shift:
+        return v @ (v.T @ x)
+    above, below = x[: v.shape[0]], x[v.shape[0] :]
+    return np.concatenate([v @ (v.T @ above) + below, above])
+
+
+def _norms(w: sp.csc_array, v: sp.csc_array, shift: int) -> tuple[float, float]:
+    """|W|^2 and |K|, to a few per cent."""
+    most = float((w.data**2).sum()), float((v.data**2).sum()) + shift
+    return _norm(lambda x: w.T @ (w @ x), w.shape[1], most[0]), _norm(partial(_inner, v, shift), w.shape[1], most[1])
+
+
+def _uncertainty(factors: Factors, size: float, weight: float, times: int) -> float:
+    """What any eigenvalue of W K W^T may move by, |W|^2 = size, |K| = weight, where W^T W moves by times eps |W|^2.
+
+    For W with more rows, sqrt(d) I, it has more rows and columns, of norm sqrt(d) |W| |K| at most (Weyl); one that is
+    not near 0 moves by d |W|^2 |K|^2 / |value|, to first order.
+    """
+    return 2 * weight * size * np.sqrt(_eps(factors) * times)
 
 
 def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValues:
@@ -138,20 +221,13 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
     Memory: three dense matrices of order 2 k (s = 1) or k.
     """
     assert factors.reduction is not None
-    u, v, shift = u.astype(np.float64), v.astype(np.float64), factors.reduction.shift
-    # U d and V / d have the same product; of equal columns and rows, neither half of W drowns the other
-    balance = np.sqrt(_safe(sp.linalg.norm(v, axis=1)) / _safe(sp.linalg.norm(u, axis=0)))
-    u, v = sp.csc_array(u * balance), sp.csc_array((v.T / balance).T)
-    outer = v @ v.T
-    gram = u.T @ u
-    inner: sp.csc_array = sp.csc_array(outer)
+    shift, (w, v) = factors.reduction.shift, _sides(factors, u, v)
+    size, weight = _norms(w, v, shift)
+    gram, order = sp.csc_array(w.T @ w), w.shape[1]
+    inner = sp.csc_array(v @ v.T)
     if shift:
-        inside = v[:, factors.rows]
-        m = inside @ u
-        gram = sp.block_array([[gram, m.T], [m, inside @ inside.T]], format="csc")
         identity = sp.eye_array(v.shape[0], format="csc")
-        inner = sp.block_array([[outer, identity], [identity, None]], format="csc")
-    size, weight, order = _norm(gram), _norm(inner), gram.shape[0]  # |W|^2, |K|
+        inner = sp.block_array([[inner, identity], [identity, None]], format="csc")
     # pstrf leaves what it found of R in the upper triangle, rows beyond the rank are to be dropped
     r, pivots, rank, _ = lapack.dpstrf(np.asfortranarray(gram.toarray()), lower=0, overwrite_a=1)
     r = np.triu(r)[:rank]
@@ -160,21 +236,21 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
     t = r @ (inner @ r.T)
     del r
     ones = len(factors.rows) - order if shift else 0
-    # a value of W K W^T that is near 0 may move by the root of the rounding of W^T W, others by less; pstrf drops what
-    # is below `order` times that
-    most = 2 * weight * size * np.sqrt(_eps(factors) * (order if rank < order else 1))
+    # pstrf drops what is below `order` times the rounding of W^T W
+    most = _uncertainty(factors, size, weight, order if rank < order else 1)
     return _from_squares(factors, t, ones, factors.count - order - ones, shift, missing=order - rank, most=most)
 
 
-def _norm(a: sp.csc_array) -> float:
-    """The 2-norm of a symmetric matrix, to a few per cent."""
-    if a.shape[0] < 20:
-        return float(np.linalg.norm(a.toarray(), 2)) if a.shape[0] else 0.0
-    start = np.random.default_rng(0).standard_normal(a.shape[0])
+def _norm(product: Callable[[Array], Array], order: int, most: float) -> float:
+    """The 2-norm of a symmetric matrix, which is at most `most`, to a few per cent."""
+    if order < 20:
+        return float(np.linalg.norm(product(np.eye(order)), 2)) if order else 0.0
+    start = np.random.default_rng(0).standard_normal(order)
+    a = LinearOperator((order, order), product, dtype=np.dtype(np.float64))
     try:
         return float(np.abs(eigsh(a, k=1, which="LM", tol=1e-2, v0=start, return_eigenvectors=False)[0]))
     except ArpackError:  # a zero matrix, for one
-        return float(abs(a).sum(axis=0).max())
+        return most
 
 
 def _safe(norms: Array) -> Array:
@@ -218,7 +294,7 @@ def _roots(
     rounding = SQUARE_ROUNDING * _eps(factors) * squares.max(initial=0)
     off = np.full(len(squares), rounding + neglected)
     if most:
-        # to first order |W|^4 |K|^2 / |value|, see `most`; in terms of `most`, which is its root
+        # in terms of `most`, which is its root, see `_uncertainty`
         with np.errstate(divide="ignore"):
             off += np.minimum(most, most**2 / np.abs(found))
     values = np.sqrt(squares)
