@@ -102,7 +102,9 @@ MANY = settings(max_examples=200, deadline=None)
 def test_whatever_is_planned_fits(units, budget, m, dtype, keep, workers):
     plan = planned(units, budget, m, workers, dtype=dtype, keep=keep)
     assert plan.data_bytes == budget - m.reserved_bytes - (plan.workers - 1) * m.worker_bytes
-    assert 1 <= plan.workers <= max(1, min(len(units), workers or m.cores))
+    spread = max(p.spread for p in plan.units)  # a unit that is divided has work for all that were asked for
+    assert spread <= max(1, workers or 1)
+    assert 1 <= plan.workers <= max(spread, min(len(units), workers or m.cores))
     assert plan.threads * plan.workers <= max(m.cores, plan.workers)
     assert sorted(p.unit.key for p in plan.units) == sorted(u.key for u in units)
     busy = [p for p in plan.units if p.works]
