@@ -382,6 +382,7 @@ def _find_singular(run: UnitRun) -> dict[str, Any]:
     if not all(np.isfinite(matrix.data).all() for matrix in matrices):
         raise StiffcoreError(f"{run.key}: the Jacobian is not finite")
     difference = factors.difference(matrices)
+    release_free_memory()  # of building: what solves would come on top
     if run.solver is Solver.DIVIDE and run.record["k"]:
         found, division = _divided_squares(run, factors, matrices)
         divided = {"divided": _told_of(division)}

@@ -187,9 +187,17 @@ def _sides(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> tuple[sp.csc_a
     """W and V, in float64: U d and V / d have the same product; of equal norms, neither half of W drowns the other."""
     assert factors.reduction is not None
     u, v = u.astype(np.float64, copy=False), v.astype(np.float64, copy=False)
-    balance = np.sqrt(_safe(sp.linalg.norm(v, axis=1)) / _safe(sp.linalg.norm(u, axis=0)))
-    u, v = sp.csc_array(u * balance), sp.csc_array((v.T / balance).T)
-    return (sp.csc_array(sp.hstack([u, v[:, factors.rows].T])) if factors.reduction.shift else u), v
+    balance = np.sqrt(_safe(_norms_along(v, 1)) / _safe(_norms_along(u, 0)))
+    # products and columns of column-major matrices alone: SciPy takes other ways through triplets, of twice the memory
+    u, v = u @ sp.diags_array(balance, format="csc"), sp.diags_array(1 / balance, format="csc") @ v
+    if not factors.reduction.shift:
+        return u, v
+    inside = sp.csc_array(v[:, factors.rows].T)
+    return sp.csc_array(sp.hstack([u, inside], format="csc")), v
+
+
+def _norms_along(a: sp.csc_array, axis: int) -> Array:
+    return np.asarray(np.sqrt(a.multiply(a).sum(axis=axis)))
 
 
 def _inner(v: sp.csc_array, shift: int, x: Array) -> Array:
