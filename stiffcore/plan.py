@@ -41,8 +41,8 @@ BLAS_BYTES = 16 << 20
 # linearised: 37 MiB at ResNet18's layer4.1 (kernel 18 MiB), and 18 MiB the first time.
 KERNEL_COPIES = 3
 LIBRARY_BYTES = 24 << 20
-# Of an entry of the sparse matrices that singular values come from, while these are solved for: 12 in each, and what the
-# allocator keeps (63 measured, block layer4.1 of ResNet50 in float64).
+# Of an entry of the sparse matrices that singular values come from, while these are solved for: 12 in each, and what
+# the allocator keeps (63 measured, block layer4.1 of ResNet50 in float64).
 SINGULAR_ENTRY_BYTES = 4 * 16
 # What is reserved differs by 5 MiB in a dozen starts, but a budget that is named must be enough.
 RESERVED_VARIES_BYTES = 16 << 20

