@@ -25,6 +25,9 @@ from stiffcore.study import versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+if "--help" in sys.argv:  # of minutes or hours, most of them: not to be begun by mistake
+    print(sys.modules["__main__"].__doc__)
+    sys.exit()
 # The smallest of each benchmark, for a look; its figures are not the page's.
 QUICK = "--quick" in sys.argv
 
