@@ -307,6 +307,23 @@ def test_damage_to_a_tall_matrix_is_told_whichever_way_it_is_read(store, monkeyp
     assert np.array_equal(m.read_sparse().toarray(), a)
 
 
+def test_a_matrix_that_an_earlier_version_wrote_row_by_row_is_read_and_finished(store):
+    a, group = np.random.default_rng(0).standard_normal((11, 7)), store.unit_group("u")
+    a[:3] = 0
+    layout = {"shape": a.shape, "dtype": "f8", "chunks": (3, 2), "shards": (12, 2), "fill_value": 0}
+    store_module.tiles.create_array(group, "matrix", **layout, dimension_names=("row", "column"))
+    layout = {"shape": (4, 4), "dtype": "uint8", "chunks": (4, 1), "fill_value": 255}
+    store_module.tiles.create_array(group, "matrix_tiles", **layout, dimension_names=("row_tile", "column_shard"))
+    m = TiledMatrix.create(group, "matrix", a.shape, a.dtype, 3, 2)
+    assert (m.shape, m.tile, m.shard, m.shards) == ((11, 7), 3, 2, 4)
+    fill(m, a)
+    assert np.array_equal(group["matrix"][:], a)
+    for found in (m.read(), m.read_sparse().toarray()):
+        assert np.array_equal(found, a)
+    assert np.array_equal(m.read_shard(1, 2, 9), a[2:9, 2:4])
+    assert m.read_shard(1).flags.f_contiguous
+
+
 @pytest.mark.parametrize("name", ["matrix", "matrix_tiles"])
 def test_a_deleted_file_of_a_recorded_shard_is_told(store, name):
     group = store.unit_group("u")
@@ -708,8 +725,8 @@ def test_xarray_opens_a_unit_with_named_dimensions(store):
         found = xarray.open_zarr(
             str(store.local), group="units/u", consolidated=False, chunks=None, mask_and_scale=False
         )
-        assert found["matrix"].dims == ("row", "column")
+        assert found["matrix"].dims == ("column", "row")
         assert found["matrix_tiles"].dims == ("row_tile", "column_shard")
         assert found["eigenvalues"].dims == ("eigenvalue",)
-        assert np.array_equal(found["matrix"].values, a)
+        assert np.array_equal(found["matrix"].transpose("row", "column").values, a)
         assert np.array_equal(found["eigenvalues"].values, [1 + 1j, 1 - 1j])

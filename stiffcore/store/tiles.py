@@ -1,7 +1,12 @@
-"""A matrix in tiles, written once, column shard by column shard."""
+"""A matrix in tiles, written once, column shard by column shard.
+
+Its transpose is what Zarr holds, row-major, so that columns come and go as LAPACK has them: to turn a panel takes
+longer than to read it.
+"""
 
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -15,8 +20,8 @@ from stiffcore.store.metadata import UNREADABLE, create_array, is_there, open_ar
 ROWS_IN_SHARD = 16_384
 # Rows of each of these: a sparse matrix of order 100,000 is written in 16 s in bands of 4,096, in 53 s of 16,384.
 BAND_ROWS = 4096
-# Rows that are turned from row-major to column-major at once: a panel of 7,386 x 256 in 8 ms, all of it at once in 19.
-TURNED_ROWS = 64
+# Of the array. Matrices of earlier versions have them the other way round, and are read so.
+AXES = ("column", "row")
 
 
 class Tile(IntEnum):
@@ -46,10 +51,11 @@ class TiledMatrix:
         """Open a matrix that exists in `group`; see `create`."""
         self._data = open_array(group, name)
         self._tiles = open_array(group, f"{name}_tiles")
-        self.shape: tuple[int, int] = self._data.shape  # type: ignore[assignment]  # it has two axes
+        self._by_column = getattr(self._data.metadata, "dimension_names", None) == AXES
+        self.shape: tuple[int, int] = self._turned(self._data.shape)
         self.dtype: np.dtype = self._data.dtype
-        self.tile, self.shard = self._data.chunks
-        self._band = (self._data.shards or self.shape)[0]
+        self.tile, self.shard = self._turned(self._data.chunks)
+        self._band = self._turned(self._data.shards or self._data.shape)[0]
 
     @classmethod
     def create(
@@ -73,12 +79,12 @@ class TiledMatrix:
             create_array(
                 group,
                 name,
-                shape=shape,
+                shape=(columns, rows),
                 dtype=dtype,
-                chunks=(tile, shard),
-                shards=(band, shard),
+                chunks=(shard, tile),
+                shards=(shard, band),
                 fill_value=0,
-                dimension_names=("row", "column"),
+                dimension_names=AXES,
             )
             # of a half-deleted one, chunks may be left that would vouch for shards not there: they are deleted
             create_array(
@@ -91,6 +97,11 @@ class TiledMatrix:
                 dimension_names=("row_tile", "column_shard"),
             )
         return cls(group, name)
+
+    def _turned(self, of_axes: tuple[Any, ...]) -> tuple[Any, Any]:
+        """What is said of rows and columns, as the array has its axes; and back."""
+        first, second = of_axes
+        return (second, first) if self._by_column else (first, second)
 
     @property
     def shards(self) -> int:
@@ -123,8 +134,9 @@ class TiledMatrix:
 
         Args:
             shard: its number.
-            block: (rows, columns of the shard), of the matrix's dtype; not kept. Where a whole tile of a dense one is
-                zero, its negative zeros become positive, in place. Of a sparse one, one band at a time is made dense.
+            block: (rows, columns of the shard), of the matrix's dtype, best column-major; not kept. Where a whole tile
+                of a dense one is zero, its negative zeros become positive, in place. Of a sparse one, one band at a
+                time is made dense.
 
         Returns:
             How many of its tiles are zero and cost nothing.
@@ -145,13 +157,14 @@ class TiledMatrix:
         return int((states == Tile.ZERO).sum())
 
     def _put(self, first: int, start: int, band: np.ndarray) -> None:
-        where = slice(first, first + len(band)), slice(start, start + band.shape[1])
+        where = self._turned((slice(first, first + len(band)), slice(start, start + band.shape[1])))
+        numbers = band.T if self._by_column else band
         try:
-            self._data[where] = band
+            self._data[where] = numbers
         except ValueError:  # Zarr looks into the file that it replaces, which a writer may have left torn
-            key = self._data.metadata.encode_chunk_key((first // self._band, start // self.shard))
+            key = self._data.metadata.encode_chunk_key(self._turned((first // self._band, start // self.shard)))
             sync((self._data.store_path / key).delete())
-            self._data[where] = band
+            self._data[where] = numbers
 
     def _bands(self, block: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[int, np.ndarray]]:
         """The bands of a block that may hold a nonzero, dense and writeable, each with its first row."""
@@ -165,7 +178,7 @@ class TiledMatrix:
         for first in range(0, self.shape[0], self._band):
             band = by_row[first : first + self._band]
             if band.nnz:
-                yield first, band.toarray()  # by row, as Zarr cuts its tiles
+                yield first, band.toarray(order="F")
 
     def read(self) -> np.ndarray:
         """The whole matrix, Fortran-ordered: one copy, plus one shard while it is read.
@@ -192,11 +205,15 @@ class TiledMatrix:
         """
         first, last = self.columns(shard)
         stop = self.shape[0] if stop is None else stop
-        out = np.zeros((stop - start, last - first), dtype=self.dtype, order="F")
+        out: np.ndarray | None = None
         for at, block in self._stored(shard, self._states(shard)[:, 0], start, stop):
+            if at == start and len(block) == stop - start and block.flags.f_contiguous:
+                return block  # there is no more
+            if out is None:
+                out = np.zeros((stop - start, last - first), dtype=self.dtype, order="F")
             low, high = max(at, start), min(at + len(block), stop)
-            _turn(block[low - at : high - at], out[low - start : high - start])
-        return out
+            out[low - start : high - start] = block[low - at : high - at]
+        return np.zeros((stop - start, last - first), dtype=self.dtype, order="F") if out is None else out
 
     def read_sparse(self) -> scipy.sparse.csc_array:
         """The whole matrix without its zeros, canonical; its indices are of 32 bits where they fit.
@@ -268,7 +285,7 @@ class TiledMatrix:
 
     def _read_into(self, out: np.ndarray, shard: int, states: np.ndarray) -> None:
         for first, block in self._stored(shard, states):
-            _turn(block, out[first : first + len(block)])
+            out[first : first + len(block)] = block
 
     def _stored(
         self, shard: int, states: np.ndarray, low: int = 0, high: int | None = None
@@ -289,10 +306,12 @@ class TiledMatrix:
             if not len(stored):
                 continue
             first = int(stored[0]) * self.tile
+            part = self._turned((slice(first, (int(stored[-1]) + 1) * self.tile), slice(start, stop)))
             try:
-                block = np.asarray(self._data[first : (int(stored[-1]) + 1) * self.tile, start:stop])
+                numbers = np.asarray(self._data[part])
             except UNREADABLE as error:
                 raise DamagedError(f"{where}: {error}") from error
+            block = numbers.T if self._by_column else numbers
             for tile in range(int(stored[0]), int(stored[-1]) + 1):
                 rows = block[tile * self.tile - first :][: self.tile]
                 if bool(rows.any()) != (states[tile] == Tile.STORED):
@@ -300,9 +319,3 @@ class TiledMatrix:
                         f"{where}: rows {tile * self.tile} and on are recorded as {Tile(states[tile]).name}"
                     )
             yield first, block
-
-
-def _turn(block: np.ndarray, out: np.ndarray) -> None:
-    """out = block, which is row-major, out column-major."""
-    for row in range(0, len(block), TURNED_ROWS):
-        out[row : row + TURNED_ROWS] = block[row : row + TURNED_ROWS]
