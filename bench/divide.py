@@ -7,14 +7,16 @@ others used it, too. Memory is the process's peak above what it held before. Byt
 read and write (/proc/self/io), mostly served from the page cache where that holds them. Operations are counted from the
 divisions made: 8/3 n^3 a Newton step (and for a circle), 2 n^2 s for the projector of the smaller part s, 2 s^2 (n -
 s/3) for its QR and 8 n^2 s for both rotations, 10 n^3 for what LAPACK solves in the end. The product rate is that of a
-2,048 x 2,048 product on the same thread, before the solve. (The peak of the division of 2026-11-28 is left out: it was
-measured beside pages that the process held already. A whole unit is measured by tests/test_memory.py.)
+2,048 x 2,048 product on the same thread, before the solve. Writing is what the panels of results cost when they are
+written, while no other work goes on.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+import time
+from unittest import mock
 
 import numpy as np
 from common import QUICK, block_calls, cpu_seconds, distance, product_rate, stored, workspace, write
@@ -25,6 +27,7 @@ from stiffcore.eigen import dense, divide
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import keep_freed_pages, moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.plan import divide_moved_bytes, divide_sizes
+from stiffcore.store import TiledMatrix
 from stiffcore.unit import sparse_matrix
 
 NETWORK, BLOCK = ("resnet18", "layer4.1") if QUICK else ("resnet50", "layer1.1")
@@ -63,8 +66,18 @@ def solve_divided(folder, k, first):
     keep_freed_pages()  # as a worker: how freed memory is used again decides the peak
     rate = product_rate()
     release_free_memory()  # of the product: what is kept for later use would hide the division's peak
+    writing, write = 0.0, TiledMatrix.write
+
+    def timed(self, shard, block):
+        nonlocal writing
+        start = time.process_time()
+        zeros = write(self, shard, block)
+        writing += time.process_time() - start
+        return zeros
+
     io, before, whole = moved_bytes(), reset_peak(), space.matrix("whole", k, k)
-    found, seconds = cpu_seconds(lambda: divide.eigenvalues(whole, space, leaf, first=first, at_once=at_once))
+    with mock.patch.object(TiledMatrix, "write", timed):
+        found, seconds = cpu_seconds(lambda: divide.eigenvalues(whole, space, leaf, first=first, at_once=at_once))
     read, written = (b - a for a, b in zip(io, moved_bytes(), strict=True))
     np.save(f"{folder}/divided.npy", found.values)
     splits = [
@@ -74,6 +87,7 @@ def solve_divided(folder, k, first):
     ]
     return {
         "seconds": seconds,
+        "writing_seconds": writing,
         "allowed_bytes": budget,
         "peak_bytes": own_peak_bytes() - before,
         "columns": at_once * width,

@@ -247,10 +247,9 @@ def divide(f: dict[str, Any]) -> str:
     d, w, matrix = f["divided"], f["dense"], mib(f["matrix_bytes"])
     moved = [f"{d[name] / 1e9:,.1f}" for name in ("read_bytes", "written_bytes")]
     share = f"{100 * d['share_of_product_rate']:.0f} %"
-    peak = "-" if d["peak_bytes"] is None else mib(d["peak_bytes"])
     rows = [
         ["whole, LAPACK", matrix, "-", mib(w["peak_bytes"]), "-", "-", seconds(w["seconds"]), "-"],
-        ["divided", matrix, mib(d["allowed_bytes"]), peak, *moved, seconds(d["seconds"]), share],
+        ["divided", matrix, mib(d["allowed_bytes"]), mib(d["peak_bytes"]), *moved, seconds(d["seconds"]), share],
     ]
     header = ["way", "matrix, MiB", "allowed, MiB", "peak, MiB", "read, GB", "written, GB", "s", "of the product rate"]
     said = (
@@ -258,7 +257,8 @@ def divide(f: dict[str, Any]) -> str:
         f"solved by LAPACK; {d['operations']:.1e} operations ({d['operations'] / f['k'] ** 3:.0f} k^3); planned to "
         f"move {d['planned_moved_bytes'] / 1e9:,.0f} GB. The largest distance from an eigenvalue of one way to the "
         f"nearest of the other is {f['largest_difference']:.1e}, the largest eigenvalue {f['largest_eigenvalue']:.3g}, "
-        f"the sum of what was neglected {d['error']:.1e}. The divisions:"
+        f"the sum of what was neglected {d['error']:.1e}. Writing takes "
+        f"{100 * d['writing_seconds'] / d['seconds']:.0f} % of the seconds. The divisions:"
     )
     splits = []
     for s in d["splits"]:

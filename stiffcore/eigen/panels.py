@@ -6,8 +6,9 @@ bits. LU and QR look left: a panel takes all that went before it, and is written
 
 Memory is a block, `at_once` panels of the result side by side, and panels that pass through it, each read while the one
 before is at work: each works on the whole block, so the wider the block, the fewer bytes are read for the same
-arithmetic, 4 / columns bytes an operation. Blocks begin at multiples of `at_once`: what is written in one session or
-several is the same.
+arithmetic, 4 / columns bytes an operation. That is why no block is written while the next one is worked on: two of them
+in memory would be half as wide, and twice as much read, to hide a small share (`bench/divide.py`). Blocks begin at
+multiples of `at_once`: what is written in one session or several is the same.
 
 Who works on the blocks is `each`: this process, one after the other (`one_by_one`), or several workers at once, each on
 a block. A block of LU or QR takes in the panels before its own as they are written. The panels are the same, to the
