@@ -419,7 +419,8 @@ def _divided_squares(
 
 def _told_of(division: divide.Division) -> dict[str, Any]:
     """What the record has of a division."""
-    return {"splits": [asdict(split) for split in division.splits], "error": division.error}
+    splits = [asdict(split) for split in division.splits]
+    return {"splits": splits, "error": division.error, "right": division.right}
 
 
 def _teller(run: UnitRun, stage: str) -> Callable[[str, int, int], None]:
@@ -749,9 +750,11 @@ def _count(run: UnitRun) -> dict[str, Any]:
     return {"ends": ends.to_json()}
 
 
-def neglected(record: dict[str, Any]) -> float:
-    """What a unit's solver left out, see `stiffcore.eigen.certificate.certify`."""
-    return float(record["divided"]["error"]) if record["plan"]["solver"] == Solver.DIVIDE and record["k"] else 0.0
+def division_checks(record: dict[str, Any]) -> dict[str, Any]:
+    """What a unit's division says of its eigenvalues, as `stiffcore.eigen.certificate.certify` takes it."""
+    if record["plan"]["solver"] != Solver.DIVIDE or not record["k"]:
+        return {}
+    return {"neglected": float(record["divided"]["error"]), "right": record["divided"].get("right")}
 
 
 def _certify(run: UnitRun) -> dict[str, Any]:
@@ -767,7 +770,7 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         )
     else:
         values, chosen, some = _solved(run)
-        found = certificate.certify(run.reduction, values, chosen, some, moments, neglected=neglected(run.record))
+        found = certificate.certify(run.reduction, values, chosen, some, moments, **division_checks(run.record))
     run.store.put_array(
         where,
         "eigenvalues",

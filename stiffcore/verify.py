@@ -188,7 +188,7 @@ def _certified_again(store: RunStore, key: str, record: dict[str, Any], module: 
     """Certify the stored eigenvalues with eigenvectors found anew, on a matrix built anew."""
     from stiffcore.eigen.certificate import certify, certify_ends, sparse_moments
     from stiffcore.jacobian.reduction import Reduction
-    from stiffcore.unit import neglected, open_operator, sparse_matrix
+    from stiffcore.unit import division_checks, open_operator, sparse_matrix
 
     reduction = open_operator(store, record, "cpu", module)
     assert isinstance(reduction, Reduction)
@@ -208,7 +208,7 @@ def _certified_again(store: RunStore, key: str, record: dict[str, Any], module: 
     else:
         chosen = certified_choice(values, reduction.shift)
         vectors = _vectors(matrix, values[chosen], moments.frobenius)
-        found = certify(reduction, values, chosen, vectors, moments, neglected=neglected(record))
+        found = certify(reduction, values, chosen, vectors, moments, **division_checks(record))
     if found.failures and not spectrum.certificate.failures:
         return f"made again, it fails: {found.failures[0]}"
     before = spectrum.certificate.error

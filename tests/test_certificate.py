@@ -229,6 +229,22 @@ def test_near_axis_counts_what_may_be_zero():
     assert certificate_of(np.diag([0.0, 2.0, -3.0])).near_axis == 1
 
 
+def test_a_count_in_another_way_must_agree_but_for_what_may_be_zero():
+    def failures(values, right):
+        a = np.diag(values)
+        h, computed, chosen, moments = solve(a)
+        vectors = dense.hessenberg_eigenvectors(h, computed[chosen])
+        return certify(reduction_of(a), computed, chosen, vectors, moments, right=right).failures
+
+    values = np.array([-3.0, -1, 0.5, 1, 2])
+    assert failures(values, 3) == failures(values, None) == ()
+    for wrong in (2, 4):
+        assert "3 real parts are positive, but the division counted" in " ".join(failures(values, wrong))
+    values[2] = 1e-17
+    assert failures(values, 2) == failures(values, 3) == ()
+    assert failures(values, 4)
+
+
 def test_float32_is_not_read_below_the_spread_of_correct_solvers():
     found = certificate_of(np.diag([1e-6, 1, 2]).astype(np.float32))
     assert found.near_axis == 1

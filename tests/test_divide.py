@@ -323,7 +323,9 @@ def test_all_eigenvalues_are_those_of_a_dense_solver(space, name, on):
     assert found.error <= 1e-10 * len(found.splits) * size
     first = found.splits[0] if found.splits else None
     if first is not None and not first.failure:
-        assert first.beyond == (expected.real > 0).sum()
+        assert first.beyond == found.right == (expected.real > 0).sum()
+    else:
+        assert found.right is None
     parts = [s for s in found.splits if not s.failure and 0 < s.beyond < s.order]
     assert len(parts) >= 2 or not parts
     assert set(space.matrices) == {"a"}
@@ -461,6 +463,7 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
     assert len(found.record["divided"]["splits"]) >= 3
     neglected = found.record["divided"]["error"]
     assert neglected > 0
+    assert found.record["divided"]["right"] == (found.computed.real > 0).sum()
     assert all(c.error >= c.condition * neglected for c in found.certificate.certified)
     assert found.numerical_abscissa == pytest.approx(expected.numerical_abscissa, rel=1e-6)
     assert not (small / "divided" / "units" / key / "division").exists()

@@ -133,6 +133,7 @@ def certify(
     *,
     complete: bool = True,
     neglected: float = 0.0,
+    right: int | None = None,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -145,6 +146,8 @@ def certify(
         complete: whether `values` are all, so that they are held against traces.
         neglected: the norm of what the solver left out (`stiffcore.eigen.divide.Division.error`): a backward error, as
             rounding is.
+        right: how many eigenvalues of J have a positive real part, where the solver counted them in another way, by a
+            projector's trace. Values that may lie on either side, by their errors, may differ from that.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
@@ -166,6 +169,20 @@ def certify(
     if dtype.itemsize == 4:
         axis_error = max(axis_error, FLOAT32_SPREAD * moments.frobenius)
     near_axis = int(np.count_nonzero(np.abs(values.real + reduction.shift) <= axis_error)) if len(values) else 0
+    failures = _failures(
+        reduction,
+        values,
+        certified,
+        trace_error,
+        square_error,
+        _scale(reduction, values, moments),
+        dtype,
+        complete=complete,
+    )
+    positive = int(np.count_nonzero(values.real + reduction.shift > axis_error))
+    if right is not None and not positive <= right <= positive + near_axis:
+        doubtful = f" and {near_axis:,} may be" if near_axis else ""
+        failures.append(f"{positive:,} real parts are positive{doubtful}, but the division counted {right:,}")
     return Certificate(
         certified=certified,
         trace_error=trace_error,
@@ -176,18 +193,7 @@ def certify(
         s_active_error=_ratio_error(reduction, values, certified, structural=False),
         near_axis=near_axis,
         axis_error=axis_error,
-        failures=tuple(
-            _failures(
-                reduction,
-                values,
-                certified,
-                trace_error,
-                square_error,
-                _scale(reduction, values, moments),
-                dtype,
-                complete=complete,
-            )
-        ),
+        failures=tuple(failures),
     )
 
 

@@ -111,14 +111,17 @@ class Division:
     Attributes:
         values: (n,) complex, in the order of `sort_eigenvalues`.
         splits: all that were tried.
-        error: the sum of what was neglected, of parts that are a multiple of 1 but for rounding, too: a Frobenius norm.
-            These are the eigenvalues of a matrix so far from the
-            one given, beside the rounding of orthogonal transformations and of LAPACK.
+        error: the sum of what was neglected, and of how far parts are from the multiples of 1 that they were taken for,
+            Frobenius norms: these are the eigenvalues of a matrix so far from the one given, beside the rounding of
+            orthogonal transformations and of LAPACK.
+        right: how many eigenvalues lie right of the line that was asked for, by the trace of its projector; None where
+            that failed, or was not needed.
     """
 
     values: np.ndarray
     splits: tuple[Split, ...]
     error: float
+    right: int | None
 
 
 class DivisionError(StiffcoreError):
@@ -164,7 +167,9 @@ def eigenvalues(
     work = _Work(space, most, at_once, tell, each, device, solve, [], [])
     values = list(_divided(work, "", lambda: a, a.shape[0], first))
     neglected = sum(s.neglected for s in work.splits if not s.failure) + sum(work.levelled)
-    return Division(sort_eigenvalues(np.concatenate(values)), tuple(work.splits), neglected)
+    counted = [s.beyond for s in work.splits[:1] if first is not None and not s.failure]
+    right = counted[0] if counted else None
+    return Division(sort_eigenvalues(np.concatenate(values)), tuple(work.splits), neglected, right)
 
 
 def eigenvectors(
