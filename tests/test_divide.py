@@ -136,6 +136,7 @@ def test_rows_of_a_panel_are_read_alone(tmp_path):
     for start, stop in ((0, None), (3, 50), (9, 20), (59, 60), (10, 10)):
         assert np.array_equal(matrix.read_shard(1, start, stop), a[start:stop, 16:32])
     assert matrix.read_shard(3).flags.f_contiguous
+    assert matrix.read_shard(3).flags.writeable
 
 
 @DEVICES
