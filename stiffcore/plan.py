@@ -686,6 +686,7 @@ def _divide_singular(unit: Unit, study: Study, machine: Machine, data_bytes: int
     """The matrix that `_symmetric` solves, made and divided in the store; the sparse matrices stay in memory.
 
     solve: `divide_held_bytes`, or a part with its symmetric copies.
+    flops: of the division, and of a Cholesky factorisation and a product before it.
     disk: the matrix, and while it is divided six of its order.
     """
     k, itemsize = max(unit.k, 1), np.dtype(study.dtype).itemsize
@@ -693,7 +694,7 @@ def _divide_singular(unit: Unit, study: Study, machine: Machine, data_bytes: int
     width, at_once, leaf = divide_sizes(k, data_bytes - SINGULAR_ENTRY_BYTES * unit.nonzeros - operator)
     leaf = max(width, 4 * leaf // 7)  # three matrices of it, not one
     held = max(divide_held_bytes(k, width, at_once), 3 * 8 * leaf**2 + 16 * width * leaf)
-    flops = DIVIDE_FLOPS * k**3
+    flops = (DIVIDE_FLOPS + 3) * k**3
     plan, why_not = _singular(Solver.DIVIDE, unit, study, machine, data_bytes, held, flops)
     plan = replace(
         plan,

@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 from scipy.optimize import linear_sum_assignment
 
-from stiffcore.eigen import divide, panels
+from stiffcore.eigen import certificate, divide, panels
 from stiffcore.eigen.blas import HOST
 from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.eigen.panels import SingularError
@@ -376,6 +376,16 @@ def test_close_eigenvalues_have_each_its_own_eigenvectors(space):
         assert abs(found.left[:, i] @ orthogonal()[:, i]) > 0.999
 
 
+@pytest.mark.parametrize("length", [2, 8, 15, 24])
+def test_a_defective_eigenvalue_has_eigenvectors(space, length):
+    a = orthogonal() @ scipy.linalg.block_diag(np.eye(length, k=1), np.diag(np.linspace(1, 2, N - length)))
+    a = a @ orthogonal().T
+    found = divide.eigenvectors(stored(space, "a", a), space, np.zeros(1, complex))
+    assert found.converged.all()
+    assert np.linalg.norm(a @ found.right[:, 0]) < 1e-9
+    assert set(space.matrices) == {"a"}
+
+
 def test_what_is_taken_for_a_multiple_of_one_is_in_the_error(space):
     a = 3 * np.eye(N) + 1e-15 * random(N, N)
     found = divide.eigenvalues(stored(space, "a", a), space, 20)
@@ -445,7 +455,7 @@ def in_parts(url, key, **sizes):
     store.update(key, plan={**store.record(key)["plan"], **sizes})
 
 
-def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
+def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small, monkeypatch):
     options = OPTIONS | {"blocks": "1", "functions": "block"}
     dense, _ = execute(small / "dense", options)
     url = str(small / "divided")
@@ -456,8 +466,11 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small):
     expected = dense.spectrum(block=1)
     in_parts(url, key, panel=32, at_once=2, leaf=len(expected.computed) // 3)
     RunStore(url).update(key, stage="planned", division=None)
+    told, certify = [], certificate.certify
+    monkeypatch.setattr(certificate, "certify", lambda *args, **known: told.append(known) or certify(*args, **known))
     carry_out(url, key, threads=1, emit=lambda event: None)
     found = run.spectrum(block=1)
+    assert told == [{"neglected": found.record["divided"]["error"], "right": found.record["divided"]["right"]}]
     assert found.certificate.passed
     assert largest_error(found.values, expected.values) < 1e-12
     assert found.metrics["S_active"] == pytest.approx(expected.metrics["S_active"], rel=1e-10)

@@ -34,7 +34,7 @@ from tests.cases import (
     transformer,
 )
 from tests.reference import dense_jacobian
-from tests.test_divide import Memory
+from tests.test_divide import Cut, InMemory, Memory
 
 CASES = {
     "basic": (lambda: Basic(6), (1, 6, 9, 9)),
@@ -187,6 +187,55 @@ def test_a_divided_waist_has_the_values_of_a_dense_svd(name, function, at_once):
     assert np.abs(whole(found) - true)[far & (true > 0.1)].max() <= 1e-10
     certificate = singular.certify(factors, found, factors.difference(matrices))
     assert certificate.passed, certificate.failures
+
+
+@pytest.mark.parametrize(("name", "function"), sorted(BY_WAIST))
+def test_errors_in_single_precision_are_honest_and_not_far_too_large(name, function):
+    build, shape = CASES[name]
+    f, x = randomised(build()).float(), seeded(shape, 1).float()
+    factors = open_factors(f, x, BlockFunction(function))
+    matrices = factors.matrices(16)
+    assert factors.reduction is not None
+    assert factors.jacobian.x.dtype is torch.float32
+    true = np.sort(np.linalg.svd(dense_jacobian(factors.jacobian.f.double(), x.double()), compute_uv=False))
+    order = factors.order
+    divided, _ = singular.by_division(factors, matrices, Memory(order // 5), order // 2)
+    for found in (singular.by_waist(factors, *matrices), divided):
+        values = np.concatenate([found.values, np.ones(found.ones), np.zeros(found.zeros)])
+        at = np.argsort(values, kind="stable")
+        errors = np.concatenate([found.errors, np.full(found.ones + found.zeros, 1e-6)])[at]
+        assert (np.abs(values[at] - true) <= errors + 1e-6).all()
+        assert errors[true > 1.1].max() <= 1e-3
+
+
+def test_division_of_a_waist_that_is_zero():
+    factors = open_factors(randomised(Bottleneck(16)), seeded((1, 16, 9, 9), 1), BlockFunction.BRANCH)
+    assert factors.reduction is not None
+    u, v = (m * 0.0 for m in factors.matrices(16))
+    found, _ = singular.by_division(factors, [u, v], Memory(16), 10)
+    assert not found.values.any()
+    assert not found.errors.any()
+
+
+@pytest.mark.parametrize(("due", "function"), [(5, "block"), (40, "block"), (150, "block"), (60, "branch")])
+def test_division_of_a_waist_cut_off_goes_on_to_the_same_bytes(due, function):
+    build, shape = CASES["bottleneck"]
+    factors = open_factors(randomised(build()), seeded(shape, 1), BlockFunction(function))
+    matrices = factors.matrices(16)
+
+    def solved(space):
+        return singular.by_division(factors, matrices, space, factors.order // 2, at_once=2)[0]
+
+    InMemory.due = 0
+    expected, space = solved(Memory(12)), Memory(12)
+    InMemory.due = due
+    with pytest.raises(Cut):
+        solved(space)
+    InMemory.due = 0
+    found = solved(space)
+    assert found.values.tobytes() == expected.values.tobytes()
+    assert found.errors.tobytes() == expected.errors.tobytes()
+    assert set(space.matrices) == {"whole"}
 
 
 @pytest.mark.slow

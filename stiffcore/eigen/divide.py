@@ -41,9 +41,10 @@ NEAR = 1e-2
 MOST_STEPS = 60
 SEED = 0
 SMALLEST = 1e-120
-# Of inverse iteration: beside the eigenvalue, for factors that are not singular, relative to the norm. No further off
-# than rounding, so that of two close eigenvalues each has its own vectors.
-OFFSET = 4 * EPS
+# Of inverse iteration: beside the eigenvalue, for factors that are not singular, relative to the norm. First no further
+# off than rounding, so that of two close eigenvalues each has its own vectors; further off where that meets a zero
+# pivot, or where vectors of a defective one overflow.
+OFFSETS = (4 * EPS, 1e-13, 1e-10)
 ITERATIONS = 3
 
 
@@ -192,16 +193,16 @@ def eigenvectors(
         each: as for `eigenvalues`.
 
     Returns:
-        Unit vectors; one that did not come within the iteration is flagged.
+        Unit vectors; those that are not finite are flagged.
     """
     n, size = a.shape[0], panels.norm(a) or 1.0
     start = np.random.default_rng(SEED).standard_normal((2, n))
 
-    def pair(number: int) -> np.ndarray:
-        value = values[number]
-        shift = value + OFFSET * size if value.imag else value.real + OFFSET * size
+    def pair(number: int, offset: float) -> np.ndarray:
+        value, name = values[number], f"{number}-{OFFSETS.index(offset)}"
+        shift = (value if value.imag else value.real) + offset * size
         dtype = np.dtype(complex if value.imag else float)
-        moved, lu = space.matrix(f"moved{number}", n, n, dtype), space.matrix(f"lu{number}", n + 1, n, dtype)
+        moved, lu = space.matrix(f"moved{name}", n, n, dtype), space.matrix(f"lu{name}", n + 1, n, dtype)
         panels.copy(a, moved, shift=-shift)
         try:
             told = partial(tell, f"eigenvector {number + 1} of {len(values)}")
@@ -213,16 +214,27 @@ def eigenvectors(
 
     found = np.empty((2, n, len(values)), complex)
     for number in range(len(values)):
-        found[:, :, number] = space.once_array(f"vectors{number}", partial(pair, number))
-        space.drop(f"moved{number}", f"lu{number}")
+        for i, offset in enumerate(OFFSETS):
+            found[:, :, number] = space.once_array(f"vectors{number}-{i}", partial(pair, number, offset))
+            space.drop(f"moved{number}-{i}", f"lu{number}-{i}")
+            if np.isfinite(found[:, :, number]).all():
+                break
     return Eigenvectors(found[0], found[1], np.asarray(np.isfinite(found).all(axis=(0, 1))))
 
 
 def _iterated(solve: Callable[[Panels, np.ndarray], np.ndarray], lu: Panels, x: np.ndarray) -> np.ndarray:
+    """The iterate that grew most, so of the least residual: where an eigenvalue is defective, later ones get worse."""
+    found, most = np.full(len(x), np.nan), 0.0
     for _ in range(ITERATIONS):
-        x = solve(lu, np.asfortranarray(x[:, None], dtype=lu.dtype))[:, 0]
-        x = x / np.linalg.norm(x)
-    return x
+        with np.errstate(over="ignore", invalid="ignore"):  # not finite then, and not taken
+            x = solve(lu, np.array(x[:, None], dtype=lu.dtype, order="F"))[:, 0]
+            largest = np.abs(x).max()
+            x = x / largest
+            length = np.linalg.norm(x)
+            x = x / length
+            if largest * length > most:
+                found, most = x, largest * length
+    return found
 
 
 @dataclass(frozen=True)

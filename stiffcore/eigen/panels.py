@@ -1,8 +1,8 @@
-"""Linear algebra on matrices that fit no memory, in column panels: products, LU, inverse, QR, transposes.
+"""Linear algebra on matrices that fit no memory, in column panels: products, LU, Cholesky, inverse, QR, transposes.
 
 A matrix is a sequence of column panels, each written once. Every function here writes the panels that its result still
 lacks, in order, from what its arguments hold, and a call that was cut off is finished by the same call, to the same
-bits. LU and QR look left: a panel takes all that went before it, and is written when it is done with.
+bits. LU, Cholesky and QR look left: a panel takes all that went before it, and is written when it is done with.
 
 Memory is a block, `at_once` panels of the result side by side, and panels that pass through it, each read while the one
 before is at work: each works on the whole block, so the wider the block, the fewer bytes are read for the same
@@ -11,7 +11,7 @@ in memory would be half as wide, and twice as much read, to hide a small share (
 multiples of `at_once`: what is written in one session or several is the same.
 
 Who works on the blocks is `each`: this process, one after the other (`one_by_one`), or several workers at once, each on
-a block. A block of LU or QR takes in the panels before its own as they are written. The panels are the same, to the
+a block. A block of these three takes in the panels before its own as they are written. The panels are the same, to the
 bit.
 """
 

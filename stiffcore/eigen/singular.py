@@ -39,6 +39,8 @@ from stiffcore.spectra import Certificate, Certified
 Array = NDArray[np.float64]
 # What a square may be off by, in eps |J|^2: the sum of a Cholesky factorisation, two products and an eigensolver.
 SQUARE_ROUNDING = 16
+# What the rounding of U's and V's entries moves a square by, in eps |W|^2 |K|.
+ENTRY_ROUNDING = 4
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,10 @@ def by_division(
         each: who works on the blocks.
 
     Raises:
-        DivisionError: where no curve divides the matrix, or a part of it.
+        DivisionError: where no curve divides the matrix, or a part of it, or rounding leaves W^T W + d I indefinite.
     """
     kernels: dict[str, Any] = {"at_once": at_once, "each": each}
-    order, shift, ones, uncertainty = factors.order, 0, 0, 0.0
+    order, shift, ones, uncertainty = factors.order, 0, 0, (0.0, 0.0)
     whole = partial(space.matrix, "whole", order, order)
     if factors.reduction is None:
         rows = _of_smaller_side(*matrices)
@@ -128,25 +130,28 @@ def by_division(
     else:
         shift = factors.reduction.shift
         ones = len(factors.rows) - order if shift else 0
-        w, v = _sides(factors, *matrices)
-        size, weight = _norms(w, v, shift)
-        uncertainty = _uncertainty(factors, size, weight, order)
 
         def told(what: str) -> dict[str, Any]:
             return kernels | {"tell": partial(tell, f"{what} of order {order:,}")}
 
-        def made() -> int:
+        def made() -> tuple[float, float]:
+            w, v = _sides(factors, *matrices)
+            size, weight = space.once("norms", lambda: _norms(w, v, shift))
             gram, root, turned = (space.matrix(name, order, order) for name in ("gram", "root", "turned"))
             _write_gram(w, gram)
+            if not size:  # W is zero, and has no root
+                panels.copy(gram, whole())
+                return size, weight
             try:
                 panels.cholesky(gram, root, shift=order * np.finfo(float).eps * size, **told("Cholesky's factor"))
             except SingularError as error:
                 raise DivisionError(f"W^T W of its factors: {error}") from error
             panels.transpose(root, turned, tell=told("its transpose")["tell"], each=each)
             panels.product(root, partial(_inner_columns, v, shift, turned), whole(), **told("R K R^T"))
-            return order
+            return size, weight
 
-        space.once("made", made)
+        size, weight = space.once("made", made)
+        uncertainty = _uncertainty(size, weight, order)
         space.drop("gram", "root", "turned")
     trace, norm = space.once("moments", lambda: [panels.trace(whole()), panels.norm(whole())])
     found = divide.eigenvalues(whole(), space, most, tell=tell, solve=_symmetric_eigenvalues, **kernels)
@@ -171,7 +176,7 @@ def _inner_columns(v: sp.csc_array, shift: int, turned: Panels, start: int, stop
         left, right = turned.columns(i)
         if start <= left < stop:
             panel = turned.read_shard(i)
-            # V^T of few columns at once: no more numbers than those have
+            # V^T of few columns at once: no more numbers than half of the panel
             group = max(1, turned.shape[0] * (right - left) // (2 * v.shape[1]))
             for at in range(0, right - left, group):
                 done = _inner(v, shift, panel[:, at : at + group])
@@ -214,13 +219,16 @@ def _norms(w: sp.csc_array, v: sp.csc_array, shift: int) -> tuple[float, float]:
     return _norm(lambda x: w.T @ (w @ x), w.shape[1], most[0]), _norm(partial(_inner, v, shift), w.shape[1], most[1])
 
 
-def _uncertainty(factors: Factors, size: float, weight: float, times: int) -> float:
+def _uncertainty(size: float, weight: float, times: int) -> tuple[float, float]:
     """What any eigenvalue of W K W^T may move by, |W|^2 = size, |K| = weight, where W^T W moves by times eps |W|^2.
 
     For W with more rows, sqrt(d) I, it has more rows and columns, of norm sqrt(d) |W| |K| at most (Weyl); one that is
     not near 0 moves by d |W|^2 |K|^2 / |value|, to first order.
+
+    Returns:
+        That, in float64 as all arithmetic here is; and |W|^2 |K|, in whose rounding that of U and V is.
     """
-    return 2 * weight * size * np.sqrt(_eps(factors) * times)
+    return 2 * weight * size * np.sqrt(float(np.finfo(float).eps) * times), weight * size
 
 
 def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValues:
@@ -245,7 +253,7 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
     del r
     ones = len(factors.rows) - order if shift else 0
     # pstrf drops what is below `order` times the rounding of W^T W
-    most = _uncertainty(factors, size, weight, order if rank < order else 1)
+    most = _uncertainty(size, weight, order if rank < order else 1)
     return _from_squares(factors, t, ones, factors.count - order - ones, shift, missing=order - rank, most=most)
 
 
@@ -273,9 +281,9 @@ def _from_squares(
     shift: int = 0,
     *,
     missing: int = 0,
-    most: float = 0.0,
+    most: tuple[float, float] = (0.0, 0.0),
 ) -> SingularValues:
-    """Roots of shift + eig(T), and of `missing` more whose part of T is rounding; squares are off by `most` at most."""
+    """Roots of shift + eig(T), and of `missing` more whose part of T is rounding; `most` is from `_uncertainty`."""
     t = (t + t.T) / 2
     trace, norm_square = float(np.trace(t)), float(np.einsum("ij,ij->", t, t))
     found = scipy.linalg.eigvalsh(t, overwrite_a=True) if len(t) else np.zeros(0)
@@ -291,7 +299,7 @@ def _roots(
     shift: int = 0,
     *,
     missing: int = 0,
-    most: float = 0.0,
+    most: tuple[float, float] = (0.0, 0.0),
     neglected: float = 0.0,
 ) -> SingularValues:
     """See `_from_squares`: of the eigenvalues of T, which may be off by `neglected`, too; ones and zeros are exact."""
@@ -299,12 +307,12 @@ def _roots(
     fourth_error = _relative(float((found**2).sum()), norm_square)
     found = np.sort(np.concatenate([found, np.zeros(missing)]))
     squares = np.maximum(shift + found, 0.0)
-    rounding = SQUARE_ROUNDING * _eps(factors) * squares.max(initial=0)
+    near_zero, scale = most
+    rounding = _eps(factors) * (SQUARE_ROUNDING * squares.max(initial=0) + ENTRY_ROUNDING * scale)
     off = np.full(len(squares), rounding + neglected)
-    if most:
-        # in terms of `most`, which is its root, see `_uncertainty`
+    if near_zero:
         with np.errstate(divide="ignore"):
-            off += np.minimum(most, most**2 / np.abs(found))
+            off += np.minimum(near_zero, near_zero**2 / np.abs(found))
     values = np.sqrt(squares)
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.fmin(np.sqrt(off), off / (2 * values))
