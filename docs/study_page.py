@@ -14,6 +14,8 @@ from stiffcore.report.statistics import SIGNIFICANT, correlations, labelled, spr
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet18", "resnet34", "resnet50")
+# Images that correlations take at least.
+ENOUGH = 20
 EXTREMES_HEAD = """# Are the residual blocks of ResNets stiff? S and the sign of the spectrum at many images
 
 The true spectra (`matrix`: eigenvalues of each block's n x n Jacobian, skip and last ReLU included) of all square
@@ -58,15 +60,16 @@ FINDINGS = """## What agrees with the paper, what does not, and why
 tensor slices, of square and rectangular blocks alike: block 1 of ResNet18 has 268,435,456 elements, as a
 16,384 x 16,384 Jacobian has, and 268,435,456 / 16 = 16,777,216 eigenvalues of 16 x 16 slices. The Jacobian has 16,384.
 
-**S agrees in sign, order of size and pattern.** It is negative everywhere, near -1 in blocks with a projection shortcut
-and -4 to -13 in those with an identity (block 1 of ResNet18: -2 in the paper, -5 here), and of largest size in the last
-block of ResNet18. It hardly depends on the image (the standard deviation is {varies} % of the mean at most) or on the
-label, here as in the paper. The values differ by up to a factor of 2.3, as the weights do: ours were trained for 8
-epochs.
+**S agrees in sign, order of size and pattern.** It is negative everywhere, -1 to -2 in blocks with a projection
+shortcut, {identity} here and {theirs_identity} in the paper in those with an identity (ResNet18 and ResNet34), and of
+large size towards the end. It hardly depends on the image (the standard deviation is {varies} % of the mean at most) or on the
+label, here as in the paper. The values of single blocks differ by up to a factor of {factor}, as the weights do: ours
+were trained for 8 epochs. In the one block of ResNet50 that the paper reached, the last, S is {theirs_last} there and
+{ours_last} here.
 
-**P agrees in its growth along depth,** from 3 % to a fifth and more. In the blocks between, ours is up to 2.7 times the
-paper's. P counts exact zeros in its denominator, and how many there are depends on how many outputs ReLU holds at zero,
-so on the training; whether that is all of it, these checkpoints cannot say.
+**P agrees in its growth along depth,** from 3 % (ResNet50: 1 %) to a fifth and more. In the blocks between, ours is up
+to {share} times the paper's. P counts exact zeros in its denominator, and how many there are depends on how many
+outputs ReLU holds at zero, so on the training; whether that is all of it, these checkpoints cannot say.
 
 **Correlations with accuracy and loss.** The paper finds {theirs} of its p-values for single blocks of ResNet18 under
 0.05. Here {raw} of {tests} are, at {images} images, and {holm} after Holm's correction. P of block 8 and accuracy: r =
@@ -207,6 +210,8 @@ def by_label(network, rows):
 
 
 def correlated(network, rows):
+    if rows["image"].nunique() < ENOUGH:
+        return f"None: fewer than {ENOUGH} images."
     paper, lines = published(network, "correlations"), []
     names = {("S", "correct"): "acc_S", ("negative", "correct"): "acc_P"}
     names |= {("S", "loss"): "loss_S", ("negative", "loss"): "loss_P"}
@@ -240,8 +245,24 @@ def findings():
     tests = correlations(done, ["S", "negative"])
     theirs = [test["p"] < SIGNIFICANT for row in paper.values() for name, test in row.items() if name != "block"]
     last = tests[(tests["number"] == 8) & (tests["outcome"] == "correct") & (tests["metric"] == "negative")].iloc[0]
-    each = spread(done, ["number", "block"], ["S"])
-    varies = (each["std"] / each["mean"].abs()).max()
+    slices = pd.concat([read(f"slices-{n}").assign(network=n) for n in NETWORKS], ignore_index=True)
+    slices = slices[(slices["state"] == "done") & (slices["kind"] == "tensor-slices")]
+    each = slices.groupby(["network", "number"])[["S", "negative"]].agg(["mean", "std"])
+    varies = (each["S", "std"] / each["S", "mean"].abs()).max()
+    beside = pd.DataFrame(
+        [
+            {"network": n, "number": number, "S": row["S"], "negative": row["negative"]}
+            for n in NETWORKS
+            for number, row in published(n, "by_block").items()
+        ]
+    ).set_index(["network", "number"])
+    ours = each.xs("mean", axis=1, level=1).loc[beside.index]
+    ratio, square_blocks = ours["S"] / beside["S"], ours["S"] < -2
+    small = beside.index.get_level_values("network") != "resnet50"
+    identity = [
+        f"{s[square_blocks & small].max():.0f} to {s[square_blocks & small].min():.0f}"
+        for s in (ours["S"], beside["S"])
+    ]
     square = pd.concat([read("resnet18"), read("resnet50")], ignore_index=True)
     square = square[square["state"] == "done"]
     none, doubtful = int((square["negative"] == 0).sum()), square["negative"].isna().sum()
@@ -255,6 +276,12 @@ def findings():
     return FINDINGS.format(
         images=done["image"].nunique(),
         varies=f"{100 * varies:.0f}",
+        identity=identity[0],
+        theirs_identity=identity[1],
+        factor=f"{pd.concat([ratio[small], 1 / ratio[small]]).max():.1f}",
+        share=f"{(ours['negative'] / beside['negative']).max():.1f}",
+        ours_last=f"{ours['S'].iloc[-1]:.0f}",
+        theirs_last=f"{beside['S'].iloc[-1]:.0f}",
         tests=len(tests),
         raw=int((tests["pearson_p"] < SIGNIFICANT).sum()),
         holm=int((tests["pearson_holm"] < SIGNIFICANT).sum()),
