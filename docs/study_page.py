@@ -62,10 +62,10 @@ tensor slices, of square and rectangular blocks alike: block 1 of ResNet18 has 2
 
 **S agrees in sign, order of size and pattern.** It is negative everywhere, -1 to -2 in blocks with a projection
 shortcut, {identity} here and {theirs_identity} in the paper in those with an identity (ResNet18 and ResNet34), and of
-large size towards the end. It hardly depends on the image (the standard deviation is {varies} % of the mean at most) or on the
-label, here as in the paper. The values of single blocks differ by up to a factor of {factor}, as the weights do: ours
-were trained for 8 epochs. In the one block of ResNet50 that the paper reached, the last, S is {theirs_last} there and
-{ours_last} here.
+large size towards the end. It hardly depends on the image (the standard deviation is {varies} % of the mean at most) or
+on the label, here as in the paper. The values of single blocks differ by up to a factor of {factor}, as the weights do:
+ours were trained for 8 epochs. In the one block of ResNet50 that the paper reached, the last, S is {theirs_last} there
+and {ours_last} here.
 
 **P agrees in its growth along depth,** from 3 % (ResNet50: 1 %) to a fifth and more. In the blocks between, ours is up
 to {share} times the paper's. P counts exact zeros in its denominator, and how many there are depends on how many
