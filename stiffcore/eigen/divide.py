@@ -29,6 +29,7 @@ from stiffcore.eigen.dense import Eigenvectors, hessenberg_eigenvalues, sort_eig
 from stiffcore.eigen.panels import Each, Panels, SingularError, one_by_one
 from stiffcore.eigen.sparse import EPS
 from stiffcore.errors import StiffcoreError
+from stiffcore.memory import release_free_memory
 
 # The block that should vanish, beside the matrix (Frobenius norms).
 SPLIT_TOLERANCE = 1e-10
@@ -261,7 +262,12 @@ def _divided(
     """The eigenvalues of a part, in parts."""
     space = work.space
     if n <= work.most:
-        yield space.once_array(f"{name}-values", lambda: work.solve(_in_memory(opened())))
+
+        def solved() -> np.ndarray:
+            release_free_memory()  # of blocks: a part would come on top
+            return work.solve(_in_memory(opened()))
+
+        yield space.once_array(f"{name}-values", solved)
         return
     mean, spread, away = space.once(f"{name}-moments", lambda: _moments(opened()))
     if not spread:
