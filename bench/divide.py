@@ -8,7 +8,9 @@ read and write (/proc/self/io), mostly served from the page cache where that hol
 divisions made: 8/3 n^3 a Newton step (and for a circle), 2 n^2 s for the projector of the smaller part s, 2 s^2 (n -
 s/3) for its QR and 8 n^2 s for both rotations, 10 n^3 for what LAPACK solves in the end. The product rate is that of a
 2,048 x 2,048 product on the same thread, before the solve. Writing is what the panels of results cost when they are
-written, while no other work goes on.
+written, while no other work goes on. (The peak of 2026-11-28 is that of a process whose allocator was told too late how
+to use freed memory again, once its threads had begun; told first, as it is now, two steps of the first division stayed
+at 97 MiB, where that run had reached 150.)
 """
 
 import json
@@ -63,7 +65,6 @@ def solve_divided(folder, k, first):
     """Division within a quarter of the matrix, as the plan sizes its blocks and parts."""
     budget, width, at_once, leaf = sizes(k)
     space = workspace(folder, width)
-    keep_freed_pages()  # as a worker: how freed memory is used again decides the peak
     rate = product_rate()
     release_free_memory()  # of the product: what is kept for later use would hide the division's peak
     writing, write = 0.0, TiledMatrix.write
@@ -123,6 +124,7 @@ def in_process(step, *args):
 
 if __name__ == "__main__":
     if "step" in sys.argv:
+        keep_freed_pages()  # first of all, as a worker: how freed memory is used again decides the peak
         step, folder, *rest = sys.argv[sys.argv.index("step") + 1 :]
         with threadpool_limits(1):
             work = {"make": make, "dense": solve_dense, "divide": solve_divided}[step]

@@ -106,6 +106,7 @@ class InProcess:
             on_event: told of every event.
         """
         self._on_event = on_event
+        keep_freed_pages()  # as in workers, and before the store's threads begin: later it does not hold for theirs
 
     def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
         """Run `function` to its end; the future is done."""
