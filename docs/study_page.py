@@ -257,10 +257,10 @@ def findings():
         ]
     ).set_index(["network", "number"])
     ours = each.xs("mean", axis=1, level=1).loc[beside.index]
-    ratio, square_blocks = ours["S"] / beside["S"], ours["S"] < -2
+    ratio, with_identity = ours["S"] / beside["S"], ours["S"] < -2
     small = beside.index.get_level_values("network") != "resnet50"
     identity = [
-        f"{s[square_blocks & small].max():.0f} to {s[square_blocks & small].min():.0f}"
+        f"{s[with_identity & small].max():.0f} to {s[with_identity & small].min():.0f}"
         for s in (ours["S"], beside["S"])
     ]
     square = pd.concat([read("resnet18"), read("resnet50")], ignore_index=True)

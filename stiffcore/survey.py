@@ -265,7 +265,6 @@ def _slices_facts(slices: Slices, common: dict[str, Any]) -> Unit:
 
 def _factors_facts(factors: Factors, common: dict[str, Any]) -> Unit:
     rows, columns = len(factors.rows), len(factors.columns)
-    ones = rows - factors.order if factors.reduction is not None and factors.reduction.shift else 0
     start = time.perf_counter()
     if not factors.parts:
         factors.jacobian.jvp(factors.jacobian.x.new_zeros((COLUMNS_TRIED, factors.jacobian.n)))
@@ -275,8 +274,8 @@ def _factors_facts(factors: Factors, common: dict[str, Any]) -> Unit:
         m=factors.jacobian.m,
         k=factors.order,
         width=0 if factors.reduction is not None else max(rows, columns),
-        ones=ones,
-        zeros=factors.count - factors.order - ones,
+        ones=factors.ones,
+        zeros=factors.count - factors.order - factors.ones,
         route="factors" if factors.reduction is not None else "whole",
         reason=factors.reason,
         column_items=factors.column_items,

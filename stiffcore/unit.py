@@ -32,7 +32,7 @@ from stiffcore.jacobian.colouring import ReachError
 from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
 from stiffcore.jacobian.slices import RandomCheck, Slices
-from stiffcore.memory import keep_freed_pages, moved_bytes, own_peak_bytes, release_free_memory, reset_peak
+from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
 from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, operator_bytes
 from stiffcore.spectra import Ends, certified_choice, spelled
@@ -445,7 +445,6 @@ def _division(run: UnitRun, stage: str) -> Iterator[StoredWorkspace]:
     failed = (run.record.get(DIVISION) or {}).get("failed")
     if failed:
         raise divide.DivisionError(failed)
-    keep_freed_pages()  # in a process that is not a worker, too: else freed blocks come on top of the next ones
     with _undoing(run, stage, DIVISION):
         try:
             plan = run.record["plan"]

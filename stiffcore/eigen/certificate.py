@@ -168,7 +168,8 @@ def certify(
     axis_error = max((c.error for c in beside), default=0.0)
     if dtype.itemsize == 4:
         axis_error = max(axis_error, FLOAT32_SPREAD * moments.frobenius)
-    near_axis = int(np.count_nonzero(np.abs(values.real + reduction.shift) <= axis_error)) if len(values) else 0
+    real = values.real + reduction.shift
+    near_axis = int(np.count_nonzero(np.abs(real) <= axis_error))
     failures = _failures(
         reduction,
         values,
@@ -179,7 +180,7 @@ def certify(
         dtype,
         complete=complete,
     )
-    positive = int(np.count_nonzero(values.real + reduction.shift > axis_error))
+    positive = int(np.count_nonzero(real > axis_error))
     if right is not None and not positive <= right <= positive + near_axis:
         doubtful = f" and {near_axis:,} may be" if near_axis else ""
         failures.append(f"{positive:,} real parts are positive{doubtful}, but the division counted {right:,}")

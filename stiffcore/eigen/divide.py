@@ -169,8 +169,8 @@ def eigenvalues(
     work = _Work(space, most, at_once, tell, each, device, solve, [], [])
     values = list(_divided(work, "", lambda: a, a.shape[0], first))
     neglected = sum(s.neglected for s in work.splits if not s.failure) + sum(work.levelled)
-    counted = [s.beyond for s in work.splits[:1] if first is not None and not s.failure]
-    right = counted[0] if counted else None
+    asked = work.splits[0] if first is not None and work.splits else None
+    right = None if asked is None or asked.failure else asked.beyond
     return Division(sort_eigenvalues(np.concatenate(values)), tuple(work.splits), neglected, right)
 
 
@@ -199,8 +199,8 @@ def eigenvectors(
     n, size = a.shape[0], panels.norm(a) or 1.0
     start = np.random.default_rng(SEED).standard_normal((2, n))
 
-    def pair(number: int, offset: float) -> np.ndarray:
-        value, name = values[number], f"{number}-{OFFSETS.index(offset)}"
+    def pair(number: int, name: str, offset: float) -> np.ndarray:
+        value = values[number]
         shift = (value if value.imag else value.real) + offset * size
         dtype = np.dtype(complex if value.imag else float)
         moved, lu = space.matrix(f"moved{name}", n, n, dtype), space.matrix(f"lu{name}", n + 1, n, dtype)
@@ -216,8 +216,9 @@ def eigenvectors(
     found = np.empty((2, n, len(values)), complex)
     for number in range(len(values)):
         for i, offset in enumerate(OFFSETS):
-            found[:, :, number] = space.once_array(f"vectors{number}-{i}", partial(pair, number, offset))
-            space.drop(f"moved{number}-{i}", f"lu{number}-{i}")
+            name = f"{number}-{i}"
+            found[:, :, number] = space.once_array(f"vectors{name}", partial(pair, number, name, offset))
+            space.drop(f"moved{name}", f"lu{name}")
             if np.isfinite(found[:, :, number]).all():
                 break
     return Eigenvectors(found[0], found[1], np.asarray(np.isfinite(found).all(axis=(0, 1))))

@@ -122,14 +122,13 @@ def by_division(
         DivisionError: where no curve divides the matrix, or a part of it, or rounding leaves W^T W + d I indefinite.
     """
     kernels: dict[str, Any] = {"at_once": at_once, "each": each}
-    order, shift, ones, uncertainty = factors.order, 0, 0, (0.0, 0.0)
+    order, shift, uncertainty = factors.order, 0, (0.0, 0.0)
     whole = partial(space.matrix, "whole", order, order)
     if factors.reduction is None:
         rows = _of_smaller_side(*matrices)
         _write_gram(sp.csc_array(rows.T), whole())
     else:
         shift = factors.reduction.shift
-        ones = len(factors.rows) - order if shift else 0
 
         def told(what: str) -> dict[str, Any]:
             return kernels | {"tell": partial(tell, f"{what} of order {order:,}")}
@@ -155,7 +154,7 @@ def by_division(
         space.drop("gram", "root", "turned")
     trace, norm = space.once("moments", lambda: [panels.trace(whole()), panels.norm(whole())])
     found = divide.eigenvalues(whole(), space, most, tell=tell, solve=_symmetric_eigenvalues, **kernels)
-    exact = ones, factors.count - order - ones
+    exact = factors.ones, factors.count - order - factors.ones
     squares = found.values.real
     roots = _roots(factors, squares, trace, norm**2, exact, shift, most=uncertainty, neglected=found.error)
     return roots, found
@@ -251,10 +250,10 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
     inner = sp.csc_array(inner[at][:, at])
     t = r @ (inner @ r.T)
     del r
-    ones = len(factors.rows) - order if shift else 0
     # pstrf drops what is below `order` times the rounding of W^T W
     most = _uncertainty(size, weight, order if rank < order else 1)
-    return _from_squares(factors, t, ones, factors.count - order - ones, shift, missing=order - rank, most=most)
+    zeros = factors.count - order - factors.ones
+    return _from_squares(factors, t, factors.ones, zeros, shift, missing=order - rank, most=most)
 
 
 def _norm(product: Callable[[Array], Array], order: int, most: float) -> float:

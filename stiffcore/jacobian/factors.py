@@ -64,6 +64,11 @@ class Factors:
             return self.reduction.k * (2 if self.reduction.shift else 1)
         return min(len(self.rows), len(self.columns))
 
+    @property
+    def ones(self) -> int:
+        """Singular values that are exactly 1: rows that only the skip fills, beside those that W K W^T may move."""
+        return len(self.rows) - self.order if self.reduction is not None and self.reduction.shift else 0
+
     def matrices(self, chunk: int, tell: Callable[[int, int], None] = lambda done, total: None) -> list[csc_array]:
         """U and V (its columns as they are in the input), or J without its zero rows and columns.
 
