@@ -8,9 +8,7 @@ read and write (/proc/self/io), mostly served from the page cache where that hol
 divisions made: 8/3 n^3 a Newton step (and for a circle), 2 n^2 s for the projector of the smaller part s, 2 s^2 (n -
 s/3) for its QR and 8 n^2 s for both rotations, 10 n^3 for what LAPACK solves in the end. The product rate is that of a
 2,048 x 2,048 product on the same thread, before the solve. Writing is what the panels of results cost when they are
-written, while no other work goes on. (The peak of 2026-11-28 is that of a process whose allocator was told too late how
-to use freed memory again, once its threads had begun; told first, as it is now, two steps of the first division stayed
-at 97 MiB, where that run had reached 150.)
+written, while no other work goes on.
 """
 
 import json
