@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 
-from stiffcore.eigen import counting, numerical_range, powers, sparse
+from stiffcore.eigen import counting, deflation, numerical_range, powers, sparse
 from stiffcore.eigen.counting import count_left, count_outside_disc
 from stiffcore.eigen.extremes import extremes
+from stiffcore.eigen.regions import LeftOf, OutsideOf
 from stiffcore.errors import InputError
 from tests.test_extremes import dense_eigenvalues, normal_spread, planted
 
@@ -33,6 +34,12 @@ def few_are_dense(monkeypatch):
 def no_powers(monkeypatch):
     """Counts that powers would prove are left to the numerical range and to discs."""
     monkeypatch.setattr(powers, "MOST_POWER", 0)
+
+
+@pytest.fixture
+def no_deflation(monkeypatch):
+    """Counts that Arnoldi and powers of the rest would prove are left to discs."""
+    monkeypatch.setattr(counting, "count_beyond", lambda *_: None)
 
 
 def make_few_dense(patch):
@@ -146,12 +153,14 @@ def test_a_small_count_is_never_wrong(data):
 
 @given(st.data())
 @settings(max_examples=6, deadline=None)
-def test_a_count_by_discs_is_never_wrong(data):
+def test_a_count_by_search_is_never_wrong(data):
     with pytest.MonkeyPatch.context() as patch:
         make_few_dense(patch)
         patch.setattr(counting, "MOST_DISCS", 60)
         if data.draw(st.booleans()):
             patch.setattr(powers, "MOST_POWER", 0)
+        if data.draw(st.booleans()):
+            patch.setattr(counting, "count_beyond", lambda *_: None)
         a = data.draw(small_matrices(st.integers(101, 110)))
         threshold = drawn_threshold(data, a)
         left = count_left(a, threshold)
@@ -175,11 +184,15 @@ def test_the_numerical_range_decides_a_diffusion(scale, no_powers):
 
 
 @pytest.mark.parametrize("distance", [1e-6, -1e-6, 1e-2])
-def test_a_planted_eigenvalue_is_counted_on_its_side(distance):
+@pytest.mark.parametrize("by", ["power", "discs"])
+def test_a_planted_eigenvalue_is_counted_on_its_side(distance, by, request):
+    if by == "discs":
+        request.getfixturevalue("no_deflation")
     a = planted(300, [[-0.7, 0.4, 0], [-0.4, -0.7, 0], [0, 0, distance]])
     count = count_left(a, 0.0)
     assert count.count == (3 if distance < 0 else 2)
     assert count.basis == "proved: found and deflated"
+    assert by in count.note
     assert count.computed
     assert 0 < count.margin <= abs(distance) * (1 + 1e-6)
 
@@ -192,7 +205,7 @@ def test_a_multiple_eigenvalue_and_a_jordan_block_are_counted_in_full():
     assert count_left(b, 0.0).count in (2, None)
 
 
-def test_discs_decide_where_the_numerical_range_does_not(no_powers):
+def test_discs_decide_where_the_numerical_range_does_not(no_powers, no_deflation):
     a = planted(300, [[0.5, 3.0], [0.0, 0.6]])
     assert numerical_range.numerical_range_end(a).value < 0
     count = count_left(a, 0.0)
@@ -254,7 +267,87 @@ def test_powers_of_an_operator_decide_without_a_matrix():
     assert count_outside_disc(operator, 1.0, 0.1).count is None
 
 
-def test_what_is_known_of_the_ends_helps_and_changes_nothing():
+def disc_of_eigenvalues(k, radius, seed, density=0.2):
+    """I + M, M's eigenvalues all over a disc: as blocks of networks with random weights have them (circular law)."""
+    m = sp.random_array(
+        (k, k),
+        density=density,
+        rng=np.random.default_rng(seed),
+        data_sampler=np.random.default_rng(seed).standard_normal,
+    )
+    return sp.csc_array(sp.eye_array(k) + m * (radius / np.sqrt(density * k)))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("radius", [1.03, 1.1])
+def test_eigenvalues_at_the_edge_of_a_full_disc_are_counted_by_products(seed, radius):
+    a = disc_of_eigenvalues(700, radius, seed)
+    true = dense_eigenvalues(a)
+    count = count_left(a, 0.0)
+    assert (count.count, count.basis) == (int((true.real < 0).sum()), "proved: found and deflated")
+    assert 0 < count.margin <= np.abs(true.real).min()
+    operator = LinearOperator(a.shape, matvec=lambda x: a @ x, rmatvec=lambda x: a.T @ x, dtype=float)
+    assert count_left(operator, 0.0).count == count.count
+    outside = count_outside_disc(a, 1.0, radius)
+    assert outside.count == int((np.abs(true - 1) > radius).sum())
+
+
+def operator_of(a, seed=0):
+    return powers.Operator.of(a, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("region", [LeftOf(0.02), OutsideOf(1.0, 0.98)])
+def test_resolvents_are_bounded_on_the_whole_boundary(region):
+    a = disc_of_eigenvalues(300, 1.05, 0)
+    operator, rng = operator_of(a), np.random.default_rng(0)
+    space = sparse.Arnoldi(operator.apply, 300, 200, rng)
+    space.extend(200)
+    values, residuals = space.ritz()
+    found = residuals < 1e-10
+    assert 20 < found.sum() < 150
+    inner = deflation._Inner.of(operator, space.schur_vectors(values, found))
+    q = inner.q
+    t = q.T @ (a @ q)
+    complement = scipy.linalg.null_space(q.T)
+    c = complement.T @ (a @ complement)
+    left = np.linalg.norm(a @ q - q @ t, 2)
+    assert left <= inner.residual <= 1e-8
+    centre, radius, _ = region.circle(np.linalg.eigvals(c))
+    outer, power = inner._powers(operator, centre, radius, rng)
+    length, point = region.boundary(3.0)
+    for z in point(np.linspace(0, length, 40)):
+        assert 1 / scipy.linalg.svdvals(t - z * np.eye(len(t)))[-1] <= inner._resolvent(region)
+        assert 1 / scipy.linalg.svdvals(c - z * np.eye(len(c)))[-1] <= outer
+    b = (c - centre * np.eye(len(c))) / radius
+    assert np.linalg.norm(np.linalg.matrix_power(b, power), 2) <= deflation.ENOUGH
+
+
+@pytest.mark.parametrize("missed", [0, 1])
+def test_an_eigenvalue_that_arnoldi_missed_is_no_wrong_count(missed, monkeypatch):
+    """Its real part is -0.3 or 0.002: powers of the rest do not vanish, so that nothing is proved."""
+    a = planted(300, np.diag([-0.3, -0.5, -0.7, 0.002]))
+    original, hidden = sparse.Arnoldi.schur_vectors, [-0.3, 0.002][missed]
+    monkeypatch.setattr(
+        sparse.Arnoldi,
+        "schur_vectors",
+        lambda space, values, chosen: original(space, values, chosen & (np.abs(values - hidden) > 1e-3)),
+    )
+    found = deflation.count_beyond(operator_of(a), LeftOf(0.0), None, np.random.default_rng(0))
+    assert found is None
+
+
+def test_a_crowd_is_refused_after_few_products(monkeypatch):
+    a = disc_of_eigenvalues(2000, 2.0, 0, density=0.02)
+    products = []
+    operator = operator_of(a)
+    counted = powers.replace(operator, apply=lambda x: products.append(1) or operator.apply(x))
+    found = deflation.count_beyond(counted, LeftOf(0.0), None, np.random.default_rng(0))
+    assert found.count is None
+    assert "needs the spectrum" in found.note
+    assert len(products) <= 500
+
+
+def test_what_is_known_of_the_ends_helps_and_changes_nothing(no_deflation):
     a = planted(300, [[-0.7, 0.4], [-0.4, -0.7]])
     found = extremes(a)
     count = count_left(a, 0.0, known=(found.values, found.vectors.right))
@@ -296,13 +389,17 @@ def test_too_many_eigenvalues_are_left_to_the_spectrum():
     assert "needs the spectrum" in count.note
 
 
-def test_most_eigenvalues_left_of_the_line_are_counted_from_the_right():
+@pytest.mark.parametrize("by", ["power", "discs"])
+def test_most_eigenvalues_left_of_the_line_are_counted_from_the_right(by, request):
+    if by == "discs":
+        request.getfixturevalue("no_deflation")
     a = planted(300, [[2.8, 0.2], [-0.2, 2.8]])
     count = count_left(a, 2.4)
     assert count.count == 298
+    assert by in count.note
 
 
-def test_too_little_memory_leaves_it_open_and_says_so():
+def test_too_little_memory_leaves_it_open_and_says_so(no_deflation):
     a = planted(300, [[-0.7, 0.4], [-0.4, -0.7]])
     count = count_left(a, 0.0, memory_bytes=1000)
     assert count.count is None
@@ -331,7 +428,7 @@ def test_outside_a_disc(no_powers):
         pytest.param(18, 0.75, "proved: discs", marks=pytest.mark.slow),
     ],
 )
-def test_a_banded_matrix_like_a_convolution_has_nothing_left_of_the_line(side, gain, basis, no_powers):
+def test_a_banded_matrix_like_a_convolution_has_nothing_left_of_the_line(side, gain, basis, no_powers, no_deflation):
     """Orders 800, 2,048 and 2,592."""
     a = convolution_like(side, 8, gain)
     count = count_left(a, 0.05)
@@ -405,7 +502,7 @@ def test_singular_at_an_eigenvalue():
 
 def test_a_deflated_operator_has_the_singular_values_of_the_complement():
     a = planted(200, [[-0.7, 0.4], [-0.4, -0.7]])
-    search = counting._Search(a, counting._LeftOf(0.0), None, np.random.default_rng(0))
+    search = counting._Search(a, LeftOf(0.0), None, np.random.default_rng(0))
     found = extremes(a)
     assert search.deflate(found.values[:2], found.vectors.right[:, :2]) == 2
     complement = scipy.linalg.null_space(search.q.T)

@@ -11,19 +11,20 @@ that it has none in the doubtful part; and as no eigenvalue of A' + s R Q^T meet
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator
 
-from stiffcore.eigen.extremes import nearest, rough_values, spectral_radius
+from stiffcore.eigen.deflation import count_beyond
+from stiffcore.eigen.extremes import nearest, spectral_radius
 from stiffcore.eigen.numerical_range import logarithmic_norm, numerical_range_end, outer_polygon
 from stiffcore.eigen.powers import Operator, margin_inside, margin_right_of
+from stiffcore.eigen.regions import LeftOf, OutsideOf, Region, clipped
 from stiffcore.eigen.sparse import (
     DENSE_ORDER,
     EPS,
@@ -40,7 +41,10 @@ from stiffcore.errors import InputError
 from stiffcore.spectra import Count, Ends
 
 OPEN = "open"
+DEFLATED = "proved: found and deflated"
 NO_MATRIX = "no matrix was built, and no power decides"
+# Vectors of length k that are free beside the memory for factors (`stiffcore.plan.KRYLOV_VECTORS` and its other users).
+FREE_VECTORS = 250
 # Factorisations before a count is given up, and those after which it is asked whether so many will do.
 MOST_DISCS = 200
 FIRST_DISCS = 24
@@ -62,87 +66,6 @@ SMALLEST_PIECE = 1e-7
 LEAST_NORM = 1e-140
 # Of the boundary of a small dense matrix, before its count is given up.
 MOST_PIECES = 3000
-# Normals of that polygon, in degrees: those that bound the left side, and the others.
-LEFT_NORMALS = (90, 120, 150)
-RIGHT_NORMALS = (0, 30, 60)
-
-
-class _Region(Protocol):
-    """The counted side of the complex plane, closed; symmetric about the real axis."""
-
-    @property
-    def normals(self) -> tuple[int, ...]:
-        """Directions, in degrees, in which the counted part of a numerical range must be bounded."""
-
-    def has(self, values: Array) -> Array:
-        """Which values are on the counted side, strictly."""
-
-    def clip(self, piece: Array) -> Array:
-        """A convex polygon that holds the counted part of a convex one, and little else."""
-
-    def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
-        """Half the boundary, up to |z| = reach at least: its length, and its points by arc length."""
-
-    @property
-    def outermost(self) -> tuple[float, str]:
-        """What to subtract from A, and what ARPACK then calls the eigenvalues furthest on the counted side."""
-
-
-@dataclass(frozen=True)
-class _LeftOf:
-    threshold: float
-
-    @property
-    def normals(self) -> tuple[int, ...]:
-        return LEFT_NORMALS
-
-    def has(self, values: Array) -> Array:
-        return values.real < self.threshold
-
-    def clip(self, piece: Array) -> Array:
-        return _clipped(piece, 1, self.threshold)
-
-    def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
-        return reach, lambda s: complex(self.threshold, s)
-
-    @property
-    def outermost(self) -> tuple[float, str]:
-        return 0.0, "SR"
-
-
-@dataclass(frozen=True)
-class _OutsideOf:
-    centre: float
-    radius: float
-
-    @property
-    def normals(self) -> tuple[int, ...]:
-        return LEFT_NORMALS + RIGHT_NORMALS
-
-    def has(self, values: Array) -> Array:
-        return np.abs(values - self.centre) > self.radius
-
-    def clip(self, piece: Array) -> Array:
-        """The part beyond the chord that the circle cuts off in the directions of the piece; it ends at the circle."""
-        out = piece - self.centre
-        if len(out) == 0 or (np.abs(out) < self.radius).all():
-            return piece[:0]
-        middle = out.mean()
-        if (np.abs(out) == 0).any() or middle == 0:
-            return piece
-        turned = np.abs(np.angle(out / middle)).max()
-        if turned >= np.pi / 2:
-            return piece
-        normal = complex(middle / abs(middle))
-        edge = self.radius * math.cos(turned) * (1 - 4 * EPS)
-        return _clipped(piece, -normal, -edge - (normal.conjugate() * self.centre).real)
-
-    def boundary(self, reach: float) -> tuple[float, Callable[[float], complex]]:
-        return np.pi * self.radius, lambda s: self.centre + self.radius * np.exp(1j * s / self.radius)
-
-    @property
-    def outermost(self) -> tuple[float, str]:
-        return self.centre, "LM"
 
 
 def count_left(
@@ -176,21 +99,20 @@ def count_left(
         raise InputError(f"count_left needs a finite threshold, got {threshold}")
     k = a.shape[0]
     sides = ((1, threshold, 0), (-1, -threshold, k))
-    found = _by_powers(a, threshold, sides)
+    rng = np.random.default_rng(0)
+    operator, host = _multiplied(a, rng), host_matrix(a)
+    found = _by_powers(operator, threshold, sides, rng)
+    if found is None and host is not None:
+        found = _by_range(host, threshold, sides, memory_bytes)
     if found is not None:
         return found
-    host = host_matrix(a)
-    if host is None:
-        return _open(threshold, NO_MATRIX)
-    a = host
-    found = _by_range(a, threshold, sides, memory_bytes)
-    if found is not None:
-        return found
-    if a.trace() < threshold * k and k > DENSE_ORDER:
-        # most eigenvalues are left of the line: count the others; none is on it where this is proved
-        right = _by_discs(-a, _LeftOf(-threshold), threshold, memory_bytes, None)
+    # where most eigenvalues are left of the line, the others are counted; none is on it where this is proved
+    middle = host.trace() / k if host is not None else operator.ritz.real.mean() if operator else threshold
+    if middle < threshold and k > DENSE_ORDER:
+        turned = operator.negative() if operator else None
+        right = _by_search(turned, None if host is None else -host, LeftOf(-threshold), threshold, memory_bytes, None)
         return right if right.count is None else replace(right, count=k - right.count)
-    return _by_discs(a, _LeftOf(threshold), threshold, memory_bytes, known)
+    return _by_search(operator, host, LeftOf(threshold), threshold, memory_bytes, known)
 
 
 def count_outside_disc(
@@ -227,14 +149,14 @@ def count_outside_disc(
     if k == 0:
         return Count(radius, 0, "proved: norm", math.inf, computed=False)
     sides = ((1, centre + radius, k), (-1, radius - centre, k))
-    found = _by_powers(a, radius, sides, centre=centre)
+    rng = np.random.default_rng(0)
+    operator, host, region = _multiplied(a, rng), host_matrix(a), OutsideOf(centre, radius)
+    found = _by_powers(operator, radius, sides, rng, centre=centre)
     if found is not None:
         return found
-    host = host_matrix(a)
     if host is None:
-        return _open(radius, NO_MATRIX)
-    a = host
-    shifted = sp.csc_array(a - centre * sp.eye_array(k, format="csc"))
+        return _by_search(operator, None, region, radius, memory_bytes, known)
+    shifted = sp.csc_array(host - centre * sp.eye_array(k, format="csc"))
     # its eigenvalues are the singular values and their negatives
     both = sp.csc_array(sp.block_array([[None, shifted], [shifted.T, None]]))
     end = numerical_range_end(both, right_of=-radius, memory_bytes=memory_bytes)
@@ -242,10 +164,10 @@ def count_outside_disc(
         margin = radius + end.bound - 2 * EPS * abs(centre)
         if margin > 0:
             return Count(radius, 0, "proved: norm", margin, computed=False)
-    found = _by_range(a, radius, sides, memory_bytes)
+    found = _by_range(host, radius, sides, memory_bytes)
     if found is not None:
         return found
-    return _by_discs(a, _OutsideOf(centre, radius), radius, memory_bytes, known)
+    return _by_search(operator, host, region, radius, memory_bytes, known)
 
 
 def _matrix_or_operator(a: Any) -> sp.csc_array | LinearOperator:
@@ -264,14 +186,21 @@ def _moderate(a: sp.csc_array | LinearOperator) -> bool:
 _Sides = tuple[tuple[int, float, int], ...]
 
 
+def _multiplied(a: sp.csc_array | LinearOperator, rng: np.random.Generator) -> Operator | None:
+    """What proofs by products multiply with; None where they are of no use."""
+    return Operator.of(a, rng) if a.shape[0] > DENSE_ORDER and _moderate(a) else None
+
+
 def _by_powers(
-    a: sp.csc_array | LinearOperator, threshold: float, sides: _Sides, centre: float | None = None
+    operator: Operator | None,
+    threshold: float,
+    sides: _Sides,
+    rng: np.random.Generator,
+    centre: float | None = None,
 ) -> Count | None:
     """The count, where powers prove one of the sides; with a centre first none, where all are inside the circle."""
-    if a.shape[0] <= DENSE_ORDER or not _moderate(a):
+    if operator is None:
         return None
-    rng = np.random.default_rng(0)
-    operator = Operator.of(a, rng)
     proofs = [(partial(margin_inside, operator, centre, threshold), 0)] if centre is not None else []
     for sign, line, count in sides:
         proofs.append((partial(margin_right_of, operator if sign == 1 else operator.negative(), line), count))
@@ -331,9 +260,27 @@ def ends_of(
     )
 
 
+def _by_search(
+    operator: Operator | None,
+    a: sp.csc_array | None,
+    region: Region,
+    threshold: float,
+    memory_bytes: int | None,
+    known: tuple[Array, Array] | None,
+) -> Count:
+    """Find what is in the region, and prove that there is no more: by powers of the rest, or by discs."""
+    if operator is not None:
+        vectors = None if memory_bytes is None else FREE_VECTORS + memory_bytes // (8 * operator.k)
+        found = count_beyond(operator, region, vectors, np.random.default_rng(2))
+        if found is not None:
+            basis = DEFLATED if found.count is not None else OPEN
+            return Count(threshold, found.count, basis, found.margin, computed=True, note=found.note)
+    return _open(threshold, NO_MATRIX) if a is None else _by_discs(a, region, threshold, memory_bytes, known)
+
+
 def _by_discs(
     a: sp.csc_array,
-    region: _Region,
+    region: Region,
     threshold: float,
     memory_bytes: int | None,
     known: tuple[Array, Array] | None,
@@ -348,14 +295,13 @@ def _by_discs(
     if known is not None:
         search.deflate(*known)
     try:
-        search.check_crowd()
         search.cover()
     except (_OpenError, FillError) as error:
         return _open(threshold, str(error))
     return search.count(threshold)
 
 
-def _dense_count(a: Array, region: _Region, threshold: float) -> Count:
+def _dense_count(a: Array, region: Region, threshold: float) -> Count:
     """Count computed eigenvalues: they are those of A + E, and none meets the boundary on the way to A."""
     k = len(a)
     allowed = 20 * k * EPS * float(np.linalg.norm(a))
@@ -366,7 +312,7 @@ def _dense_count(a: Array, region: _Region, threshold: float) -> Count:
     return Count(threshold, count, "proved: dense spectrum", distance - allowed, computed=True)
 
 
-def _boundary_distance(t: Array, region: _Region, reach: float, least: float) -> float:
+def _boundary_distance(t: Array, region: Region, reach: float, least: float) -> float:
     """A lower bound of the smallest singular value of T - zI over the boundary, by bisection.
 
     Zero where it may be under `least`, or takes too many pieces. It changes by at most |z - z'|; beyond `reach`, a
@@ -381,7 +327,7 @@ def _boundary_distance(t: Array, region: _Region, reach: float, least: float) ->
         start, stop = pieces.pop()
         tried += 1
         half = (stop - start) / 2
-        value = float(scipy.linalg.svdvals(t - point(start + half) * eye)[-1]) - allowed
+        value = float(scipy.linalg.svdvals(t - point(np.array(start + half)) * eye)[-1]) - allowed
         if value >= 2 * half or value >= half + distance:
             distance = min(distance, value - half)
         elif value <= least or half <= least / 4 or tried > MOST_PIECES:
@@ -398,7 +344,7 @@ class _OpenError(Exception):
 class _Search:
     """The discs laid so far and the eigenvectors deflated so far, of one matrix and one region."""
 
-    def __init__(self, a: sp.csc_array, region: _Region, memory_bytes: int | None, rng: np.random.Generator) -> None:
+    def __init__(self, a: sp.csc_array, region: Region, memory_bytes: int | None, rng: np.random.Generator) -> None:
         self.a, self.region, self.memory_bytes, self.rng = a, region, memory_bytes, rng
         self.norm = norm_bound(a)
         self.q = np.zeros((a.shape[0], 0))
@@ -429,14 +375,6 @@ class _Search:
                 self.q = trial
         return self.q.shape[1] - before
 
-    def check_crowd(self) -> None:
-        """Give up before any factorisation where a few restarts of Arnoldi find more than can be counted."""
-        origin, which = self.region.outermost
-        rough = rough_values(
-            lambda x: product(self.a, x) - origin * x, self.a.shape[0], which, MOST_COUNTED + 4, self.rng
-        )
-        self._refuse_crowd(int(self.region.has(rough + origin).sum()))
-
     def cover(self) -> None:
         """Cover the counted part of the numerical range's upper half.
 
@@ -462,7 +400,7 @@ class _Search:
     def count(self, threshold: float) -> Count:
         """The count after `cover`: by T, where the way from A' to A is clear."""
         basis = "proved: discs" if self.discs else "proved: numerical range"
-        basis = "proved: found and deflated" if self.q.shape[1] else basis
+        basis = DEFLATED if self.q.shape[1] else basis
         aq = self.a @ self.q
         t = self.q.T @ aq
         m, longest = len(t), int(np.bincount(self.a.indices).max(initial=0))
@@ -490,11 +428,11 @@ class _Search:
         # a real LU for a left end without Lanczos' 3 %: there every disc saved is a complex one
         end = numerical_range_end(self.a, memory_bytes=self.memory_bytes)
         if math.isfinite(end.bound):
-            polygon = _clipped(polygon, -1, -end.bound + INFLATION * self.norm)
+            polygon = clipped(polygon, -1, -end.bound + INFLATION * self.norm)
         else:
             normals = (*normals, 180)
         for normal, height in outer_polygon(self.a, np.radians(normals), self.rng):
-            polygon = _clipped(polygon, normal, height + INFLATION * self.norm)
+            polygon = clipped(polygon, normal, height + INFLATION * self.norm)
         return polygon
 
     def _covered(self, piece: Array) -> bool:
@@ -532,10 +470,7 @@ class _Search:
 
     def _check_found(self) -> None:
         t = self.q.T @ (self.a @ self.q)
-        self._refuse_crowd(int(self.region.has(np.linalg.eigvals(t)).sum()))
-
-    def _refuse_crowd(self, counted: int) -> None:
-        if counted > MOST_COUNTED:
+        if self.region.has(np.linalg.eigvals(t)).sum() > MOST_COUNTED:
             raise _OpenError(f"more than {MOST_COUNTED} eigenvalues are there: needs the spectrum")
 
     def _check_progress(self, left: float) -> None:
@@ -543,19 +478,6 @@ class _Search:
         hopeless = laid >= FIRST_DISCS and (1 - left) * MOST_DISCS < laid / 4
         if laid >= MOST_DISCS or hopeless:
             raise _OpenError(f"{laid} discs cover {100 * (1 - left):.2g} % of the doubtful part")
-
-
-def _clipped(piece: Array, normal: complex, height: float) -> Array:
-    """The part of a convex polygon with Re(conj(normal) z) <= height (Sutherland & Hodgman)."""
-    over = (np.conj(normal) * piece).real - height
-    kept: list[complex] = []
-    for i in range(len(piece)):
-        j = (i + 1) % len(piece)
-        if over[i] <= 0:
-            kept.append(complex(piece[i]))
-        if over[i] * over[j] < 0:
-            kept.append(complex(piece[i] + (piece[j] - piece[i]) * (over[i] / (over[i] - over[j]))))
-    return np.array(kept, complex)
 
 
 def _middle(piece: Array) -> complex:
@@ -572,9 +494,9 @@ def _halves(piece: Array) -> list[Array]:
     bottom, top = piece.imag.min(), piece.imag.max()
     if width >= (2 * top if bottom <= 0 else top - bottom):
         x = (piece.real.min() + piece.real.max()) / 2
-        return [_clipped(piece, 1, x), _clipped(piece, -1, -x)]
+        return [clipped(piece, 1, x), clipped(piece, -1, -x)]
     y = (bottom + top) / 2
-    return [_clipped(piece, 1j, y), _clipped(piece, -1j, -y)]
+    return [clipped(piece, 1j, y), clipped(piece, -1j, -y)]
 
 
 def _area(piece: Array) -> float:

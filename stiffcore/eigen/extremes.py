@@ -155,29 +155,6 @@ def spectral_radius(a: Any) -> float:
     return max(float(np.abs(run.values).max()) for run in runs)
 
 
-def rough_values(apply: Product, k: int, which: str, count: int, rng: np.random.Generator) -> Array:
-    """Outermost eigenvalues to one or two digits, in a few restarts: those that converge, which may be fewer.
-
-    Args:
-        apply: the product with a real matrix.
-        k: its order, over `DENSE_ORDER`.
-        which: as ARPACK has it: `SR`, `LR`, `LM`.
-        count: how many.
-        rng: draws the start.
-    """
-    operator = LinearOperator((k, k), lambda x: apply(x.ravel()), dtype=np.dtype(np.float64))
-    start, space = rng.standard_normal(k), min(2 * count + 20, k - 1)
-    try:
-        found = eigs(
-            operator, k=count, which=which, ncv=space, v0=start, tol=5e-2, maxiter=20, return_eigenvectors=False
-        )
-    except ArpackNoConvergence as error:
-        found = error.eigenvalues
-    except ArpackError:
-        found = np.zeros(0)
-    return np.asarray(found, complex)
-
-
 def nearest(
     shifted: Shifted,
     count: int,

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import scipy.linalg
 import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator
 
 from stiffcore.eigen.sparse import (
     EPS,
+    Arnoldi,
     Array,
     Product,
     host_matrix,
@@ -46,21 +46,9 @@ REACHES = (1.0, 1.15, 1.4, 1.8, 2.5, 4.0, 8.0)
 
 def ritz_values(apply: Product, k: int, rng: np.random.Generator) -> Array:
     """Eigenvalues of the Hessenberg matrix of `HULL_STEPS` Arnoldi steps: the spectrum's hull, from inside."""
-    steps = min(HULL_STEPS, k)
-    basis, h = np.zeros((steps + 1, k)), np.zeros((steps + 1, steps))
-    basis[0] = rng.standard_normal(k)
-    basis[0] /= np.linalg.norm(basis[0])
-    for j in range(steps):
-        w = apply(basis[j])
-        for _ in range(2):
-            part = basis[: j + 1] @ w
-            w = w - basis[: j + 1].T @ part
-            h[: j + 1, j] += part
-        h[j + 1, j] = np.linalg.norm(w)
-        if h[j + 1, j] <= 100 * EPS * np.abs(h).max():
-            return scipy.linalg.eigvals(h[: j + 1, : j + 1])
-        basis[j + 1] = w / h[j + 1, j]
-    return scipy.linalg.eigvals(h[:steps])
+    space = Arnoldi(apply, k, min(HULL_STEPS, k), rng)
+    space.extend(HULL_STEPS)
+    return space.ritz()[0]
 
 
 def centre_right_of(line: float, ritz: Array) -> tuple[float, float]:
@@ -82,7 +70,7 @@ class Operator:
     """What is multiplied with: A and its transpose, and how exactly.
 
     Attributes:
-        apply: the product with A (real).
+        apply: the product with A (real), of one vector or of many.
         transposed: with its transpose.
         k: the order.
         norm: an upper bound of |A|, or an estimate where there is no matrix.
@@ -102,7 +90,7 @@ class Operator:
         """Of a matrix, or of something that multiplies with one and its transpose."""
         k, host = a.shape[0], host_matrix(a)
         if isinstance(a, LinearOperator):
-            apply, transposed = a.matvec, a.rmatvec
+            apply, transposed = a.dot, a.rmatvec
         else:
             apply, transposed = partial(product, a), partial(product, a.T)
         if host is not None:

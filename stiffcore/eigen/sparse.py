@@ -293,6 +293,65 @@ def lanczos(
     return scipy.linalg.eigvalsh_tridiagonal(diagonal, off)
 
 
+class Arnoldi:
+    """A Krylov space of a real operator from a random start, extended step by step, fully orthogonalised.
+
+    Args:
+        apply: the operator.
+        k: its order.
+        most: steps at most. Memory: so many vectors, as they are made.
+        rng: draws the start.
+
+    Attributes:
+        size: steps made: the dimension of the space.
+        exhausted: whether the space is invariant, so that there are no more.
+    """
+
+    def __init__(self, apply: Product, k: int, most: int, rng: np.random.Generator) -> None:
+        self.apply, self.size, self.exhausted = apply, 0, most == 0
+        self._basis, self._h = np.zeros((most + 1, k)), np.zeros((most + 1, most))
+        start = rng.standard_normal(k)
+        self._basis[0] = start / (np.linalg.norm(start) or 1.0)
+
+    def extend(self, steps: int) -> None:
+        """Make so many steps in all."""
+        basis, h = self._basis, self._h
+        while self.size < min(steps, h.shape[1]) and not self.exhausted:
+            j = self.size
+            w = self.apply(basis[j])
+            for _ in range(2):
+                part = basis[: j + 1] @ w
+                w = w - basis[: j + 1].T @ part
+                h[: j + 1, j] += part
+            h[j + 1, j] = np.linalg.norm(w)
+            self.size += 1
+            self.exhausted = bool(h[j + 1, j] <= 100 * EPS * np.abs(h[: j + 2, : j + 1]).max())
+            if not self.exhausted:
+                basis[j + 1] = w / h[j + 1, j]
+
+    def ritz(self) -> tuple[Array, Array]:
+        """The eigenvalues of the operator's compression, (size,) complex, and the residuals of their vectors."""
+        values, vectors = scipy.linalg.eig(self._h[: self.size, : self.size])
+        last = self._h[self.size, self.size - 1] if self.size else 0.0
+        return values, last * np.abs(vectors[-1:]).sum(axis=0)
+
+    def schur_vectors(self, values: Array, chosen: Array) -> Array:
+        """(k, p): an orthonormal basis of what belongs to some of the Ritz values; of pairs, both.
+
+        Args:
+            values: all, from `ritz`.
+            chosen: which, (size,) bool.
+        """
+
+        def wanted(re: float, im: float = 0.0) -> bool:
+            return bool(chosen[np.argmin(np.abs(values - complex(re, im)))])
+
+        if not chosen.any():
+            return np.zeros((self._basis.shape[1], 0))
+        _, vectors, p = scipy.linalg.schur(self._h[: self.size, : self.size], output="real", sort=wanted)
+        return np.ascontiguousarray((vectors[:, :p].T @ self._basis[: self.size]).T)
+
+
 def _orthogonalised(w: Array, basis: Array) -> Array:
     for _ in range(2):  # twice is enough (Giraud et al. 2005)
         w = w - basis.T @ (basis.conj() @ w)
