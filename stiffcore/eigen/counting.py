@@ -1,13 +1,13 @@
 """How many eigenvalues of a sparse real matrix lie left of a line, or outside of a disc: proved, or left open.
 
 Powers of the matrix prove, by products alone, that all eigenvalues lie on one side (`stiffcore.eigen.powers`), where
-they do. Every eigenvalue lies in the numerical range, too. Where neither decides, the doubtful part of the range is
-covered by discs:
-for each z, no eigenvalue is nearer to z than the smallest singular value of A - zI. Eigenvalues that are there are
-found and deflated first: with A Q = Q T + R, Q an orthonormal basis of a few eigenvectors, the eigenvalues of A' =
-A - R Q^T are those of T and those of A compressed to the complement of Q. The discs are of that compression. They prove
-that it has none in the doubtful part; and as no eigenvalue of A' + s R Q^T meets the boundary while s goes from 0 to
-1, A has as many on the counted side as T.
+they do. Every eigenvalue lies in the numerical range, too. Where neither decides, those that are there are found and
+deflated, and powers prove that there are no more (`stiffcore.eigen.deflation`). Where that fails, the doubtful part of
+the range is covered by discs: for each z, no eigenvalue is nearer to z than the smallest singular value of A - zI.
+Eigenvalues that are there are found and deflated first, here, too: with A Q = Q T + R, Q an orthonormal basis of a few
+eigenvectors, the eigenvalues of A' = A - R Q^T are those of T and those of A compressed to the complement of Q. The
+discs are of that compression. They prove that it has none in the doubtful part; and as no eigenvalue of A' + s R Q^T
+meets the boundary while s goes from 0 to 1, A has as many on the counted side as T.
 """
 
 import math
@@ -42,9 +42,7 @@ from stiffcore.spectra import Count, Ends
 
 OPEN = "open"
 DEFLATED = "proved: found and deflated"
-NO_MATRIX = "no matrix was built, and no power decides"
-# Vectors of length k that are free beside the memory for factors (`stiffcore.plan.KRYLOV_VECTORS` and its other users).
-FREE_VECTORS = 250
+NO_MATRIX = "no matrix was built, and products do not decide"
 # Factorisations before a count is given up, and those after which it is asked whether so many will do.
 MOST_DISCS = 200
 FIRST_DISCS = 24
@@ -77,15 +75,15 @@ def count_left(
 ) -> Count:
     """Count the eigenvalues with a real part under a threshold, with a proof, or leave the count open.
 
-    Powers decide where all eigenvalues lie on one side of the line, the numerical range where it does. Otherwise one
-    sparse LU a disc, 200 at most, and it is open where there are more than 30 eigenvalues to be found or where the
-    matrix is so far from normal, or an eigenvalue so near to the line, that discs vanish. Orders up to 100 are solved
-    densely.
+    Powers decide where all eigenvalues lie on one side of the line, the numerical range where it does. Otherwise up to
+    1,200 Arnoldi steps and powers of the rest; and where these do not decide, one sparse LU a disc, 200 at most. It is
+    open where there are more eigenvalues than Arnoldi finds, or where the matrix is so far from normal, or an
+    eigenvalue so near to the line, that discs vanish. Orders up to 100 are solved densely.
 
     Args:
-        a: (k, k) real, sparse or dense; of a `LinearOperator` with a transpose, powers alone decide.
+        a: (k, k) real, sparse or dense; of a `LinearOperator` with a transpose, products alone decide.
         threshold: the line.
-        memory_bytes: what a sparse LU may take; open where it does not fit.
+        memory_bytes: what a sparse LU, or vectors instead, may take; open where it does not fit.
         known: (m,) eigenvalues and (k, m) right eigenvectors, where some are known: they are deflated from the start.
 
     Returns:
@@ -270,8 +268,7 @@ def _by_search(
 ) -> Count:
     """Find what is in the region, and prove that there is no more: by powers of the rest, or by discs."""
     if operator is not None:
-        vectors = None if memory_bytes is None else FREE_VECTORS + memory_bytes // (8 * operator.k)
-        found = count_beyond(operator, region, vectors, np.random.default_rng(2))
+        found = count_beyond(operator, region, memory_bytes, np.random.default_rng(2))
         if found is not None:
             basis = DEFLATED if found.count is not None else OPEN
             return Count(threshold, found.count, basis, found.margin, computed=True, note=found.note)

@@ -22,11 +22,10 @@ import numpy as np
 
 from stiffcore.eigen.powers import PROOF_STEPS, Operator
 from stiffcore.eigen.regions import Region
-from stiffcore.eigen.sparse import EPS, FAILURE, Arnoldi, Array, lanczos, lanczos_error
+from stiffcore.eigen.sparse import EPS, FAILURE, Arnoldi, Array, krylov_steps, lanczos, lanczos_error
 
 # Steps of Arnoldi after which it is looked whether they are enough, doubled until they are the most.
 FIRST_STEPS = 150
-MOST_STEPS = 1200
 # Residuals of Ritz values that are taken for eigenvalues, of all together, relative to the largest value; and of one
 # that is roughly an eigenvalue.
 FOUND = 1e-10
@@ -61,20 +60,19 @@ class Deflated:
     note: str
 
 
-def count_beyond(a: Operator, region: Region, vectors: int | None, rng: np.random.Generator) -> Deflated | None:
+def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.random.Generator) -> Deflated | None:
     """Count the eigenvalues in a region by Arnoldi and powers of the rest.
 
     Args:
         a: what is multiplied with; its order is over 100.
         region: where.
-        vectors: of length k that fit the memory; None for no limit.
+        memory_bytes: see `stiffcore.eigen.sparse.krylov_steps`.
         rng: draws the starts.
 
     Returns:
         The count, or that there are too many; None where neither can be said.
     """
-    # the basis, and the half of it that is kept
-    most = min(MOST_STEPS, a.k, a.k if vectors is None else int(vectors / 1.6))
+    most = krylov_steps(a.k, memory_bytes)
     space = Arnoldi(a.apply, a.k, most, rng)
     steps = FIRST_STEPS
     while True:

@@ -25,6 +25,10 @@ LANCZOS_STEPS = 30
 # A solve whose residual, relative to its right-hand side, is larger is refined; Lanczos allows for this much.
 SOLVE_TOLERANCE = 1e-6
 REFINEMENTS = 3
+# Steps of an Arnoldi iteration without restarts; and vectors of length k that are free beside the memory for factors
+# (`stiffcore.plan.KRYLOV_VECTORS`, of which others have a few).
+MOST_STEPS = 1200
+FREE_VECTORS = 250
 
 Array = np.ndarray
 Product = Callable[[Array], Array]
@@ -293,6 +297,17 @@ def lanczos(
     return scipy.linalg.eigvalsh_tridiagonal(diagonal, off)
 
 
+def krylov_steps(k: int, memory_bytes: int | None) -> int:
+    """Steps of `Arnoldi` that are worth their time, and whose vectors, and half as many that are made of them, fit.
+
+    Args:
+        k: the order.
+        memory_bytes: what a sparse LU may take, which is not held meanwhile; None for no limit.
+    """
+    vectors = MOST_STEPS if memory_bytes is None else int((FREE_VECTORS + memory_bytes // (8 * k)) / 1.6)
+    return min(k, MOST_STEPS, vectors)
+
+
 class Arnoldi:
     """A Krylov space of a real operator from a random start, extended step by step, fully orthogonalised.
 
@@ -334,6 +349,12 @@ class Arnoldi:
         values, vectors = scipy.linalg.eig(self._h[: self.size, : self.size])
         last = self._h[self.size, self.size - 1] if self.size else 0.0
         return values, last * np.abs(vectors[-1:]).sum(axis=0)
+
+    def ritz_vectors(self, which: Array) -> Array:
+        """(k, m) complex, of unit norm: those of some of the values of `ritz`, by index."""
+        _, vectors = scipy.linalg.eig(self._h[: self.size, : self.size])
+        basis, chosen = self._basis[: self.size].T, vectors[:, which]
+        return basis @ chosen.real + 1j * (basis @ chosen.imag)
 
     def schur_vectors(self, values: Array, chosen: Array) -> Array:
         """(k, p): an orthonormal basis of what belongs to some of the Ritz values; of pairs, both.
