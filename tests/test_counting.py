@@ -336,6 +336,15 @@ def test_an_eigenvalue_that_arnoldi_missed_is_no_wrong_count(missed, monkeypatch
     assert found is None
 
 
+def test_steps_of_arnoldi_fit_what_is_memory():
+    for k, memory in ((300, 0), (2_500, 10**7), (100_000, 10**9)):
+        steps = sparse.krylov_steps(k, memory)
+        assert 50 < steps < min(k, sparse.MOST_STEPS)
+        assert 0.99 < (12.8 * k * steps + 64 * steps**2) / (8 * k * sparse.FREE_VECTORS + memory) <= 1
+    assert sparse.krylov_steps(300, None) == 300
+    assert sparse.krylov_steps(10**6, None) == sparse.MOST_STEPS
+
+
 def test_a_crowd_is_refused_after_few_products(monkeypatch):
     a = disc_of_eigenvalues(2000, 2.0, 0, density=0.02)
     products = []

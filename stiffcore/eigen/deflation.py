@@ -126,6 +126,7 @@ class _Inner:
         conditions: (p,), theirs, rounded up.
         residual: an upper bound of |R|, with all roundings.
         unsolved: an upper bound of |T - X L X^-1|.
+        tilt: an upper bound of |Q - Q'|, Q' orthonormal exactly.
     """
 
     q: Array
@@ -133,13 +134,14 @@ class _Inner:
     conditions: Array
     residual: float
     unsolved: float
+    tilt: float
 
     @classmethod
     def of(cls, a: Operator, basis: Array) -> "_Inner":
         q, _ = np.linalg.qr(basis)
         p = q.shape[1]
         if p == 0:
-            return cls(q, np.zeros(0), np.zeros(0), 0.0, 0.0)
+            return cls(q, np.zeros(0), np.zeros(0), 0.0, 0.0, 0.0)
         t, square = np.zeros((p, p)), 0.0
         for start in range(0, p, COLUMNS):
             at = slice(start, start + COLUMNS)
@@ -148,16 +150,17 @@ class _Inner:
             square += float(np.linalg.norm(aq - q @ t[:, at]) ** 2)
         values, vectors = np.linalg.eig(t)
         if not np.linalg.cond(vectors) * p * EPS < 1e-3:
-            return cls(q, values, np.full(p, np.inf), math.inf, math.inf)
+            return cls(q, values, np.full(p, np.inf), math.inf, math.inf, math.inf)
         inverse = np.linalg.inv(vectors)
         size = float(np.linalg.norm(t))
         # of sums of p products, whose factors have norms of sqrt(p) and of T
         small = p * math.sqrt(p) * EPS * size
-        tilted = 2 * (float(np.linalg.norm(q.T @ q - np.eye(p))) + p * EPS) * a.norm
-        residual = math.sqrt(square) + a.rounding * a.norm * math.sqrt(p) + small + tilted
+        tilt = float(np.linalg.norm(q.T @ q - np.eye(p))) + p * EPS
+        residual = math.sqrt(square) + a.rounding * a.norm * math.sqrt(p) + small + 2 * tilt * a.norm
+        inverse *= 1.01  # by far more than it is off
         unsolved = (float(np.linalg.norm(t @ vectors - vectors * values)) + small) * float(np.linalg.norm(inverse, 2))
-        conditions = 1.01 * np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1)
-        return cls(q, values, conditions, residual, unsolved)
+        conditions = np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1)
+        return cls(q, values, conditions, residual, unsolved, tilt)
 
     def counted(
         self, a: Operator, region: Region, centre: float, radius: float, rng: np.random.Generator
@@ -203,8 +206,9 @@ class _Inner:
         def project(x: Array) -> Array:
             return x - q @ (q.T @ x)
 
-        # what a step may be off by, relative to what it starts from
-        off = a.rounding * a.norm / radius + EPS * (4 * (1 + abs(centre) / radius) + 8 * q.shape[1])
+        # what a step may be off by, relative to what it starts from: its product, its projection, and sums
+        off = a.rounding * a.norm / radius + 4 * self.tilt * (a.norm + abs(centre)) / radius
+        off += EPS * (4 * (1 + abs(centre) / radius) + 2 * a.k * math.sqrt(q.shape[1]))
         x = project(rng.standard_normal((a.k, PROBES)))
         seen, bounds = [float(np.linalg.norm(x, axis=0).max())], [1.0]
         while len(bounds) <= MOST_POWERS:

@@ -298,14 +298,19 @@ def lanczos(
 
 
 def krylov_steps(k: int, memory_bytes: int | None) -> int:
-    """Steps of `Arnoldi` that are worth their time, and whose vectors, and half as many that are made of them, fit.
+    """Steps of `Arnoldi` that are worth their time, and fit.
+
+    bytes: s vectors and half as many that are made of them, and what is solved of their order: 12.8 k s + 64 s^2.
 
     Args:
         k: the order.
         memory_bytes: what a sparse LU may take, which is not held meanwhile; None for no limit.
     """
-    vectors = MOST_STEPS if memory_bytes is None else int((FREE_VECTORS + memory_bytes // (8 * k)) / 1.6)
-    return min(k, MOST_STEPS, vectors)
+    if memory_bytes is None:
+        return min(k, MOST_STEPS)
+    vector = 12.8 * k
+    most = (math.sqrt(vector**2 + 4 * 64 * (8 * k * FREE_VECTORS + memory_bytes)) - vector) / (2 * 64)
+    return min(k, MOST_STEPS, int(most))
 
 
 class Arnoldi:
