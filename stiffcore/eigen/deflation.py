@@ -212,7 +212,8 @@ class _Inner:
         x = project(rng.standard_normal((a.k, PROBES)))
         seen, bounds = [float(np.linalg.norm(x, axis=0).max())], [1.0]
         while len(bounds) <= MOST_POWERS:
-            x = project((a.apply(x) - centre * x) / radius)
+            with np.errstate(over="ignore", invalid="ignore"):  # where they grow, that is seen below
+                x = project((a.apply(x) - centre * x) / radius)
             seen.append(float(np.linalg.norm(x, axis=0).max()))
             lost = off * float(np.dot(bounds[::-1], seen[:-1]))
             bounds.append(factor * (seen[-1] + lost))
