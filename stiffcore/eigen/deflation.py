@@ -211,19 +211,18 @@ class _Inner:
         off += EPS * (4 * (1 + abs(centre) / radius) + 2 * a.k * math.sqrt(q.shape[1]))
         x = project(rng.standard_normal((a.k, PROBES)))
         seen, bounds = [float(np.linalg.norm(x, axis=0).max())], [1.0]
-        while len(bounds) <= MOST_POWERS:
-            with np.errstate(over="ignore", invalid="ignore"):  # where they grow, that is seen below
+        with np.errstate(over="ignore", invalid="ignore"):  # where powers grow, that is seen
+            while len(bounds) <= MOST_POWERS:
                 x = project((a.apply(x) - centre * x) / radius)
-            seen.append(float(np.linalg.norm(x, axis=0).max()))
-            lost = off * float(np.dot(bounds[::-1], seen[:-1]))
-            bounds.append(factor * (seen[-1] + lost))
-            if not math.isfinite(bounds[-1]):
-                return None
-            if bounds[-1] <= ENOUGH:
-                power = len(bounds) - 1
-                return sum(bounds[:-1]) / (1 - bounds[-1]) / radius, power
-            if len(seen) % LOOKED_AT == 0:
-                rate = (seen[-1] / seen[-LOOKED_AT // 2]) ** (2 / LOOKED_AT)
-                if len(seen) + _powers_needed(rate, seen[-1]) > MOST_POWERS:
+                seen.append(float(np.linalg.norm(x, axis=0).max()))
+                lost = off * float(np.dot(bounds[::-1], seen[:-1]))
+                bounds.append(factor * (seen[-1] + lost))
+                if not math.isfinite(bounds[-1]):
                     return None
+                if bounds[-1] <= ENOUGH:
+                    return sum(bounds[:-1]) / (1 - bounds[-1]) / radius, len(bounds) - 1
+                if len(seen) % LOOKED_AT == 0:
+                    rate = (seen[-1] / seen[-LOOKED_AT // 2]) ** (2 / LOOKED_AT)
+                    if len(seen) + _powers_needed(rate, seen[-1]) > MOST_POWERS:
+                        return None
         return None
