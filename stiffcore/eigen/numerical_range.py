@@ -163,7 +163,9 @@ def _support_point(a: sp.csc_array, t: float) -> complex:
 
 
 def _symmetric_part(a: sp.csc_array) -> sp.csc_array:
-    return sp.csc_array((a + a.T) / 2)
+    h = sp.csc_array(a + a.T)
+    h.data /= 2
+    return h
 
 
 def _hermitian_part(a: sp.csc_array, t: float) -> Product:
@@ -185,4 +187,6 @@ def _extreme(h: sp.csc_array | LinearOperator, which: str) -> float:
     size = power_of_two(float(np.abs(h @ start).max()))
     if not size:
         return 0.0  # ARPACK finds no start in the range of a zero matrix
-    return size * float(eigsh(h * (1 / size), k=1, which=which, v0=start, tol=1e-9, return_eigenvectors=False)[0])
+    # no second matrix; the division is exact
+    scaled = LinearOperator(h.shape, lambda x: (h @ x) / size, dtype=np.dtype(np.float64))
+    return size * float(eigsh(scaled, k=1, which=which, v0=start, tol=1e-9, return_eigenvectors=False)[0])
