@@ -1,5 +1,7 @@
 """Claims about counts: never a wrong one; and bounds that hold against dense truth."""
 
+import tracemalloc
+
 import mpmath
 import numpy as np
 import pytest
@@ -161,7 +163,7 @@ def test_a_count_by_search_is_never_wrong(data):
             patch.setattr(powers, "MOST_POWER", 0)
         if data.draw(st.booleans()):
             patch.setattr(counting, "count_beyond", lambda *_: None)
-        a = data.draw(small_matrices(st.integers(101, 110)))
+        a = data.draw(small_matrices(st.integers(101, 170)))
         threshold = drawn_threshold(data, a)
         left = count_left(a, threshold)
         if left.count is not None:
@@ -305,14 +307,15 @@ def test_resolvents_are_bounded_on_the_whole_boundary(region):
     values, residuals = space.ritz()
     found = residuals < 1e-10
     assert 20 < found.sum() < 150
-    inner = deflation._Inner.of(operator, space.schur_vectors(values, found))
+    inner = deflation._Inner.of(operator, space.schur_vectors(values, found), deflation._norm(operator, rng))
+    assert np.linalg.norm(a.toarray(), 2) <= inner.size
     q = inner.q
     t = q.T @ (a @ q)
     complement = scipy.linalg.null_space(q.T)
     c = complement.T @ (a @ complement)
     left = np.linalg.norm(a @ q - q @ t, 2)
     assert left <= inner.residual <= 1e-8
-    centre, radius, _ = region.circle(np.linalg.eigvals(c))
+    centre, radius, _ = region.circle(np.linalg.eigvals(c), 1.0)
     outer, power = inner._powers(operator, centre, radius, rng)
     length, point = region.boundary(3.0)
     for z in point(np.linspace(0, length, 40)):
@@ -340,9 +343,48 @@ def test_steps_of_arnoldi_fit_what_is_memory():
     for k, memory in ((300, 0), (2_500, 10**7), (100_000, 10**9)):
         steps = sparse.krylov_steps(k, memory)
         assert 50 < steps < min(k, sparse.MOST_STEPS)
-        assert 0.99 < (12.8 * k * steps + 64 * steps**2) / (8 * k * sparse.FREE_VECTORS + memory) <= 1
+        assert 0.99 < (16 * k * steps + 64 * steps**2) / (8 * k * sparse.FREE_VECTORS + memory) <= 1
     assert sparse.krylov_steps(300, None) == 300
     assert sparse.krylov_steps(10**6, None) == sparse.MOST_STEPS
+
+
+@pytest.mark.parametrize("k", [101, 130, 150, 151])
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e8])
+def test_small_orders_are_counted_where_arnoldi_finds_all(k, scale):
+    a = scale * (np.eye(k) + np.random.default_rng(k).standard_normal((k, k)) / np.sqrt(k))
+    true = np.linalg.eigvals(a)
+    for region in (LeftOf(0.2 * scale), OutsideOf(scale, 0.9 * scale)):
+        found = deflation.count_beyond(operator_of(a), region, None, np.random.default_rng(0))
+        assert found.count == region.has(true).sum()
+
+
+@pytest.mark.parametrize("radius", [1e-13, 1e-14, 1e-15])
+def test_what_vanishes_but_for_rounding_is_no_proof_and_no_crash(radius):
+    a = np.zeros((300, 300))
+    a[0, 0] = 1
+    assert count_outside_disc(a, 0.0, radius).count in (1, None)
+
+
+def test_a_basis_that_lapack_cannot_order_leaves_it_to_discs(monkeypatch):
+    def fails(*_, **__):
+        raise np.linalg.LinAlgError
+
+    monkeypatch.setattr(scipy.linalg, "schur", fails)
+    a = planted(300, [[-0.7, 0.4], [-0.4, -0.7]])
+    count = count_left(a, 0.0)
+    assert (count.count, "discs" in count.note) == (2, True)
+
+
+def test_vectors_of_the_deflated_count_fit_what_is_given():
+    k, memory = 30_000, 30 * 2**20
+    values = np.concatenate([np.linspace(-1, -0.5, 20), np.random.default_rng(0).uniform(0.5, 1.5, k - 20)])
+    operator = operator_of(sp.csc_array(sp.diags_array(values)))
+    tracemalloc.start()
+    found = deflation.count_beyond(operator, LeftOf(0.0), memory, np.random.default_rng(0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.count == 20
+    assert peak <= memory + 8 * k * sparse.FREE_VECTORS
 
 
 def test_a_crowd_is_refused_after_few_products(monkeypatch):

@@ -268,7 +268,10 @@ def _by_search(
 ) -> Count:
     """Find what is in the region, and prove that there is no more: by powers of the rest, or by discs."""
     if operator is not None:
-        found = count_beyond(operator, region, memory_bytes, np.random.default_rng(2))
+        try:
+            found = count_beyond(operator, region, memory_bytes, np.random.default_rng(2))
+        except np.linalg.LinAlgError:
+            found = None
         if found is not None:
             basis = DEFLATED if found.count is not None else OPEN
             return Count(threshold, found.count, basis, found.margin, computed=True, note=found.note)

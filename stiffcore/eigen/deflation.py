@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 
 from stiffcore.eigen.powers import PROOF_STEPS, Operator
 from stiffcore.eigen.regions import Region
@@ -52,7 +53,8 @@ class Deflated:
     Attributes:
         count: of eigenvalues on the counted side; None where there are too many.
         margin: no eigenvalue is nearer to the boundary; 0 without a count.
-        note: how many were deflated and what power proved the rest, or why there is no count.
+        note: how many were deflated and what power proved the rest, or how many were seen, of a matrix far from normal
+            not all eigenvalues.
     """
 
     count: int | None
@@ -71,6 +73,9 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
 
     Returns:
         The count, or that there are too many; None where neither can be said.
+
+    Raises:
+        LinAlgError: where LAPACK fails.
     """
     most = krylov_steps(a.k, memory_bytes)
     space = Arnoldi(a.apply, a.k, most, rng)
@@ -82,18 +87,25 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
         found, counted = _smallest(residuals, FOUND * scale), region.has(values)
         sure = int((counted & (residuals <= ROUGH * scale)).sum())
         done = space.size == most or space.exhausted
-        if sure > CROWD and (sure > CROWD_SHARE * space.size or (done and (counted & ~found).any())):
-            return Deflated(None, 0.0, f"more than {sure - 1} eigenvalues are there: needs the spectrum")
-        if not (counted & ~found).any():
-            centre, radius, rate = region.circle(values[~found])
+        missing = bool((counted & ~found).any())
+        if missing and sure > CROWD and (sure > CROWD_SHARE * space.size or done):
+            return Deflated(None, 0.0, f"some {sure} are seen there already: needs the spectrum")
+        if not missing:
+            centre, radius, rate = region.circle(values[~found], scale)
             if _powers_needed(rate, math.sqrt(a.k)) <= MOST_POWERS:
                 break
         if done:
             return None
         steps *= 2
-    inner = _Inner.of(a, space.schur_vectors(values, found))
+    basis = space.schur_vectors(values, found)
     del space
-    return inner.counted(a, region, centre, radius, rng)
+    return _Inner.of(a, basis, _norm(a, rng)).counted(a, region, centre, radius, rng)
+
+
+def _norm(a: Operator, rng: np.random.Generator) -> float:
+    """An upper bound of the 2-norm of A: computed."""
+    square = lanczos(lambda x: a.transposed(a.apply(x)), a.k, PROOF_STEPS, np.dtype(float), rng)[-1]
+    return math.sqrt(max(float(square), 0.0) / (1 - lanczos_error(a.k, PROOF_STEPS))) * (1 + 1e-6)
 
 
 def _smallest(residuals: Array, most: float) -> Array:
@@ -112,8 +124,8 @@ def _powers_needed(rate: float, norm: float) -> float:
 
 
 def _overlooked() -> float:
-    """What a norm may be larger by than what the longest of `PROBES` random vectors shows."""
-    return math.sqrt(2 / math.pi) / FAILURE ** (1 / PROBES)
+    """What the norm of any power may be larger by than what the longest of `PROBES` random vectors shows."""
+    return math.sqrt(2 / math.pi) / (FAILURE / MOST_POWERS) ** (1 / PROBES)
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,8 @@ class _Inner:
         conditions: (p,), theirs, rounded up.
         residual: an upper bound of |R|, with all roundings.
         unsolved: an upper bound of |T - X L X^-1|.
-        tilt: an upper bound of |Q - Q'|, Q' orthonormal exactly.
+        tilt: an upper bound of |Q - Q'|, Q' orthonormal exactly; long sums are off by sqrt(k) eps (Higham & Mary 2019).
+        size: an upper bound of |A|.
     """
 
     q: Array
@@ -135,13 +148,16 @@ class _Inner:
     residual: float
     unsolved: float
     tilt: float
+    size: float
 
     @classmethod
-    def of(cls, a: Operator, basis: Array) -> "_Inner":
-        q, _ = np.linalg.qr(basis)
+    def of(cls, a: Operator, basis: Array, size: float) -> "_Inner":
+        if basis.shape[1]:
+            basis, _ = scipy.linalg.qr(basis, mode="economic", overwrite_a=True)
+        q = basis
         p = q.shape[1]
         if p == 0:
-            return cls(q, np.zeros(0), np.zeros(0), 0.0, 0.0, 0.0)
+            return cls(q, np.zeros(0), np.zeros(0), 0.0, 0.0, 0.0, size)
         t, square = np.zeros((p, p)), 0.0
         for start in range(0, p, COLUMNS):
             at = slice(start, start + COLUMNS)
@@ -150,17 +166,16 @@ class _Inner:
             square += float(np.linalg.norm(aq - q @ t[:, at]) ** 2)
         values, vectors = np.linalg.eig(t)
         if not np.linalg.cond(vectors) * p * EPS < 1e-3:
-            return cls(q, values, np.full(p, np.inf), math.inf, math.inf, math.inf)
+            return cls(q, values, np.full(p, np.inf), math.inf, math.inf, math.inf, size)
         inverse = np.linalg.inv(vectors)
-        size = float(np.linalg.norm(t))
         # of sums of p products, whose factors have norms of sqrt(p) and of T
-        small = p * math.sqrt(p) * EPS * size
-        tilt = float(np.linalg.norm(q.T @ q - np.eye(p))) + p * EPS
-        residual = math.sqrt(square) + a.rounding * a.norm * math.sqrt(p) + small + 2 * tilt * a.norm
+        small = (p + 4) * math.sqrt(p) * EPS * float(np.linalg.norm(t))
+        tilt = float(np.linalg.norm(q.T @ q - np.eye(p))) + p * math.sqrt(a.k) * EPS
+        residual = math.sqrt(square) + a.rounding * a.norm * math.sqrt(p) + small + 2 * tilt * size
         inverse *= 1.01  # by far more than it is off
         unsolved = (float(np.linalg.norm(t @ vectors - vectors * values)) + small) * float(np.linalg.norm(inverse, 2))
         conditions = np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1)
-        return cls(q, values, conditions, residual, unsolved, tilt)
+        return cls(q, values, conditions, residual, unsolved, tilt, size)
 
     def counted(
         self, a: Operator, region: Region, centre: float, radius: float, rng: np.random.Generator
@@ -174,10 +189,8 @@ class _Inner:
         if not inner * self.unsolved < 1:
             return None
         inner /= 1 - inner * self.unsolved
-        square = lanczos(lambda x: a.transposed(a.apply(x)), a.k, PROOF_STEPS, np.dtype(float), rng)[-1]
-        norm = math.sqrt(max(float(square), 0.0) / (1 - lanczos_error(a.k, PROOF_STEPS))) * (1 + 1e-6)
         # A' - z is block triangular; its corner is at most of the norm of A
-        margin = 1 / (inner + outer + norm * inner * outer) - 2 * self.residual
+        margin = 1 / (inner + outer + self.size * inner * outer) - 2 * self.residual
         margin = min(margin, float(region.distance(self.values).min(initial=np.inf)))
         if not margin > 0:
             return None
@@ -188,7 +201,8 @@ class _Inner:
         """An upper bound of |(T - z)^-1| over the boundary."""
         reach = 2 * float(np.abs(self.values).max(initial=0.0))
         if reach == 0:
-            return 0.0 if not len(self.values) else float(self.conditions.sum() / region.distance(self.values).min())
+            least = float(region.distance(self.values).min(initial=math.inf))
+            return float(self.conditions.sum()) / least if least else math.inf
         length, point = region.boundary(reach)
         half = length / POINTS / 2
         nearest = region.distance(self.values)
@@ -207,8 +221,8 @@ class _Inner:
             return x - q @ (q.T @ x)
 
         # what a step may be off by, relative to what it starts from: its product, its projection, and sums
-        off = a.rounding * a.norm / radius + 4 * self.tilt * (a.norm + abs(centre)) / radius
-        off += EPS * (4 * (1 + abs(centre) / radius) + 2 * a.k * math.sqrt(q.shape[1]))
+        longer = max(1.0, (self.size + abs(centre)) / radius)
+        off = a.rounding * a.norm / radius + longer * (4 * self.tilt + EPS * (8 + 2 * a.k * math.sqrt(q.shape[1])))
         x = project(rng.standard_normal((a.k, PROBES)))
         seen, bounds = [float(np.linalg.norm(x, axis=0).max())], [1.0]
         with np.errstate(over="ignore", invalid="ignore"):  # where powers grow, that is seen
@@ -221,6 +235,8 @@ class _Inner:
                     return None
                 if bounds[-1] <= ENOUGH:
                     return sum(bounds[:-1]) / (1 - bounds[-1]) / radius, len(bounds) - 1
+                if not seen[-1] > 0:
+                    return None
                 if len(seen) % LOOKED_AT == 0:
                     rate = (seen[-1] / seen[-LOOKED_AT // 2]) ** (2 / LOOKED_AT)
                     if len(seen) + _powers_needed(rate, seen[-1]) > MOST_POWERS:

@@ -34,8 +34,12 @@ class Region(Protocol):
     def boundary(self, reach: float) -> tuple[float, Callable[[Array], Array]]:
         """Half the boundary, up to |z| = reach at least: its length, and its points by arc length."""
 
-    def circle(self, values: Array) -> tuple[float, float, float]:
+    def circle(self, values: Array, scale: float) -> tuple[float, float, float]:
         """One with nothing of the counted side in it, that holds values on the other side with most room.
+
+        Args:
+            values: any number of them.
+            scale: the radius where there are none, and any will do.
 
         Returns:
             Centre, radius, and the largest distance of a value from the centre, in radii.
@@ -69,9 +73,9 @@ class LeftOf:
         """See `Region`."""
         return reach, lambda s: self.threshold + 1j * s
 
-    def circle(self, values: Array) -> tuple[float, float, float]:
+    def circle(self, values: Array, scale: float) -> tuple[float, float, float]:
         """See `Region`."""
-        c, rate = centre_right_of(self.threshold, values)
+        c, rate = centre_right_of(self.threshold, values) if len(values) else (scale or 1.0, 0.0)
         return self.threshold + c, c, rate
 
 
@@ -114,7 +118,7 @@ class OutsideOf:
         """See `Region`."""
         return np.pi * self.radius, lambda s: self.centre + self.radius * np.exp(1j * s / self.radius)
 
-    def circle(self, values: Array) -> tuple[float, float, float]:
+    def circle(self, values: Array, scale: float) -> tuple[float, float, float]:
         """See `Region`."""
         return self.centre, self.radius, float(np.abs(values - self.centre).max(initial=0.0)) / self.radius
 

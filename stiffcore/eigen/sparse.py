@@ -300,7 +300,7 @@ def lanczos(
 def krylov_steps(k: int, memory_bytes: int | None) -> int:
     """Steps of `Arnoldi` that are worth their time, and fit.
 
-    bytes: s vectors and half as many that are made of them, and what is solved of their order: 12.8 k s + 64 s^2.
+    bytes: s vectors and at most as many that are made of them, and what is solved of their order: 16 k s + 64 s^2.
 
     Args:
         k: the order.
@@ -308,8 +308,8 @@ def krylov_steps(k: int, memory_bytes: int | None) -> int:
     """
     if memory_bytes is None:
         return min(k, MOST_STEPS)
-    vector = 12.8 * k
-    most = (math.sqrt(vector**2 + 4 * 64 * (8 * k * FREE_VECTORS + memory_bytes)) - vector) / (2 * 64)
+    vector = 16 * k
+    most = (math.sqrt(vector**2 + 4 * 64 * (8 * k * FREE_VECTORS + max(memory_bytes, 0))) - vector) / (2 * 64)
     return min(k, MOST_STEPS, int(most))
 
 
@@ -362,20 +362,23 @@ class Arnoldi:
         return basis @ chosen.real + 1j * (basis @ chosen.imag)
 
     def schur_vectors(self, values: Array, chosen: Array) -> Array:
-        """(k, p): an orthonormal basis of what belongs to some of the Ritz values; of pairs, both.
+        """(k, p), by columns: an orthonormal basis of what belongs to some of the Ritz values; of pairs, both.
 
         Args:
             values: all, from `ritz`.
             chosen: which, (size,) bool.
+
+        Raises:
+            LinAlgError: where LAPACK cannot bring them to the front.
         """
 
         def wanted(re: float, im: float = 0.0) -> bool:
             return bool(chosen[np.argmin(np.abs(values - complex(re, im)))])
 
         if not chosen.any():
-            return np.zeros((self._basis.shape[1], 0))
+            return np.zeros((self._basis.shape[1], 0), order="F")
         _, vectors, p = scipy.linalg.schur(self._h[: self.size, : self.size], output="real", sort=wanted)
-        return np.ascontiguousarray((vectors[:, :p].T @ self._basis[: self.size]).T)
+        return (vectors[:, :p].T @ self._basis[: self.size]).T
 
 
 def _orthogonalised(w: Array, basis: Array) -> Array:
