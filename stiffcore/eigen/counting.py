@@ -22,7 +22,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from stiffcore.eigen.deflation import count_beyond
 from stiffcore.eigen.extremes import nearest, spectral_radius
-from stiffcore.eigen.numerical_range import logarithmic_norm, numerical_range_end, outer_polygon
+from stiffcore.eigen.numerical_range import numerical_range_end, outer_polygon, range_ends
 from stiffcore.eigen.powers import Operator, margin_inside, margin_right_of
 from stiffcore.eigen.regions import LeftOf, OutsideOf, Region, clipped
 from stiffcore.eigen.sparse import (
@@ -248,12 +248,13 @@ def ends_of(
     shifted = LinearOperator(a.shape, lambda x: apply(x.ravel()) + shift * x.ravel(), dtype=np.dtype(np.float64))
     left = count_left(a, -shift, memory_bytes=memory_bytes, known=known)
     outside = count_outside_disc(a, -1.0 - shift, memory_bytes=memory_bytes, known=known) if disc else None
+    range_left, range_right = range_ends(a)
     return Ends(
         left_of_zero=replace(left, threshold=0.0),
         outside_disc=outside,
         radius=spectral_radius(shifted),
-        range_left=shift - logarithmic_norm(-a),
-        range_right=shift + logarithmic_norm(a),
+        range_left=shift + range_left,
+        range_right=shift + range_right,
         note=note,
     )
 

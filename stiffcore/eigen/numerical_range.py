@@ -94,10 +94,24 @@ def logarithmic_norm(a: Any) -> float:
     Returns:
         The right end of W(A); -inf for k = 0.
     """
-    if isinstance(a, LinearOperator):
-        return _extreme((a + a.T) * 0.5, "LA")
-    a = as_sparse(a)
+    a = a if isinstance(a, LinearOperator) else as_sparse(a)
     return _extreme(_symmetric_part(a), "LA") if a.shape[0] else -math.inf
+
+
+def range_ends(a: Any) -> tuple[float, float]:
+    """The least and the largest real part in W(A). Converged, not proved: either may be further out.
+
+    Args:
+        a: (k, k) real, sparse or dense, or a `LinearOperator` with a transpose.
+
+    Returns:
+        Both; inf and -inf for k = 0.
+    """
+    a = a if isinstance(a, LinearOperator) else as_sparse(a)
+    if not a.shape[0]:
+        return math.inf, -math.inf
+    h = _symmetric_part(a)
+    return _extreme(h, "SA"), _extreme(h, "LA")
 
 
 def numerical_range(a: Any, angles: int = 72) -> tuple[Array, Array]:
@@ -162,7 +176,9 @@ def _support_point(a: sp.csc_array, t: float) -> complex:
     return complex(np.vdot(x, product(a, x)))
 
 
-def _symmetric_part(a: sp.csc_array) -> sp.csc_array:
+def _symmetric_part(a: sp.csc_array | LinearOperator) -> sp.csc_array | LinearOperator:
+    if isinstance(a, LinearOperator):
+        return (a + a.T) * 0.5
     h = sp.csc_array(a + a.T)
     h.data /= 2
     return h
