@@ -39,7 +39,7 @@ SPARE = 3
 ARNOLDI_TOLERANCE = 1e-10
 # Vectors kept by the two runs of a try, and restarts allowed in each. The larger spaces are for spectra that fill a
 # disc: blocks with random weights, where 3,200 products found what 10,000 with 60 vectors had not (k = 47,046).
-TRIES = (((60, 84), 12), ((270, 300), 25))
+TRIES = (((60, 84), 30), ((270, 300), 25))
 # From this share of entries that are not zero, a dense copy multiplies faster, 2.5 times at 3/4 (k = 2,000).
 DENSE_SHARE = 1 / 3
 # Two runs agree within this, relative to the largest eigenvalue, or within their error estimate.
