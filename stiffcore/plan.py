@@ -53,9 +53,10 @@ METADATA_BYTES = 4 << 10
 # side on two cores; less for small k.
 DENSE_EFFICIENCY = 0.6
 # Of `eigen.extremes`: matrix products of all runs together, as seen on blocks of ResNets (600 to 2,500); vectors of
-# length k that are held at most; and eigenvalues that are kept at most, all with their vectors.
+# length k that are held at most, 300 by ARPACK and others by what its runs returned; and eigenvalues that are kept at
+# most, all with their vectors.
 ARNOLDI_PRODUCTS = 2000
-KRYLOV_VECTORS = 320
+KRYLOV_VECTORS = 480
 FOUND_MOST = 8
 # A flop of a sparse product, in those of a dense one, where all cores take such products: they wait for memory.
 PRODUCT_COST = 25
