@@ -5,9 +5,9 @@ its layer1 works on 56 x 56 as ImageNet's does: minutes. With `--all`, too, all 
 7 x 7 stem, random weights, at a photograph of 224 x 224 pixels: minutes each. There the eigenvalues fill a disc that
 reaches beyond 0. Where those beyond are few (layer4), they are counted; elsewhere the count is open, and the least that
 Arnoldi saw is said. One worker, one core. Each block is a run of its own in store/imagenet-extremes: figures are
-written after each, and blocks that stand in them already are not run again. (The ends of random weights, but those of
-layer1.2 and layer2.2, were found by commit b77ee83, with up to 200 restarts of the smaller spaces; the other core was
-busy all the time.)
+written after each, and blocks that stand in them already are not run again. (Of random weights, layer1.2 and layer4.1
+are of commit 9743db4, layer2.2 of 4eb1cf3; the other ends of 5769af8, with up to 200 restarts of the smaller spaces,
+and counts of b77ee83. The other core was busy all the time. The plan allows for 160 vectors more since.)
 """
 
 import json
