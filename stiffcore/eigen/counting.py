@@ -32,6 +32,7 @@ from stiffcore.eigen.sparse import (
     FillError,
     Shifted,
     as_sparse,
+    complement,
     host_matrix,
     norm_bound,
     product,
@@ -105,8 +106,7 @@ def count_left(
     if found is not None:
         return found
     # where most eigenvalues are left of the line, the others are counted; none is on it where this is proved
-    middle = host.trace() / k if host is not None else operator.ritz.real.mean() if operator else threshold
-    if middle < threshold and k > DENSE_ORDER:
+    if k > DENSE_ORDER and _middle_of_all(operator, host) < threshold:
         turned = operator.negative() if operator else None
         right = _by_search(turned, None if host is None else -host, LeftOf(-threshold), threshold, memory_bytes, None)
         return right if right.count is None else replace(right, count=k - right.count)
@@ -259,6 +259,14 @@ def ends_of(
     )
 
 
+def _middle_of_all(operator: Operator | None, a: sp.csc_array | None) -> float:
+    """The mean of all eigenvalues; where there is no matrix, of Ritz values."""
+    if a is not None:
+        return float(a.trace()) / a.shape[0]
+    assert operator is not None
+    return float(operator.ritz.real.mean())
+
+
 def _by_search(
     operator: Operator | None,
     a: sp.csc_array | None,
@@ -355,7 +363,7 @@ class _Search:
 
     def project(self, x: Array) -> Array:
         """Onto the complement of Q."""
-        return x - self.q @ (self.q.T @ x) if self.q.shape[1] else x
+        return complement(x, self.q) if self.q.shape[1] else x
 
     def deflate(self, values: Array, vectors: Array) -> int:
         """Add eigenvectors of the compression to Q, as far as A Q stays in Q; returns how many columns."""
@@ -365,13 +373,12 @@ class _Search:
                 continue
             new = np.stack([x.real, x.imag], axis=1)
             for _ in range(2):
-                new = new - self.q @ (self.q.T @ new)
+                new = complement(new, self.q)
             # the two columns of a real eigenvalue, or what Q has already, leave small singular values
             basis, sizes, _ = scipy.linalg.svd(new, full_matrices=False)
             basis = basis[:, sizes > 1e-6]
             trial = np.hstack([self.q, basis])
-            outside = self.a @ basis
-            outside = outside - trial @ (trial.T @ outside)
+            outside = complement(self.a @ basis, trial)
             if basis.shape[1] and np.linalg.norm(outside) <= INVARIANT * self.norm:
                 self.q = trial
         return self.q.shape[1] - before

@@ -21,12 +21,16 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from stiffcore.eigen.powers import PROOF_STEPS, Operator
+from stiffcore.eigen.powers import Operator, norm_from_above
 from stiffcore.eigen.regions import Region
-from stiffcore.eigen.sparse import EPS, FAILURE, Arnoldi, Array, krylov_steps, lanczos, lanczos_error
+from stiffcore.eigen.sparse import EPS, FAILURE, Arnoldi, Array, complement
 
 # Steps of Arnoldi after which it is looked whether they are enough, doubled until they are the most.
 FIRST_STEPS = 150
+MOST_STEPS = 1200
+# Vectors of length k that are free beside the memory for factors (`stiffcore.plan.KRYLOV_VECTORS`, of which others have
+# some).
+FREE_VECTORS = 250
 # Residuals of Ritz values that are taken for eigenvalues, of all together, relative to the largest value; and of one
 # that is roughly an eigenvalue.
 FOUND = 1e-10
@@ -68,16 +72,16 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
     Args:
         a: what is multiplied with; its order is over 100.
         region: where.
-        memory_bytes: see `stiffcore.eigen.sparse.krylov_steps`.
+        memory_bytes: what a sparse LU may take, which is not held meanwhile; None for no limit.
         rng: draws the starts.
 
     Returns:
         The count, or that there are too many; None where neither can be said.
 
     Raises:
-        LinAlgError: where LAPACK fails.
+        LinAlgError: where LAPACK fails, or what was found has no basis of eigenvectors.
     """
-    most = krylov_steps(a.k, memory_bytes)
+    most = _steps(a.k, memory_bytes)
     space = Arnoldi(a.apply, a.k, most, rng)
     steps = FIRST_STEPS
     while True:
@@ -99,13 +103,24 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
         steps *= 2
     basis = space.schur_vectors(values, found)
     del space
-    return _Inner.of(a, basis, _norm(a, rng)).counted(a, region, centre, radius, rng)
+    size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
+    return _Inner.of(a, basis, size).counted(a, region, centre, radius, rng)
 
 
-def _norm(a: Operator, rng: np.random.Generator) -> float:
-    """An upper bound of the 2-norm of A: computed."""
-    square = lanczos(lambda x: a.transposed(a.apply(x)), a.k, PROOF_STEPS, np.dtype(float), rng)[-1]
-    return math.sqrt(max(float(square), 0.0) / (1 - lanczos_error(a.k, PROOF_STEPS))) * (1 + 1e-6)
+def _steps(k: int, memory_bytes: int | None) -> int:
+    """Steps of `Arnoldi` that are worth their time, and fit.
+
+    bytes: s vectors and at most as many that are made of them, and what is solved of their order: 16 k s + 64 s^2.
+
+    Args:
+        k: the order.
+        memory_bytes: what a sparse LU may take, which is not held meanwhile; None for no limit.
+    """
+    if memory_bytes is None:
+        return min(k, MOST_STEPS)
+    vector = 16 * k
+    most = (math.sqrt(vector**2 + 4 * 64 * (8 * k * FREE_VECTORS + max(memory_bytes, 0))) - vector) / (2 * 64)
+    return min(k, MOST_STEPS, int(most))
 
 
 def _smallest(residuals: Array, most: float) -> Array:
@@ -166,7 +181,7 @@ class _Inner:
             square += float(np.linalg.norm(aq - q @ t[:, at]) ** 2)
         values, vectors = np.linalg.eig(t)
         if not np.linalg.cond(vectors) * p * EPS < 1e-3:
-            return cls(q, values, np.full(p, np.inf), math.inf, math.inf, math.inf, size)
+            raise np.linalg.LinAlgError("its eigenvectors are no basis")
         inverse = np.linalg.inv(vectors)
         # of sums of p products, whose factors have norms of sqrt(p) and of T
         small = (p + 4) * math.sqrt(p) * EPS * float(np.linalg.norm(t))
@@ -181,7 +196,7 @@ class _Inner:
         self, a: Operator, region: Region, centre: float, radius: float, rng: np.random.Generator
     ) -> Deflated | None:
         """The count, where powers prove that all else lies in the circle, and no eigenvalue meets the boundary."""
-        powers = self._powers(a, centre, radius, rng) if math.isfinite(self.residual) else None
+        powers = self._powers(a, centre, radius, rng)
         if powers is None:
             return None
         outer, power = powers
@@ -216,18 +231,14 @@ class _Inner:
     def _powers(self, a: Operator, centre: float, radius: float, rng: np.random.Generator) -> tuple[float, int] | None:
         """An upper bound of |(C - z)^-1| beyond the circle, and the power whose norm shows it."""
         q, factor = self.q, _overlooked()
-
-        def project(x: Array) -> Array:
-            return x - q @ (q.T @ x)
-
         # what a step may be off by, relative to what it starts from: its product, its projection, and sums
         longer = max(1.0, (self.size + abs(centre)) / radius)
         off = a.rounding * a.norm / radius + longer * (4 * self.tilt + EPS * (8 + 2 * a.k * math.sqrt(q.shape[1])))
-        x = project(rng.standard_normal((a.k, PROBES)))
+        x = complement(rng.standard_normal((a.k, PROBES)), q)
         seen, bounds = [float(np.linalg.norm(x, axis=0).max())], [1.0]
         with np.errstate(over="ignore", invalid="ignore"):  # where powers grow, that is seen
             while len(bounds) <= MOST_POWERS:
-                x = project((a.apply(x) - centre * x) / radius)
+                x = complement((a.apply(x) - centre * x) / radius, q)
                 seen.append(float(np.linalg.norm(x, axis=0).max()))
                 lost = off * float(np.dot(bounds[::-1], seen[:-1]))
                 bounds.append(factor * (seen[-1] + lost))

@@ -51,6 +51,16 @@ def ritz_values(apply: Product, k: int, rng: np.random.Generator) -> Array:
     return space.ritz()[0]
 
 
+def norm_from_below(square: Product, k: int, steps: int, rng: np.random.Generator) -> float:
+    """The 2-norm of a matrix B, as so many Lanczos steps with B^T B, of order k, find it."""
+    return math.sqrt(max(float(lanczos(square, k, steps, np.dtype(float), rng)[-1]), 0.0))
+
+
+def norm_from_above(square: Product, k: int, rng: np.random.Generator) -> float:
+    """An upper bound of it, from `PROOF_STEPS` steps: computed, see `stiffcore.eigen.sparse`."""
+    return norm_from_below(square, k, PROOF_STEPS, rng) / math.sqrt(1 - lanczos_error(k, PROOF_STEPS)) * (1 + 1e-6)
+
+
 def centre_right_of(line: float, ritz: Array) -> tuple[float, float]:
     """The c of a disc around t + c, t the line, that holds the Ritz values with most room.
 
@@ -96,8 +106,8 @@ class Operator:
         if host is not None:
             norm, rounding = norm_bound(host), longest_sum(host) * EPS
         else:
-            square = lanczos(lambda x: transposed(apply(x)), k, min(PROOF_STEPS, k), np.dtype(float), rng)[-1]
-            norm, rounding = 2 * math.sqrt(max(float(square), 0.0)), OPERATOR_ROUNDING
+            norm = 2 * norm_from_below(lambda x: transposed(apply(x)), k, min(PROOF_STEPS, k), rng)
+            rounding = OPERATOR_ROUNDING
         return cls(apply, transposed, k, norm, rounding, ritz_values(apply, k, rng))
 
     def negative(self) -> "Operator":
@@ -147,18 +157,15 @@ def contraction(
             growth[0] = max(growth[0], float(np.linalg.norm(x)))
         return x
 
-    def norm(m: int, steps: int) -> float:
-        def square(x: Array) -> Array:
-            return power(a.transposed, power(a.apply, x, m), m)
-
-        return math.sqrt(max(float(lanczos(square, a.k, steps, np.dtype(float), rng)[-1]), 0.0))
+    def square(m: int, x: Array) -> Array:
+        return power(a.transposed, power(a.apply, x, m), m)
 
     m, before = 4, math.inf
     while m <= MOST_POWER:
         growth[0] = 1.0
-        found = norm(m, FIRST_STEPS)
+        found = norm_from_below(partial(square, m), a.k, FIRST_STEPS, rng)
         if found <= PROMISING:
-            bound = norm(m, PROOF_STEPS) / math.sqrt(1 - lanczos_error(a.k, PROOF_STEPS)) * (1 + 1e-6)
+            bound = norm_from_above(partial(square, m), a.k, rng)
             # |fl(B^m x) - B^m x|: a sum over the steps, of what is before, times rounding, times what is after; no
             # power in between is larger than that of the norm, nor much larger than what became of random vectors
             least = max(1.0, (a.norm + abs(centre)) / radius)

@@ -25,10 +25,6 @@ LANCZOS_STEPS = 30
 # A solve whose residual, relative to its right-hand side, is larger is refined; Lanczos allows for this much.
 SOLVE_TOLERANCE = 1e-6
 REFINEMENTS = 3
-# Steps of an Arnoldi iteration without restarts; and vectors of length k that are free beside the memory for factors
-# (`stiffcore.plan.KRYLOV_VECTORS`, of which others have a few).
-MOST_STEPS = 1200
-FREE_VECTORS = 250
 
 Array = np.ndarray
 Product = Callable[[Array], Array]
@@ -279,38 +275,22 @@ def lanczos(
     """
     basis = np.zeros((steps, k), dtype)
     diagonal, off = np.zeros(steps), np.zeros(max(steps - 1, 0))
-    v = _orthogonalised(project(_random(k, dtype, rng)), basis[:0])
+    v = project(_random(k, dtype, rng))
     v /= np.linalg.norm(v)
     for j in range(steps):
         basis[j] = v
         w = apply(v)
         diagonal[j] = np.vdot(v, w).real
         size = np.linalg.norm(w)
-        w = _orthogonalised(w, basis[: j + 1])
+        w, _ = _orthogonalised(w, basis[: j + 1])
         if j + 1 == steps:
             break
         off[j] = np.linalg.norm(w)
         if off[j] <= 100 * EPS * size:
             off[j] = 0.0
-            w = _orthogonalised(project(_random(k, dtype, rng)), basis[: j + 1])
+            w, _ = _orthogonalised(project(_random(k, dtype, rng)), basis[: j + 1])
         v = project(w / np.linalg.norm(w))  # what rounding left outside of the range would grow from step to step
     return scipy.linalg.eigvalsh_tridiagonal(diagonal, off)
-
-
-def krylov_steps(k: int, memory_bytes: int | None) -> int:
-    """Steps of `Arnoldi` that are worth their time, and fit.
-
-    bytes: s vectors and at most as many that are made of them, and what is solved of their order: 16 k s + 64 s^2.
-
-    Args:
-        k: the order.
-        memory_bytes: what a sparse LU may take, which is not held meanwhile; None for no limit.
-    """
-    if memory_bytes is None:
-        return min(k, MOST_STEPS)
-    vector = 16 * k
-    most = (math.sqrt(vector**2 + 4 * 64 * (8 * k * FREE_VECTORS + max(memory_bytes, 0))) - vector) / (2 * 64)
-    return min(k, MOST_STEPS, int(most))
 
 
 class Arnoldi:
@@ -338,11 +318,7 @@ class Arnoldi:
         basis, h = self._basis, self._h
         while self.size < min(steps, h.shape[1]) and not self.exhausted:
             j = self.size
-            w = self.apply(basis[j])
-            for _ in range(2):
-                part = basis[: j + 1] @ w
-                w = w - basis[: j + 1].T @ part
-                h[: j + 1, j] += part
+            w, h[: j + 1, j] = _orthogonalised(self.apply(basis[j]), basis[: j + 1])
             h[j + 1, j] = np.linalg.norm(w)
             self.size += 1
             self.exhausted = bool(h[j + 1, j] <= 100 * EPS * np.abs(h[: j + 2, : j + 1]).max())
@@ -354,12 +330,6 @@ class Arnoldi:
         values, vectors = scipy.linalg.eig(self._h[: self.size, : self.size])
         last = self._h[self.size, self.size - 1] if self.size else 0.0
         return values, last * np.abs(vectors[-1:]).sum(axis=0)
-
-    def ritz_vectors(self, which: Array) -> Array:
-        """(k, m) complex, of unit norm: those of some of the values of `ritz`, by index."""
-        _, vectors = scipy.linalg.eig(self._h[: self.size, : self.size])
-        basis, chosen = self._basis[: self.size].T, vectors[:, which]
-        return basis @ chosen.real + 1j * (basis @ chosen.imag)
 
     def schur_vectors(self, values: Array, chosen: Array) -> Array:
         """(k, p), by columns: an orthonormal basis of what belongs to some of the Ritz values; of pairs, both.
@@ -381,10 +351,19 @@ class Arnoldi:
         return (vectors[:, :p].T @ self._basis[: self.size]).T
 
 
-def _orthogonalised(w: Array, basis: Array) -> Array:
+def complement(x: Array, q: Array) -> Array:
+    """What is left of x, one column or many, outside of the columns of an orthonormal q."""
+    return x - q @ (q.T @ x)
+
+
+def _orthogonalised(w: Array, basis: Array) -> tuple[Array, Array]:
+    """What is left of w outside of the rows of a basis, and its coefficients in them."""
+    coefficients = np.zeros(len(basis), np.result_type(w, basis))
     for _ in range(2):  # twice is enough (Giraud et al. 2005)
-        w = w - basis.T @ (basis.conj() @ w)
-    return w
+        part = basis.conj() @ w
+        w = w - basis.T @ part
+        coefficients += part
+    return w, coefficients
 
 
 def _random(k: int, dtype: np.dtype, rng: np.random.Generator) -> Array:
