@@ -3,11 +3,12 @@
 The first square block (n = 802,816) of the bundled CIFAR-10 checkpoint, at a test image enlarged to 112 x 112, so that
 its layer1 works on 56 x 56 as ImageNet's does: minutes. With `--all`, too, all square blocks of torchvision's ResNet50,
 7 x 7 stem, random weights, at a photograph of 224 x 224 pixels: minutes each. There the eigenvalues fill a disc that
-reaches beyond 0. Where those beyond are few (layer4), they are counted; elsewhere the count is open, and the least that
-Arnoldi saw is said. One worker, one core. Each block is a run of its own in store/imagenet-extremes: figures are
-written after each, and blocks that stand in them already are not run again. (Of random weights, layer1.2 and layer4.1
-are of commit 9743db4, layer2.2 of 4eb1cf3; the other ends of 5769af8, with up to 200 restarts of the smaller spaces,
-and counts of b77ee83. The other core was busy all the time. The plan allows for 160 vectors more since.)
+reaches beyond 0. Where those beyond are few (layer4), they are counted; elsewhere the count is open, and how many
+Arnoldi saw is said, unless no more vectors fit than show a few (layer1.2). One worker, one core. Each block is a run of
+its own in store/imagenet-extremes: figures are written after each, and blocks that stand in them already are not run
+again. (Of random weights, layer1.2 and layer4.1 are of commit 9743db4, layer2.2 of 4eb1cf3; the other ends of 5769af8,
+with up to 200 restarts of the smaller spaces, and counts of b77ee83. The other core was busy all the time. The plan
+allows for 160 vectors more since.)
 """
 
 import json
