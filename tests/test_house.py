@@ -26,6 +26,7 @@ STAGES = [
     ["verify"],
     ["api", "report"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(STAGES) for name in names}
 MODULES = sorted(
