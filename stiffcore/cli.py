@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
 from stiffcore.cluster import Event, workers_at
 from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
+from stiffcore.report.terminal import Terminal
 from stiffcore.run import Run, open_run, state_of, status_summary
 from stiffcore.session import Prepared, carry_out_plan, check_free, prepare
 from stiffcore.store import IMAGES
@@ -34,8 +34,8 @@ app = typer.Typer(
     help="Exact, certified eigenvalue spectra of the Jacobians of network blocks; stored, and resumable.",
 )
 # tables keep their columns in a file or a pipe, where rich would assume 80
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
-err = Console(stderr=True)
+out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
+err = Terminal(stderr=True)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -342,9 +342,9 @@ def report(
     _say(out, write_report(found, to, figures))
 
 
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a sentence as it is: no markup in names, and no line break inside a path."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Terminal, text: str, style: str | None = None) -> None:
+    """Print a sentence, with no line break inside a path."""
+    console.print(text, style=style, soft_wrap=True)
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
@@ -470,9 +470,9 @@ class _Progress:
     def __init__(self) -> None:
         self.bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            "{task.description}",  # strings: the console shows them as they are, a `TextColumn` would read markup
             BarColumn(),
-            TextColumn("{task.fields[note]}"),
+            "{task.fields[note]}",
             TimeElapsedColumn(),
             console=err,
             transient=True,
