@@ -414,7 +414,7 @@ def _announce(prepared: Prepared) -> None:
     if prepared.survey:
         _say(out, f"network: {prepared.study.network}, {prepared.survey.description}")
         _say(out, f"weights: {prepared.study.weights}")
-        _say(out, f"images: {len(prepared.survey.images['x'])} of {prepared.survey.source}")
+        _say(out, f"images: {len(prepared.survey.images['y'])} of {prepared.survey.source}")
         _say(out, f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
 
 

@@ -480,7 +480,8 @@ def _pixel_problems(array: np.ndarray | Pixels, axis: int, what: str) -> list[st
     if array.dtype not in (np.float16, np.float32, np.float64):
         hint = ": scale its numbers to 0..255 as uint8" if array.dtype.kind in "iu" else ""
         return [f"{what} is {array.dtype} {array.shape}, it must be uint8 {shape} or floating{hint}"]
-    bad = sum(int(values.size - np.isfinite(values).sum()) for values in (array if axis else [array]))
+    assert isinstance(array, np.ndarray)
+    bad = sum(int(values.size - np.isfinite(values).sum()) for values in (array if axis else array[None]))
     return [f"{what} has {bad} values that are NaN or infinite"] if bad else []
 
 
