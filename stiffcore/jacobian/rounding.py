@@ -24,7 +24,7 @@ DRAWS = 4
 SAFETY = 4.0
 # What two ways to a product may differ by, in their noise: below the first nothing says that they are two functions,
 # above the second they are.
-WITHIN, BEYOND = 8.0, 64.0
+WITHIN, BEYOND = 16.0, 64.0
 # Tangents have few binary digits, so that sums of two are exact.
 GRID = 1024.0
 # Products at once: no more memory than the look at a function has always taken.
