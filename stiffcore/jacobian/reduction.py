@@ -646,26 +646,26 @@ def _active(
 ) -> Reduction:
     if slope is None or bool((slope != 0).all()):
         return _full(jacobian, f"full matrix: {why}", graph, probes)
-    index = by_position(torch.nonzero(slope.reshape(-1)).reshape(-1), slope.shape)
     mask = (slope != 0).reshape(-1)
     probes = probes or Probes(jacobian)
     check = probes.compare(probes.products * mask)
     if not check.same:
         note = f"{why}; rows of inactive outputs are not zero ({check.relative:.1e})"
         return _full(jacobian, f"full matrix: {note}", graph, probes)
-    reason = f"active outputs, {len(index)} of {jacobian.n}: {why}"
-    return _direct(jacobian, Route.ACTIVE, index, reason, structure(jacobian, graph, probes), check)
+    units = torch.nonzero(mask).reshape(-1)
+    reason = f"active outputs, {len(units)} of {jacobian.n}: {why}"
+    return _direct(jacobian, Route.ACTIVE, units, reason, structure(jacobian, graph, probes), check)
 
 
 def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None, probes: Probes | None = None) -> Reduction:
-    index = by_position(torch.arange(jacobian.n, device=jacobian.x.device), jacobian.value.shape)
-    return _direct(jacobian, Route.FULL, index, reason, structure(jacobian, graph, probes))
+    units = torch.arange(jacobian.n, device=jacobian.x.device)
+    return _direct(jacobian, Route.FULL, units, reason, structure(jacobian, graph, probes))
 
 
 def _direct(
     jacobian: Linearisation,
     route: Route,
-    index: Tensor,
+    units: Tensor,
     reason: str,
     known: "Structure",
     check: Comparison | None = None,
@@ -675,9 +675,9 @@ def _direct(
         jacobian=jacobian,
         route=route,
         shift=0,
-        index=index,
+        index=by_position(units, known.shape),
         ones=0,
-        zeros=jacobian.n - len(index),
+        zeros=jacobian.n - len(units),
         reason=reason,
         check=0.0 if check is None else check.relative,
         column_items=known.column_items,
@@ -695,6 +695,7 @@ class Structure:
     Attributes:
         column_items: numbers alive while one product is computed.
         kernel_items: numbers in its largest kernel.
+        shape: of its output, or of the feature map that its output is a view of: what orders its units.
         reach: from its input to its output; None where that is not known.
         steps: the same, for accumulation; None, too, where the graph lacks something of J.
         module: the function, as traced; None where it was not, or the graph lacks something of J.
@@ -702,6 +703,7 @@ class Structure:
 
     column_items: int
     kernel_items: int
+    shape: tuple[int, ...]
     reach: Reach | None
     steps: Steps | None
     module: fx.GraphModule | None
@@ -709,20 +711,27 @@ class Structure:
 
 def structure(jacobian: Linearisation, graph: FunctionGraph | None, probes: Probes | None = None) -> Structure:
     """Read the structure of a function from its graph, where there is one."""
+    shape = tuple(jacobian.value.shape)
     if graph is None:  # nothing to count: eight copies of input and output hold any block seen so far
-        return Structure(8 * (jacobian.n + jacobian.m), 0, None, None, None)
+        return Structure(8 * (jacobian.n + jacobian.m), 0, shape, None, None, None)
     module = graph.between(graph.input, [graph.output])
     items = live_items(module) + jacobian.n + jacobian.m
     reach, steps = reach_of(module), Steps.of(module, jacobian.x)
-    probes = probes or Probes(jacobian)
+    if (local := steps or reach) is not None:
+        shape = (1, *local.destination)
+    whole = _is_graph_of(module, jacobian, probes or Probes(jacobian))
+    return Structure(items, graph.kernel_items, shape, reach, steps if whole else None, module if whole else None)
+
+
+def _is_graph_of(module: fx.GraphModule, jacobian: Linearisation, probes: Probes) -> bool:
+    """Whether a graph has the derivative J: what is hidden from autograd is in no graph."""
     products = Linearisation(module, jacobian.x, f"the graph of {jacobian.name}")
     try:
-        whole = probes.compare(few_at_once(products.jvp, probes.tangents)).same
+        return probes.compare(few_at_once(products.jvp, probes.tangents)).same
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # an operation of the graph that has no forward derivative
-        whole = False
-    return Structure(items, graph.kernel_items, reach, steps if whole else None, module if whole else None)
+        return False
 
 
 def _accumulated(reduction: Reduction, steps: Steps | None) -> Reduction:
