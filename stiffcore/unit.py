@@ -48,6 +48,7 @@ from stiffcore.store import (
 )
 from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, format_bytes, versions
 from stiffcore.survey import image_input, open_network, operator_of
+from stiffcore.trust import check_code
 
 Emit = Callable[[dict[str, Any]], None]
 Opener = Callable[[RunStore, dict[str, Any], str], Reduction | Slices | Factors]
@@ -63,15 +64,24 @@ STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
 
 def open_operator(
-    store: RunStore, record: dict[str, Any], device: str, module: nn.Module | None = None
+    store: RunStore, record: dict[str, Any], device: str, module: nn.Module | None = None, trusted: str = ""
 ) -> Reduction | Slices | Factors:
     """The operator of a stored unit, made again from the study's network and the stored image.
 
+    Args:
+        store: the run.
+        record: of the unit.
+        device: where it works.
+        module: the network, where the study says `in memory`.
+        trusted: the network whose code may be imported, see `stiffcore.trust`.
+
     Raises:
+        UntrustedError: where the network is made by other code.
         StiffcoreError: where the weights are not those that the run began with.
     """
     header = store.header or {}
     study = Study.stored(header)
+    check_code(study, trusted, store.url)
     network = open_network(study, module)
     if network.weights_digest != header["identity"]["weights"]:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
