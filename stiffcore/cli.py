@@ -40,7 +40,10 @@ err = Terminal(stderr=True)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Network = Annotated[
-    str | None, typer.Option(help="resnet18 | resnet34 | resnet50 | package.module:factory; a new run needs it")
+    str | None,
+    typer.Option(
+        help="resnet18 | 34 | 50, CIFAR-10's resnet20 | 32 | 44 | 56 | 110, package.module:factory; a new run needs it"
+    ),
 ]
 Weights = Annotated[
     str | None,

@@ -149,7 +149,7 @@ def open_network(study: Study, module: nn.Module | None = None) -> Network:
             )
         return wrap_network(module, dtype)
     weights = None if study.weights in (None, IN_MEMORY) else Path(study.weights)
-    return load_network(study.network, weights, dtype, study.pool)
+    return load_network(study.network, weights, dtype, study.pool, study.memory)
 
 
 def open_images(study: Study) -> Images:
