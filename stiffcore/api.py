@@ -120,6 +120,7 @@ def analyze(
     run: str | Path,
     workers: int | None = None,
     scheduler: str | None = None,
+    security: Any = None,
     on_event: Callable[[Event], None] | None = None,
     **options: Any,
 ) -> Run:
@@ -134,6 +135,7 @@ def analyze(
         workers: None works in this process, one unit at a time; a number starts at most so many processes (then a
             script needs the usual `if __name__ == "__main__":`).
         scheduler: address or scheduler file of a Dask cluster that runs already; `memory` is then each worker's.
+        security: `distributed.Security` that the scheduler wants; None: as Dask's configuration says.
         on_event: told of every step, a dict with `unit`, `stage`, `done`, `total`.
         options: fields of `stiffcore.Study`: blocks, functions, dtype, memory, normalize, keep, device, ...
 
@@ -164,7 +166,7 @@ def analyze(
             given["normalize"] = "none"
     tell = on_event or (lambda event: None)
     here = workers is None and scheduler is None
-    context = nullcontext(InProcess(tell)) if here else workers_at(scheduler, tell)
+    context = nullcontext(InProcess(tell)) if here else workers_at(scheduler, tell, security=security)
     check_free(str(run))
     with context as executor:
         prepared = prepare(str(run), given, executor, module, in_memory, workers=workers)

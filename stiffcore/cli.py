@@ -15,7 +15,7 @@ import numpy as np
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
-from stiffcore.cluster import Event, workers_at
+from stiffcore.cluster import Event, tls_security, workers_at
 from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
@@ -104,6 +104,13 @@ Scheduler = Annotated[
         "[default: workers on this machine]"
     ),
 ]
+TlsCa = Annotated[str | None, typer.Option(help="Certificate that those of the Dask cluster are signed with.")]
+TlsCert = Annotated[str | None, typer.Option(help="Certificate to reach the Dask cluster with.")]
+TlsKey = Annotated[str | None, typer.Option(help="Its key [default: in the same file]")]
+Dashboard = Annotated[
+    bool,
+    typer.Option("--dashboard", help="Serve Dask's pages of the workers here, to all users of this machine."),
+]
 Memory = Annotated[
     str | None, typer.Option(help="What all processes may hold together, as 4GiB [default: 80 % of what is free]")
 ]
@@ -144,6 +151,10 @@ def run(
     keep: Keep = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    dashboard: Dashboard = False,
 ) -> None:
     """Compute spectra: start a run, or continue one.
 
@@ -151,7 +162,8 @@ def run(
     --device-memory, --solver, --keep, --workers and --scheduler may change, any other option that disagrees is refused.
     Ctrl-C stops it cleanly.
     """
-    _run(run, _options(locals()), workers, scheduler)
+    cluster = {"scheduler": scheduler, "security": tls_security(tls_ca, tls_cert, tls_key), "dashboard": dashboard}
+    _run(run, _options(locals()), workers, cluster)
 
 
 @app.command()
@@ -192,11 +204,15 @@ def plan(
     keep: Keep = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     as_json: Json = False,
 ) -> None:
     """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing."""
     options = _options(locals())
-    with workers_at(scheduler, lambda event: None) as executor, _looking(quiet=as_json):
+    security = tls_security(tls_ca, tls_cert, tls_key)
+    with workers_at(scheduler, lambda event: None, security=security) as executor, _looking(quiet=as_json):
         prepared = prepare(run, options, executor, workers=workers, suppose=True)
     if as_json:
         _print_json(tables.plan_rows(prepared.plan))
@@ -356,10 +372,10 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in Study.model_fields if name in options}
 
 
-def _run(url: str, options: dict[str, Any], workers: int | None, scheduler: str | None = None) -> None:
+def _run(url: str, options: dict[str, Any], workers: int | None, cluster: dict[str, Any] | None = None) -> None:
     check_free(url)
     show = _Progress()
-    with _interruptible(url), workers_at(scheduler, show.event) as executor:
+    with _interruptible(url), workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor:
         if executor.dashboard:
             _say(out, f"dashboard: {executor.dashboard}")
         with _looking():
@@ -417,7 +433,7 @@ def _announce(prepared: Prepared) -> None:
     if prepared.survey:
         _say(out, f"network: {prepared.study.network}, {prepared.survey.description}")
         _say(out, f"weights: {prepared.study.weights}")
-        _say(out, f"images: {len(prepared.survey.images['x'])} of {prepared.survey.source}")
+        _say(out, f"images: {len(prepared.survey.images['y'])} of {prepared.survey.source}")
         _say(out, f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
 
 
