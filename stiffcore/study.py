@@ -9,7 +9,7 @@ from enum import StrEnum
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import (
@@ -273,20 +273,6 @@ class Study(BaseModel):
             refuse((_problem(e) for e in error.errors()), "some options are wrong:")
             raise
 
-    @classmethod
-    def stored(cls, header: Mapping[str, Any] | None) -> "Study":
-        """The study that a run's header holds.
-
-        Raises:
-            InputError: where this version does not understand it.
-        """
-        try:
-            return cls(**(header or {})["study"])
-        except (KeyError, TypeError, ValidationError) as error:
-            made_by = (header or {}).get("version", "?")
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the run's header (stiffcore {made_by}) is not understood here: {reason}") from error
-
     def with_options(self, options: Mapping[str, Any]) -> "Study":
         """The study with some options changed; None means not given. One way to choose images replaces another."""
         given = {k: v for k, v in options.items() if v is not None}
@@ -294,6 +280,12 @@ class Study(BaseModel):
         if {"count", "index", "per_label"} & given.keys():
             base |= {"count": None, "index": None, "per_label": None}
         return Study.ask(base | given)
+
+
+# No network has so many of anything: what is read must be a size, not only a number.
+LARGEST = 1 << 48
+Size = Annotated[int, Field(ge=0, le=LARGEST)]
+Flops = Annotated[int, Field(ge=0, le=LARGEST**2)]
 
 
 class Unit(BaseModel):
@@ -331,30 +323,59 @@ class Unit(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     key: str
-    image: int
-    label: int
-    number: int
+    image: Annotated[int, Field(ge=0, lt=10**9)]
+    label: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    number: Size
     block: str
     function: BlockFunction
     kind: Kind
-    n: int
-    m: int
-    width: int = 0
-    k: int = 0
-    ones: int = 0
-    zeros: int = 0
+    n: Size
+    m: Size
+    width: Size = 0
+    k: Size = 0
+    ones: Size = 0
+    zeros: Size = 0
     route: str
     reason: str
-    column_items: int = 0
-    kernel_items: int = 0
-    column_s: float = 0.0
-    products: int = 0
-    accumulated_items: int = 0
-    accumulated_flops: int = 0
-    nonzeros: int = 0
-    fill: int = 0
-    network_bytes: int = 0
+    column_items: Size = 0
+    kernel_items: Size = 0
+    column_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    products: Size = 0
+    accumulated_items: Size = 0
+    accumulated_flops: Flops = 0
+    nonzeros: Size = 0
+    fill: Size = 0
+    network_bytes: Size = 0
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides the results of a run; it is continued with the same alone.
+
+    Attributes:
+        network: by name.
+        weights: sha256.
+        normalize: of images, see `Normalize`.
+        pool: see `Pool`.
+        dtype: see `Precision`.
+        reduce: see `Reduce`.
+        images: `image_digest` of each.
+        blocks: module paths.
+        functions: see `BlockFunction`.
+        kinds: see `Kind`.
+    """
+
+    network: str
+    weights: str
+    normalize: str
+    pool: str
+    dtype: str
+    reduce: str
+    images: tuple[str, ...]
+    blocks: tuple[str, ...]
+    functions: tuple[str, ...]
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -363,7 +384,7 @@ class Survey:
 
     Attributes:
         study: with weights and normalisation filled in.
-        identity: what decides the results; a run refuses to continue with another one.
+        identity: a run refuses to continue with another one.
         description: of the network, one line.
         source: of the images, one line.
         images: arrays by name, each with one entry an image: `x` (N, H, W, 3) or (N, ...), `y` labels (-1 unknown),
@@ -373,7 +394,7 @@ class Survey:
     """
 
     study: Study
-    identity: dict[str, Any]
+    identity: Identity
     description: str
     source: str
     images: dict[str, np.ndarray]

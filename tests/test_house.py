@@ -15,6 +15,7 @@ STAGES = [
     ["version", "errors"],
     ["memory", "metrics"],
     ["study", "spectra"],
+    ["record"],
     ["jacobian"],
     ["networks"],
     ["eigen"],
