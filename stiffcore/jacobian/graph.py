@@ -66,7 +66,10 @@ class FunctionGraph:
         """
         # without cuDNN the operations are the same ones on a device as on the host
         with differentiable_kernels(), torch.backends.cudnn.flags(enabled=False):
-            trace = make_fx(torch.func.functionalize(f), tracing_mode="real", _error_on_data_dependent_ops=False)
+            # of one argument: make_fx would ask for those that f has defaults for
+            trace = make_fx(
+                torch.func.functionalize(lambda v: f(v)), tracing_mode="real", _error_on_data_dependent_ops=False
+            )
             self.module = trace(x.clone())
         nodes = list(self.module.graph.nodes)
         self.input = next(n for n in nodes if n.op == "placeholder")
@@ -119,6 +122,8 @@ class FunctionGraph:
             if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
                 copies[node].meta = dict(node.meta)
+                if name_of(node) in ("view", "_unsafe_view"):  # a product's strides need not be those of the trace
+                    copies[node].target = torch.ops.aten.reshape.default
                 if fast and name_of(node) == "convolution" and self._point.device.type == "cpu":
                     use_products(copies[node])
         copies[start].meta = dict(start.meta)
