@@ -1,6 +1,7 @@
 """The eigenvalues of one Jacobian, with what is exact about them and how far the rest can be trusted."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -370,6 +371,10 @@ def unspelled(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
+# Half of a surrogate pair, which is no character.
+_HALF = re.compile("[\ud800-\udfff]")
+
+
 @cache
 def _reader(kind: type) -> TypeAdapter:
     return TypeAdapter(kind)
@@ -382,7 +387,9 @@ def read_as(kind: Any, values: Mapping[str, Any]) -> Any:
         ValueError: naming what is wrong.
     """
     try:
-        return _reader(kind).validate_json(json.dumps(values), strict=True)
+        # bytes of a file's name that are no UTF-8 may stand in a message, and are spelled out
+        text = _HALF.sub(lambda half: f"\\\\u{ord(half[0]):04x}", json.dumps(values, ensure_ascii=False))
+        return _reader(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError("; ".join(_problem(e) for e in error.errors(include_url=False)[:3])) from error
 

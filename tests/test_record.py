@@ -59,6 +59,15 @@ def stored(small):
     return small
 
 
+def within(old, new):
+    """Whether all that was stored is stored again; a newer version may know more."""
+    if isinstance(old, dict):
+        return all(within(value, new.get(name)) for name, value in old.items())
+    if isinstance(old, list) and old and isinstance(old[0], dict):
+        return len(old) == len(new) and all(map(within, old, new))
+    return old == new
+
+
 @pytest.mark.parametrize("name", STORED)
 def test_a_run_of_an_earlier_version_is_read_verified_and_continued(stored, name, ends_are_cheap):
     run = stiffcore.open_run(name)
@@ -67,7 +76,8 @@ def test_a_run_of_an_earlier_version_is_read_verified_and_continued(stored, name
     assert {state: states.count(state) for state in states} == STATES[name]
     for key, record in records.items():
         on_disk = json.loads((stored / f"{name}/units/{key}/zarr.json").read_text())["attributes"]
-        assert {k: v for k, v in on_disk.items() if v is not None and k != "digest"} == record.to_json()
+        del on_disk["digest"]
+        assert within(on_disk, record.to_json())
     on_disk = json.loads((stored / f"{name}/zarr.json").read_text())["attributes"]["stiffcore"]
     assert run.header.to_json() == on_disk
     assert verify(run).findings == []
