@@ -211,9 +211,9 @@ class UnitRecord:
         return self.made_with is not None
 
     def changed(self, **found: Any) -> "UnitRecord":
-        """The record with some fields changed. `k`, `ones` and `zeros` are facts of the unit, which no plan changes."""
-        sizes: dict[str, Any] = {name: found.pop(name) for name in ("k", "ones", "zeros") if name in found}
-        unit = self.unit.model_copy(update=sizes) if sizes else self.unit
+        """The record with some fields changed, the unit's own by their names; a new plan changes none of these."""
+        facts: dict[str, Any] = {name: found.pop(name) for name in Unit.model_fields.keys() & found.keys()}
+        unit = self.unit.model_copy(update=facts) if facts else self.unit
         return replace(self, plan=replace(found.pop("plan", self.plan), unit=unit), **found)
 
     def to_json(self) -> dict[str, Any]:

@@ -51,11 +51,11 @@ from stiffcore.spectra import Moments, certified_choice
 from stiffcore.store import (
     DIVISION,
     HISTOGRAM,
-    IMAGES,
     SCRATCH,
     RunStore,
     StoredWorkspace,
     TiledMatrix,
+    read_image,
     stored_spectrum,
 )
 from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Unit, format_bytes, versions
@@ -86,7 +86,7 @@ def open_operator(
     network = open_network(study, module)
     if network.weights_digest != header.identity.weights:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
-    x = image_input(store.get_array(IMAGES, "x")[unit.image], study)
+    x = image_input(read_image(store, unit.image, header.identity.images[unit.image]), study)
     return operator_of(network.module, x, unit.block, unit.function, unit.kind, study.reduce, device)
 
 
