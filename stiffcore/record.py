@@ -382,7 +382,9 @@ _KINDS: dict[str, type[Any]] = {c.kind: c for c in (Begun, Step, Reached, Restar
 
 def event_to_json(event: Event) -> dict[str, Any]:
     """An event as JSON values, for a channel between processes."""
-    return {"kind": event.kind, **asdict(event)}
+    # an enumeration's member is a text to JSON, but not to msgpack
+    plain = {name: str(value) if isinstance(value, Stage) else value for name, value in asdict(event).items()}
+    return {"kind": event.kind, **plain}
 
 
 def event_from_json(values: Mapping[str, Any]) -> Event:

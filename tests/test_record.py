@@ -5,6 +5,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -145,7 +146,7 @@ EVENTS = [
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda e: e.kind)
 def test_an_event_passes_between_processes(event):
-    assert event_from_json(json.loads(json.dumps(event_to_json(event)))) == event
+    assert event_from_json(msgpack.loads(msgpack.dumps(event_to_json(event), strict_types=True))) == event
     _Progress().event(event)  # before there is a bar
 
 
