@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from stiffcore.cluster import Event, InProcess, workers_at
 from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
-from stiffcore.networks.images import Images
+from stiffcore.networks.images import images_in_memory
 from stiffcore.plan import Machine, check_budget, make_plan
 from stiffcore.run import Run
 from stiffcore.session import as_planned, carry_out_plan, check_free, prepare
@@ -113,12 +114,13 @@ def spectrum(
 
 def analyze(
     network: str | nn.Module,
-    images: str | np.ndarray | Tensor = "samples",
+    images: str | Path | np.ndarray | Tensor = "samples",
     labels: Any = None,
     *,
     run: str | Path,
     workers: int | None = None,
     scheduler: str | None = None,
+    security: Any = None,
     on_event: Callable[[Event], None] | None = None,
     **options: Any,
 ) -> Run:
@@ -128,11 +130,12 @@ def analyze(
         network: as for `--network`, or a module (copied; put in eval mode, cast).
         images: as for `--images`; or an array or tensor: uint8 (N, H, W, 3), to be normalised, or floating
             (N, ...), as the network takes them.
-        labels: (N,) integers, where `images` is an array; None: unknown.
+        labels: (N,) whole numbers, -1 where unknown, where `images` is an array; None: all unknown.
         run: new folder or URL, or an existing run, which continues.
         workers: None works in this process, one unit at a time; a number starts at most so many processes (then a
             script needs the usual `if __name__ == "__main__":`).
         scheduler: address or scheduler file of a Dask cluster that runs already; `memory` is then each worker's.
+        security: `distributed.Security` that the scheduler wants; None: as Dask's configuration says.
         on_event: told of every step, a dict with `unit`, `stage`, `done`, `total`.
         options: fields of `stiffcore.Study`: blocks, functions, dtype, memory, normalize, keep, device, ...
 
@@ -152,28 +155,22 @@ def analyze(
     module = network if isinstance(network, nn.Module) else None
     given["network"] = network if module is None else IN_MEMORY
     in_memory = None
-    if isinstance(images, str):
-        given["images"] = images
+    if isinstance(images, (str, PathLike)):
+        given["images"] = str(images)
         if labels is not None:
             raise InputError("labels are for images given as an array: those of a source have their own")
     else:
         given["images"] = IN_MEMORY
-        in_memory = _images(images, labels)
+        in_memory = images_in_memory(images, labels)
         if in_memory.x.dtype != np.uint8 and given.get("normalize") is None:
             given["normalize"] = "none"
     tell = on_event or (lambda event: None)
     here = workers is None and scheduler is None
-    context = nullcontext(InProcess(tell)) if here else workers_at(scheduler, tell)
+    context = nullcontext(InProcess(tell)) if here else workers_at(scheduler, tell, security=security)
     check_free(str(run))
     with context as executor:
         prepared = prepare(str(run), given, executor, module, in_memory, workers=workers)
         return carry_out_plan(str(run), prepared, executor, tell, module)[0]
-
-
-def _images(images: np.ndarray | Tensor, labels: Any) -> Images:
-    x = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-    y = np.full(len(x), -1) if labels is None else np.asarray(labels)
-    return Images(x, y.astype(np.int64), np.arange(len(x)), "in memory")
 
 
 def _choice(kind: Any, value: str, name: str) -> Any:

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
-from stiffcore.cluster import Event, workers_at
+from stiffcore.cluster import Event, tls_security, workers_at
 from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.plan import Plan
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
+from stiffcore.report.terminal import Terminal
 from stiffcore.run import Run, open_run, state_of, status_summary
 from stiffcore.session import Prepared, carry_out_plan, check_free, prepare
 from stiffcore.store import IMAGES
@@ -34,8 +34,8 @@ app = typer.Typer(
     help="Exact, certified eigenvalue spectra of the Jacobians of network blocks; stored, and resumable.",
 )
 # tables keep their columns in a file or a pipe, where rich would assume 80
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
-err = Console(stderr=True)
+out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
+err = Terminal(stderr=True)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -101,6 +101,13 @@ Scheduler = Annotated[
         "[default: workers on this machine]"
     ),
 ]
+TlsCa = Annotated[str | None, typer.Option(help="Certificate that those of the Dask cluster are signed with.")]
+TlsCert = Annotated[str | None, typer.Option(help="Certificate to reach the Dask cluster with.")]
+TlsKey = Annotated[str | None, typer.Option(help="Its key [default: in the same file]")]
+Dashboard = Annotated[
+    bool,
+    typer.Option("--dashboard", help="Serve Dask's pages of the workers here, to all users of this machine."),
+]
 Memory = Annotated[
     str | None, typer.Option(help="What all processes may hold together, as 4GiB [default: 80 % of what is free]")
 ]
@@ -141,6 +148,10 @@ def run(
     keep: Keep = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    dashboard: Dashboard = False,
 ) -> None:
     """Compute spectra: start a run, or continue one.
 
@@ -148,7 +159,8 @@ def run(
     --device-memory, --solver, --keep, --workers and --scheduler may change, any other option that disagrees is refused.
     Ctrl-C stops it cleanly.
     """
-    _run(run, _options(locals()), workers, scheduler)
+    cluster = {"scheduler": scheduler, "security": tls_security(tls_ca, tls_cert, tls_key), "dashboard": dashboard}
+    _run(run, _options(locals()), workers, cluster)
 
 
 @app.command()
@@ -189,11 +201,15 @@ def plan(
     keep: Keep = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     as_json: Json = False,
 ) -> None:
     """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing."""
     options = _options(locals())
-    with workers_at(scheduler, lambda event: None) as executor, _looking(quiet=as_json):
+    security = tls_security(tls_ca, tls_cert, tls_key)
+    with workers_at(scheduler, lambda event: None, security=security) as executor, _looking(quiet=as_json):
         prepared = prepare(run, options, executor, workers=workers, suppose=True)
     if as_json:
         _print_json(tables.plan_rows(prepared.plan))
@@ -342,9 +358,9 @@ def report(
     _say(out, write_report(found, to, figures))
 
 
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a sentence as it is: no markup in names, and no line break inside a path."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Terminal, text: str, style: str | None = None) -> None:
+    """Print a sentence, with no line break inside a path."""
+    console.print(text, style=style, soft_wrap=True)
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
@@ -353,10 +369,10 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in Study.model_fields if name in options}
 
 
-def _run(url: str, options: dict[str, Any], workers: int | None, scheduler: str | None = None) -> None:
+def _run(url: str, options: dict[str, Any], workers: int | None, cluster: dict[str, Any] | None = None) -> None:
     check_free(url)
     show = _Progress()
-    with _interruptible(url), workers_at(scheduler, show.event) as executor:
+    with _interruptible(url), workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor:
         if executor.dashboard:
             _say(out, f"dashboard: {executor.dashboard}")
         with _looking():
@@ -470,9 +486,9 @@ class _Progress:
     def __init__(self) -> None:
         self.bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            "{task.description}",  # strings: the console shows them as they are, a `TextColumn` would read markup
             BarColumn(),
-            TextColumn("{task.fields[note]}"),
+            "{task.fields[note]}",
             TimeElapsedColumn(),
             console=err,
             transient=True,

@@ -13,6 +13,7 @@ from stiffcore.errors import InputError
 from stiffcore.run import DONE, Run
 from stiffcore.store import IMAGES
 from stiffcore.study import counted
+from stiffcore.text import spreadsheet_cell, visible
 
 # Of the layout that `write_hdf5` documents.
 HDF5_LAYOUT = 1
@@ -22,6 +23,9 @@ FACTS = ("block", "number", "function", "kind", "image", "image_index", "label",
 
 def export(run: Run, to: Path) -> str:
     """Write a run to a new file, in the format of its suffix: .csv, .parquet, or .h5 and .hdf5.
+
+    Control characters in names and messages become escapes, as `\\x1b`; a text in a CSV file that a spreadsheet would
+    take for a formula begins with an apostrophe.
 
     Args:
         run: any.
@@ -57,13 +61,13 @@ def check_target(to: Path) -> None:
 
 
 def _write_csv(run: Run, to: Path) -> str:
-    rows = run.metrics()
+    rows = _with_texts(run.metrics(), spreadsheet_cell)
     rows.to_csv(to, index=False, na_rep="nan")
     return f"{counted(len(rows), 'row', 'rows')} in {to}"
 
 
 def _write_parquet(run: Run, to: Path) -> str:
-    rows = run.metrics()
+    rows = _with_texts(run.metrics(), visible)
     rows.to_parquet(to, index=False, engine="pyarrow")
     return f"{counted(len(rows), 'row', 'rows')} in {to}"
 
@@ -88,8 +92,8 @@ def write_hdf5(run: Run, to: Path) -> str:
             {
                 "layout": HDF5_LAYOUT,
                 "stiffcore": run.header["version"],
-                "description": run.header["description"],
-                "source": run.header["source"],
+                "description": visible(run.header["description"]),
+                "source": visible(run.header["source"]),
                 "study": json.dumps(run.header["study"]),
             }
         )
@@ -103,7 +107,8 @@ def write_hdf5(run: Run, to: Path) -> str:
             spectrum = run.stored(key)
             group = file.create_group(f"spectra/{key}")
             group["real"], group["imag"] = spectrum.computed.real, spectrum.computed.imag
-            group.attrs.update({name: row[name] for name in FACTS})
+            facts = {name: row[name] for name in FACTS}
+            group.attrs.update({name: visible(v) if isinstance(v, str) else v for name, v in facts.items()})
             complete = spectrum.ends is None and spectrum.has_values
             group.attrs.update({"complete": int(complete), "certified": int(spectrum.certificate.passed)})
             written += 1
@@ -123,4 +128,10 @@ def _column(values: pd.Series) -> Any:
         return values.to_numpy(np.int64)
     if values.dtype.kind in "iuf":
         return values.to_numpy()
-    return values.astype(str).to_numpy(object)
+    return values.astype(str).map(visible).to_numpy(object)
+
+
+def _with_texts(rows: pd.DataFrame, shown: Callable[[str], str]) -> pd.DataFrame:
+    """The rows with each text as a format takes it; numbers stay."""
+    texts = {name: rows[name].astype(str).map(shown) for name in rows if rows[name].dtype.kind not in "biuf"}
+    return rows.assign(**texts)

@@ -13,6 +13,7 @@ from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.spectra import Certificate, Count, Spectrum
 from stiffcore.store import IMAGES, RunStore, stored_spectrum
 from stiffcore.study import Kind, Solver, Study, parse_bytes
+from stiffcore.text import encodable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,7 +188,9 @@ class Run:
         import pandas as pd
 
         images = {name: self.store.get_array(IMAGES, name) for name in IMAGE_ARRAYS[1:]}
-        return pd.DataFrame([self._row(key, record, images) for key, record in self.records().items()])
+        rows = [self._row(key, record, images) for key, record in self.records().items()]
+        # tables of texts may be kept as UTF-8
+        return pd.DataFrame([{n: encodable(v) if isinstance(v, str) else v for n, v in row.items()} for row in rows])
 
     def to_xarray(self) -> "xarray.Dataset":
         """All metrics as a dataset over image, block, function and kind; nan where there is no spectrum.

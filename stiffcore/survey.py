@@ -168,6 +168,7 @@ def open_images(study: Study) -> Images:
         count=study.count,
         index=study.index,
         per_label=study.per_label,
+        allowed=study.memory,
     )
 
 

@@ -1,20 +1,35 @@
 """A cluster that is not ours: units go to its workers, and whatever dies, the run ends with the same bytes."""
 
+import asyncio
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+import dask
 import numpy as np
+import psutil
 import pytest
+from distributed import Security
+from distributed.core import connect
 
 import stiffcore
-from stiffcore.cluster import ConnectionLostError, InProcess, Spread, WorkerDiedError, local_workers, spread, workers_at
+from stiffcore.cluster import (
+    ConnectionLostError,
+    InProcess,
+    Spread,
+    WorkerDiedError,
+    local_workers,
+    spread,
+    tls_security,
+    workers_at,
+)
 from stiffcore.eigen import divide
 from stiffcore.eigen.panels import SingularError, factor, one_by_one
 from stiffcore.run import state_of
@@ -29,7 +44,8 @@ ONE = OPTIONS | {"network": "smallnet:make_slow", "blocks": "1", "functions": "b
 class Cluster:
     """`dask scheduler` and `dask worker` as a user starts them."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *security):
+        self.security = security
         self.folder, self.file = folder, str(folder / "scheduler.json")
         here = str(Path(__file__).parents[1])
         path = os.pathsep.join([str(folder), here, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -41,7 +57,7 @@ class Cluster:
             time.sleep(0.1)
 
     def start(self, *args):
-        program = [sys.executable, "-W", "ignore", "-m", "dask", *args]
+        program = [sys.executable, "-W", "ignore", "-m", "dask", *args, *self.security]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(program, cwd="/", env=self.environment, **quiet)
 
@@ -106,10 +122,81 @@ def _was_forked(emit):
     return "stiffcore.preload" in sys.modules or multiprocessing.get_start_method(allow_none=True) == "forkserver"
 
 
-def test_the_dashboard_answers_at_the_address_that_is_told():
-    with local_workers(lambda event: None) as executor, urllib.request.urlopen(executor.dashboard, timeout=30) as page:
-        assert page.status == 200
-        assert "needs bokeh" not in page.read().decode()
+def listening():
+    """The ports on which this process and those it started listen, and addresses of other machines' way in."""
+    found = set()
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        found |= {(c.laddr.ip, c.laddr.port) for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+async def asked(address, security):
+    """What a node of Dask's answers to who has this."""
+    comm = await connect(address, timeout=5, **security.get_connection_args("client"))
+    try:
+        await comm.write({"op": "identity", "reply": True})
+        return await asyncio.wait_for(comm.read(), 5)
+    finally:
+        comm.abort()
+
+
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_ports_are_of_this_machine_alone_and_answer_only_to_who_has_the_key(dashboard):
+    before = listening()
+    with local_workers(lambda event: None, dashboard=dashboard) as executor:
+        executor.scale(2)
+        ports = listening() - before
+        assert {ip for ip, _ in ports} == {"127.0.0.1"}
+        if dashboard:
+            with urllib.request.urlopen(executor.dashboard, timeout=30) as page:
+                assert page.status == 200
+                assert "needs bokeh" not in page.read().decode()
+            ports -= {("127.0.0.1", urllib.parse.urlsplit(executor.dashboard).port)}
+        else:
+            assert executor.dashboard == ""
+        assert len(ports) == 5  # a scheduler; two workers, and who starts each of them
+        for ip, port in ports:
+            answer = asyncio.run(asked(f"tls://{ip}:{port}", executor._client.security))
+            assert answer["type"] in ("Scheduler", "Worker", "Nanny")
+            for protocol, key in (("tcp", Security()), ("tls", Security.temporary())):
+                with pytest.raises((OSError, TimeoutError)):
+                    asyncio.run(asked(f"{protocol}://{ip}:{port}", key))
+
+
+def test_a_cluster_that_asks_for_a_key_is_reached_with_one(small, monkeypatch):
+    key = Security.temporary()
+    for name, text in (("ca", key.tls_ca_file), ("cert", key.tls_client_cert), ("key", key.tls_client_key)):
+        (small / f"{name}.pem").write_text(text)
+    files = [str(small / f"{name}.pem") for name in ("ca", "cert", "key")]
+    monkeypatch.setattr("stiffcore.cluster.CONNECT_S", 3)
+    with local_workers(lambda event: None) as ours:
+        address = ours._client.scheduler.address
+        with pytest.raises(stiffcore.InputError, match="cannot be reached"), workers_at(address, print):
+            pass
+        others = workers_at(address, print, security=tls_security(*files))
+        with pytest.raises(stiffcore.InputError, match="cannot be reached"), others:
+            pass
+    options = [word for pair in zip(("--tls-ca-file", "--tls-cert", "--tls-key"), files, strict=True) for word in pair]
+    made = Cluster(small, *options)
+    try:
+        made.worker()
+        with workers_at(made.file, print, security=tls_security(*files)) as executor:
+            assert len(executor.workers()) == 1
+        with (
+            dask.config.set(
+                {
+                    "distributed.comm.tls.ca-file": files[0],
+                    "distributed.comm.tls.client.cert": files[1],
+                    "distributed.comm.tls.client.key": files[2],
+                }
+            ),
+            workers_at(made.file, print) as executor,
+        ):
+            assert len(executor.workers()) == 1
+    finally:
+        made.stop()
+    with pytest.raises(stiffcore.InputError, match="--tls-cert is missing"):
+        tls_security(files[0], None, None)
 
 
 def test_a_worker_beyond_its_budget_is_ended(small):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # The way of the data; a module may import from its own line and those above it.
 STAGES = [
-    ["version", "errors"],
+    ["version", "errors", "text"],
     ["memory", "metrics"],
     ["study", "spectra"],
     ["jacobian"],
@@ -26,6 +26,7 @@ STAGES = [
     ["verify"],
     ["api", "report"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(STAGES) for name in names}
 MODULES = sorted(

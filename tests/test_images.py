@@ -1,7 +1,12 @@
 """Images: each source gives what it holds, only what is asked for is decoded, and each refusal says why."""
 
+import io
 import pickle
+import struct
 import sys
+import tracemalloc
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,7 @@ import torch
 from PIL import Image
 
 from stiffcore.errors import InputError
-from stiffcore.networks.images import NORMALIZE, Images, load_images, network_input
+from stiffcore.networks.images import NORMALIZE, Images, images_in_memory, load_images, network_input
 
 CIFAR10_FIRST = [3, 8, 8, 0, 6, 6, 1, 6, 3, 1, 0, 9, 5, 7, 9, 8, 5, 7, 8, 6]
 
@@ -306,3 +311,234 @@ def test_arrays_that_do_not_go_together_are_all_named():
         Images(np.zeros((2, 4, 4), np.uint8), np.zeros(3, np.int64), np.zeros(2, np.int32), "test")
     for part in ("x is uint8 (2, 4, 4)", "y is int64 (3,)", "index is int32 (2,)"):
         assert part in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ pixels and labels
+
+
+def in_a_class(tmp_path: Path, name: str, write) -> Path:
+    """The root of a folder of one class with one file, which `write` makes."""
+    (tmp_path / "c").mkdir(exist_ok=True)
+    write(tmp_path / "c" / name)
+    return tmp_path
+
+
+def pixels_of(tmp_path: Path, name: str, image: Image.Image, **options: object) -> np.ndarray:
+    return load_images(str(in_a_class(tmp_path, name, lambda path: image.save(path, **options)))).x[0]
+
+
+def deep_png(values: np.ndarray, colour: int) -> bytes:
+    """A PNG of 16 bits; colour 0 grey, 2 RGB, 6 RGBA."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_grey_of_sixteen_bits_is_scaled_to_eight(tmp_path, suffix):
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    found = pixels_of(tmp_path, f"a{suffix}", Image.fromarray(grey))
+    assert np.array_equal(found, np.repeat((grey // 257)[:, :, None], 3, axis=2))
+
+
+def test_colours_of_sixteen_bits_keep_their_high_byte(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 65536, (4, 5, 3))
+    root = in_a_class(tmp_path, "a.png", lambda path: path.write_bytes(deep_png(rgb, 2)))
+    assert np.array_equal(load_images(str(root)).x[0], rgb >> 8)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".tiff", ".gif", ".ppm", ".jfif"])
+def test_other_ordinary_formats_are_read(tmp_path, suffix):
+    flat = np.zeros((4, 5, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+    found = pixels_of(
+        tmp_path, f"a{suffix}", Image.fromarray(flat), **({"format": "JPEG"} if suffix == ".jfif" else {})
+    )
+    assert np.abs(found.astype(int) - flat).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1", "CMYK", "YCbCr"])
+def test_palettes_and_other_colours_become_rgb_as_pillow_has_them(tmp_path, mode):
+    image = Image.fromarray(some_pixels(1)[0]).convert(mode)
+    found = pixels_of(tmp_path, "a.tif" if mode in ("CMYK", "YCbCr") else "a.png", image)
+    assert np.array_equal(found, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+def test_an_alpha_channel_is_nothing_where_it_is_opaque_and_refused_where_not(tmp_path, suffix):
+    rgb, options = some_pixels(1)[0], {"lossless": True} if suffix == ".webp" else {}
+    opaque = Image.fromarray(np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)]))
+    assert np.array_equal(pixels_of(tmp_path, f"a{suffix}", opaque, **options), rgb)
+    opaque.putpixel((2, 1), (1, 2, 3, 254))
+    opaque.save(tmp_path / "c" / f"a{suffix}", **options)
+    assert "transparent" in refused(str(tmp_path))
+
+
+def test_a_transparent_colour_is_refused_where_a_pixel_has_it(tmp_path):
+    image = Image.fromarray(some_pixels(1)[0]).convert("P")
+    unused = next(i for i in range(256) if i not in set(image.tobytes()))
+    assert pixels_of(tmp_path, "a.gif", image, transparency=unused).shape == (4, 5, 3)
+    image.save(tmp_path / "c" / "a.gif", transparency=image.getpixel((0, 0)))
+    assert "transparent" in refused(str(tmp_path))
+    (tmp_path / "c" / "a.gif").unlink()
+    grey = np.full((2, 2), 4096, np.uint16)
+    image = Image.fromarray(grey)
+    image.save(tmp_path / "c" / "b.png", transparency=4096)
+    if "transparency" in Image.open(tmp_path / "c" / "b.png").info:
+        assert "transparent" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".png", ".webp"])
+def test_several_frames_are_refused_by_their_number(tmp_path, suffix):
+    frames = [Image.fromarray(pixels) for pixels in some_pixels(3)]
+    root = in_a_class(
+        tmp_path, f"a{suffix}", lambda path: frames[0].save(path, save_all=True, append_images=frames[1:])
+    )
+    assert "3 frames" in refused(str(root))
+
+
+def test_a_photograph_is_upright_as_its_file_says(tmp_path):
+    upright = some_pixels(1, 4, 6)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    found = pixels_of(tmp_path, "a.png", Image.fromarray(np.rot90(upright)), exif=exif)
+    assert np.array_equal(found, upright)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_of_unknown_range_are_refused(tmp_path, dtype):
+    image = Image.fromarray(np.linspace(0, 1, 16).reshape(4, 4).astype(dtype))
+    root = in_a_class(tmp_path, "a.tif", image.save)
+    assert "range" in refused(str(root))
+
+
+def test_a_program_is_never_run_for_an_image_whatever_its_name(tmp_path, monkeypatch):
+    import PIL.EpsImagePlugin
+
+    def run(*args: object, **options: object) -> None:
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", run)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    for suffix in (".png", ".jpg", ".tif"):
+        root = in_a_class(tmp_path, f"a{suffix}", lambda path: path.write_bytes(eps))
+        assert "cannot be read as an image" in refused(str(root))
+        (tmp_path / "c" / f"a{suffix}").unlink()
+
+
+def test_images_that_are_passed_over_are_named(folder):
+    Image.fromarray(some_pixels(1)[0]).save(folder / "loose.png")
+    (folder / "cat" / "b.heic").write_bytes(b"x")
+    (folder / "dog" / "more").mkdir()
+    images = load_images(str(folder), count=6)
+    assert len(images) == 6
+    for name in ("loose.png", "cat/b.heic", "dog/more"):
+        assert name in images.source
+    assert "notes.txt" not in images.source
+
+
+def test_an_image_of_more_pixels_than_memory_holds_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    root = in_a_class(tmp_path, "a.png", Image.new("1", (9000, 9000)).save)
+    assert (tmp_path / "c" / "a.png").stat().st_size < 20_000
+
+    def decode(*args: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image.Image, "convert", decode)
+    message = refused(str(root), allowed=100 << 20)
+    assert "9000 x 9000" in message
+    assert "100 MiB are allowed" in message
+
+
+def bomb(path: Path, shape: tuple[int, ...], content: bytes, compression: int) -> Path:
+    """An .npz whose x declares a shape; what it holds is `content`."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x.npy", header.getvalue() + content)
+        archive.writestr("y.npy", npy(np.zeros(shape[0], np.int64) if shape[0] < 99 else np.zeros(1, np.int64)))
+    return path
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_npz_that_declares_more_than_it_holds_is_refused_before_anything_is_allocated(tmp_path, compression):
+    path = bomb(tmp_path / "a.npz", (10_000_000, 32, 32, 3), b"\0" * 9999, compression)
+    tracemalloc.start()
+    try:
+        message = refused(str(path), allowed=1 << 60)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    assert "declares 28.61 GiB" in message
+
+
+def test_an_npz_that_unpacks_to_more_than_memory_holds_is_refused(tmp_path):
+    path = bomb(tmp_path / "a.npz", (40, 500, 500, 3), bytes(40 * 500 * 500 * 3), zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 40_000
+    assert "are allowed" in refused(str(path), allowed=20 << 20)
+    assert load_images(str(path), allowed=40 << 20).x.shape == (1, 500, 500, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([2.7, 1], "got 2.7"),
+        ([1, float("nan")], "got nan"),
+        ([1, float("inf")], "got inf"),
+        (["cat", "dog"], "cat, dog"),
+        ([None, 1], "None"),
+        ([1 + 0j, 1], "complex128"),
+        (np.array([2**63, 1], np.uint64), str(2**63)),
+        ([[1], [2]], r"y is int64 \(2, 1\)"),
+        ([1, [2]], "must be arrays"),
+    ],
+)
+def test_labels_are_whole_numbers(labels, said):
+    with pytest.raises(InputError, match=said):
+        images_in_memory(np.zeros((2, 3)), labels)
+
+
+@pytest.mark.parametrize(
+    "labels", [[2, -1], [2.0, -1.0], np.array([2, -1], np.int8), torch.tensor([2, -1]), torch.tensor([2.0, -1.0])]
+)
+def test_whole_labels_of_any_type_are_taken(labels):
+    assert images_in_memory(np.zeros((2, 3)), labels).y.tolist() == [2, -1]
+    assert images_in_memory(np.zeros((2, 3))).y.tolist() == [-1, -1]
+
+
+def test_arrays_in_memory_keep_their_numbers():
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    narrow = x.bfloat16()
+    assert np.array_equal(images_in_memory(narrow).x, narrow.float().numpy())
+    assert images_in_memory(narrow).x.dtype == np.float32
+    swapped = x.numpy().astype(">f4")
+    assert np.array_equal(images_in_memory(swapped).x, x.numpy())
+    assert network_input(images_in_memory(swapped).x[0], "none", torch.float64).dtype == torch.float64
+    assert np.array_equal(images_in_memory(x.requires_grad_()).x, x.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (np.zeros((2, 4, 4, 3), np.uint16), "0..255"),
+        (np.zeros((2, 4, 4, 3), bool), "bool"),
+        (np.zeros((2, 3), complex), "complex128"),
+        (np.zeros((2, 3, 4, 4), np.uint8), r"channels come first: give x.transpose\(0, 2, 3, 1\)"),
+        (np.uint8(3), "no image"),
+        (np.zeros((0, 3)), "no image"),
+        ([Path("a.png")], "object"),
+    ],
+)
+def test_arrays_that_are_no_images_are_named(x, said):
+    with pytest.raises(InputError, match=said):
+        images_in_memory(x)

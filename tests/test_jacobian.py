@@ -15,9 +15,11 @@ from torch import nn
 
 from stiffcore.errors import InputError
 from stiffcore.jacobian import reduction as reduction_module
+from stiffcore.jacobian.factors import open_factors
 from stiffcore.jacobian.graph import FunctionGraph, Waist, by_position
 from stiffcore.jacobian.linearise import Linearisation
 from stiffcore.jacobian.reduction import NoSpectrumError, Route, is_residual, reduce_jacobian
+from stiffcore.jacobian.slices import open_slices
 from stiffcore.networks.blocks import capture, residual_blocks
 from stiffcore.study import BlockFunction
 from tests.cases import CASES, Basic, Bottleneck, conv, randomised, seeded
@@ -491,6 +493,84 @@ def test_random_graphs_of_sums_and_activations_keep_their_spectrum(seed):
     shifted = np.linalg.det(2.5 * np.eye(r.k) - m) * 1.5**r.ones * 2.5**r.zeros
     truth = np.linalg.det(2.5 * np.eye(6) - j)
     assert abs(shifted - truth) <= 1e-10 * max(1.0, np.linalg.norm(j) ** 6, np.linalg.norm(m) ** 6)
+
+
+# ------------------------------------------------------------------------------------- ordinary functions
+
+CONV, NARROW = randomised(conv(3, 3)), randomised(nn.Sequential(conv(3, 1, 1), nn.ReLU(), conv(1, 3, 1)))
+BODIES = {
+    "convolution": CONV,
+    "relu of a sum": lambda x: F.relu(CONV(x) + x),
+    "waist": lambda x: F.relu(NARROW(x) + x),
+}
+VIEWS = {
+    "map": lambda y: y,
+    "flat": lambda y: y.flatten(),
+    "row": lambda y: y.flatten(1),
+    "rows of channels": lambda y: y.flatten(2),
+    "no batch": lambda y: y[0],
+    "another map": lambda y: y.view(1, y.shape[2], y.shape[1], y.shape[3]),
+    "columns": lambda y: y.reshape(1, -1, y.shape[3], 1),
+    "three rows": lambda y: y.reshape(3, -1),
+    "channels last": lambda y: y.permute(0, 2, 3, 1),
+    "channels last, flat": lambda y: y.permute(0, 2, 3, 1).flatten(1),
+    "activation of a view": lambda y: F.relu(y.view(1, -1)),
+}
+
+
+# a convolution at 4 x 4 pixels is computed by products, whose strides are not those of the trace
+@pytest.mark.parametrize("side", [4, 5])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("body", BODIES)
+def test_an_output_may_be_any_view_of_a_map(body, view, side):
+    def f(x):
+        return VIEWS[view](BODIES[body](x))
+
+    x = seeded((1, 3, side, side), 3)
+    j = dense_jacobian(f, x)
+    r = reduce_jacobian(f, x)
+    assert_spectra_match(
+        r.shift + np.linalg.eigvals(dense(r)) if r.k else [], r.zeros, r.ones, np.linalg.eigvals(j), radius=1e-5
+    )
+    for build in r.builds:
+        assert np.allclose(r.sparse(9, build=build).toarray() if build != "columns" else dense(r), dense(r), atol=1e-14)
+    factors = open_factors(f, x)
+    assert factors.difference(factors.matrices(9)) <= 1e-12
+    slices = j.reshape(-1, 3, side, side)
+    traces = sum(np.einsum("acii->", squares.values) for squares in open_slices(f, x).squares(9))
+    assert np.isclose(traces, np.einsum("acii->", slices), atol=1e-12)
+
+
+INPLACE = {
+    "leaky_relu": nn.LeakyReLU(0.1, inplace=True),
+    "relu6": nn.ReLU6(inplace=True),
+    "elu": nn.ELU(inplace=True),
+    "celu": nn.CELU(inplace=True),
+    "selu": nn.SELU(inplace=True),
+    "silu": nn.SiLU(inplace=True),
+    "mish": nn.Mish(inplace=True),
+    "hardtanh": nn.Hardtanh(inplace=True),
+    "hardswish": nn.Hardswish(inplace=True),
+    "hardsigmoid": nn.Hardsigmoid(inplace=True),
+    "threshold": nn.Threshold(0.1, -1.0, inplace=True),
+    "mul": lambda x: x.mul_(0.3),
+    "add": lambda x: x.add_(x.sum()),
+    "clamp": lambda x: x.clamp_(-1, 0.5),
+    "masked_fill": lambda x: x.masked_fill_(x > 0.5, 0.0),
+    "item": lambda x: x.__setitem__((0, 0), 2 * x[0, 1]) or x,
+}
+
+
+@pytest.mark.parametrize("name", INPLACE)
+def test_the_first_operation_may_work_in_place(name):
+    def f(x):
+        return CONV(INPLACE[name](x))
+
+    x = seeded((1, 3, 4, 4), 5)
+    j = torch.autograd.functional.jacobian(lambda t: f(t.clone()), x).reshape(48, 48).numpy()
+    r = reduce_jacobian(f, x, reduce=False)
+    assert np.allclose(dense(r), j[r.index][:, r.index], atol=1e-14)
+    eigenvalues_agree(f, x, reduce_jacobian(f, x))
 
 
 # -------------------------------------------------------------------------------------------------- memory

@@ -119,6 +119,8 @@ class FunctionGraph:
             if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
                 copies[node].meta = dict(node.meta)
+                if name_of(node) in ("view", "_unsafe_view"):  # a product's strides need not be those of the trace
+                    copies[node].target = torch.ops.aten.reshape.default
                 if fast and name_of(node) == "convolution" and self._point.device.type == "cpu":
                     use_products(copies[node])
         copies[start].meta = dict(start.meta)

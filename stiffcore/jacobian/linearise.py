@@ -96,9 +96,10 @@ class Linearisation:
         """
 
         def product(tangent: Tensor) -> Tensor:
-            # the clone keeps x unchanged where f works in place on its input
-            primal = (self.x.clone(),)
-            return torch.func.jvp(self.f, primal, (tangent.reshape(self.x.shape),))[1].reshape(-1)
+            # f may work in place on its input: the clone inside keeps x and the tangent unchanged
+            return torch.func.jvp(lambda x: self.f(x.clone()), (self.x,), (tangent.reshape(self.x.shape),))[1].reshape(
+                -1
+            )
 
         with differentiable_kernels():
             return self._map(product, tangents.to(self.x.dtype), self.m)

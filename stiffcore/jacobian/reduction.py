@@ -526,13 +526,13 @@ def _from_waist(
 def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slope: Tensor | None = None) -> Reduction:
     if slope is None or bool((slope != 0).all()):
         return _full(jacobian, f"full matrix: {why}", graph)
-    index = by_position(torch.nonzero(slope.reshape(-1)).reshape(-1), slope.shape)
     mask = (slope != 0).reshape(-1)
     products = jacobian.jvp(_probes(jacobian.x, jacobian.n))
     check = relative_difference(products * mask, products)
     if not check <= PROBE_TOLERANCE[jacobian.x.dtype]:
         return _full(jacobian, f"full matrix: {why}; rows of inactive outputs are not zero ({check:.1e})", graph)
     known = structure(jacobian, graph)
+    index = by_position(torch.nonzero(mask).reshape(-1), known.shape)
     found = Reduction(
         jacobian=jacobian,
         route=Route.ACTIVE,
@@ -554,7 +554,7 @@ def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> 
         jacobian=jacobian,
         route=Route.FULL,
         shift=0,
-        index=by_position(torch.arange(jacobian.n, device=jacobian.x.device), jacobian.value.shape),
+        index=by_position(torch.arange(jacobian.n, device=jacobian.x.device), known.shape),
         ones=0,
         zeros=0,
         reason=reason,
@@ -572,23 +572,29 @@ class Structure:
     Attributes:
         column_items: numbers alive while one product is computed.
         kernel_items: numbers in its largest kernel.
+        shape: of its output, or of the feature map that its output is a view of: what orders its units.
         reach: from its input to its output; None where that is not known.
         steps: the same, for accumulation.
     """
 
     column_items: int
     kernel_items: int
+    shape: tuple[int, ...]
     reach: Reach | None
     steps: Steps | None
 
 
 def structure(jacobian: Linearisation, graph: FunctionGraph | None) -> Structure:
     """Read the structure of a function from its graph, where there is one."""
+    shape = tuple(jacobian.value.shape)
     if graph is None:  # nothing to count: eight copies of input and output hold any block seen so far
-        return Structure(8 * (jacobian.n + jacobian.m), 0, None, None)
+        return Structure(8 * (jacobian.n + jacobian.m), 0, shape, None, None)
     module = graph.between(graph.input, [graph.output])
     items = live_items(module) + jacobian.n + jacobian.m
-    return Structure(items, graph.kernel_items, reach_of(module), Steps.of(module, jacobian.x))
+    reach, steps = reach_of(module), Steps.of(module, jacobian.x)
+    if (local := steps or reach) is not None:
+        shape = (1, *local.destination)
+    return Structure(items, graph.kernel_items, shape, reach, steps)
 
 
 def _accumulated(reduction: Reduction, steps: Steps | None) -> Reduction:

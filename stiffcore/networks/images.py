@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import importlib.util
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from stiffcore.errors import InputError, refuse
-from stiffcore.study import image_digest
+from stiffcore.memory import default_allowed_bytes
+from stiffcore.networks.decode import OTHER_SUFFIXES, SUFFIXES, read_image
+from stiffcore.study import format_bytes, image_digest
 
 _Triple = tuple[float, float, float]
 
@@ -27,8 +31,9 @@ NORMALIZE: dict[str, tuple[_Triple, _Triple]] = {
 
 SOURCES = "samples, imagenet-samples, cifar10, a .npz file with x and y, or a folder of class folders"
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _LISTED = 5
+# what deflate makes of its input at most, and a header of numpy's
+_MOST_INFLATED, _HEADER_BYTES = 1032, 16384
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +115,7 @@ def load_images(
     count: int | None = None,
     index: Sequence[int] | None = None,
     per_label: int | None = None,
+    allowed: int | None = None,
 ) -> Images:
     """The asked-for images of a source, and no others: only those are decoded.
 
@@ -117,19 +123,22 @@ def load_images(
         source: "samples" (the first twenty CIFAR-10 test images, from foolbox); "imagenet-samples" (its photographs
             with ImageNet labels, 224 x 224: shorter side to 256, then the centre); "cifar10" (the CIFAR-10 test
             set); a `.npz` file with `x` (N, H, W, 3) uint8 and `y` (N,) integers; or a folder of class
-            folders, labelled 0, 1, ... in sorted order, whose chosen images have one size.
+            folders, labelled 0, 1, ... in sorted order, whose chosen images have one size. See `decode.read_image`
+            for what becomes of an image file; images of other formats are passed over, and `source` says so.
         data_root: the folder of `cifar-10-batches-py`, for "cifar10" only.
         download: fetch CIFAR-10 into `data_root` where it is not there.
         count: the first so many; 1 where nothing is asked for.
         index: these, in this order.
         per_label: the first so many of each known label in the source, in source order.
+        allowed: bytes that they may take; None: 80 % of what is free. A file that declares more is refused before
+            anything is allocated.
 
     Raises:
         InputError: more than one of `count`, `index` and `per_label`; a source that is unknown, not there or
             malformed; or a choice that the source cannot meet.
     """
     _check_choice(count, index, per_label)
-    found = _open(str(source), data_root, download)
+    found = _open(str(source), data_root, download, default_allowed_bytes() if allowed is None else allowed)
     chosen = _choose(found, count, index, per_label)
     return Images(found.read(chosen), found.labels[chosen], chosen, found.name)
 
@@ -146,22 +155,24 @@ class _Source:
     read: Callable[[NDArray[np.int64]], np.ndarray]
 
 
-def _open(source: str, data_root: Path | None, download: bool) -> _Source:
+def _open(source: str, data_root: Path | None, download: bool, allowed: int) -> _Source:
     if source == "samples":
-        return _open_samples(source, "cifar10_[0-9][0-9]_[0-9].png")
+        return _open_samples(source, "cifar10_[0-9][0-9]_[0-9].png", allowed)
     if source == "imagenet-samples":
-        return _open_samples(source, "imagenet_[0-9][0-9]_*.jpg", _to_imagenet)
+        return _open_samples(source, "imagenet_[0-9][0-9]_*.jpg", allowed, _to_imagenet)
     if source == "cifar10":
         return _open_cifar10(data_root, download)
     path = Path(source)
     if path.suffix.lower() == ".npz":
-        return _open_npz(path)
+        return _open_npz(path, allowed)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, allowed)
     raise InputError(f"no images at {source!r}: use {SOURCES}")
 
 
-def _open_samples(name: str, pattern: str, prepare: Callable[[Image.Image], Image.Image] | None = None) -> _Source:
+def _open_samples(
+    name: str, pattern: str, allowed: int, prepare: Callable[[Image.Image], Image.Image] | None = None
+) -> _Source:
     # Found without importing foolbox, which pulls in other frameworks.
     spec = importlib.util.find_spec("foolbox")
     roots = list(spec.submodule_search_locations or []) if spec else []
@@ -169,7 +180,7 @@ def _open_samples(name: str, pattern: str, prepare: Callable[[Image.Image], Imag
     if not files:
         raise InputError("the samples come with foolbox, which is not installed: pip install 'stiffcore[demo]'")
     labels = [int(path.stem.rsplit("_", 1)[1]) for path in files]
-    return _files_source(f"{name} (foolbox {_version('foolbox')})", files, labels, prepare)
+    return _files_source(f"{name} (foolbox {_version('foolbox')})", files, labels, allowed, prepare)
 
 
 def _to_imagenet(image: Image.Image) -> Image.Image:
@@ -204,26 +215,54 @@ def _open_cifar10(data_root: Path | None, download: bool) -> _Source:
     return _Source("cifar10 test set", np.asarray(data.targets, dtype=np.int64), lambda chosen: data.data[chosen])
 
 
-def _open_npz(path: Path) -> _Source:
+def _open_npz(path: Path, allowed: int) -> _Source:
     if not path.is_file():
         raise InputError(f"there is no file {path}: check the path")
-    arrays, problems = _read_npz(path)
+    arrays, problems = _read_npz(path, allowed)
     refuse(problems or _npz_problems(arrays), f"{path} is not usable:")
     x, y = arrays["x"], arrays["y"].astype(np.int64)
     return _Source(str(path), y, lambda chosen: x[chosen])
 
 
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read_npz(path: Path, allowed: int) -> tuple[dict[str, np.ndarray], list[str]]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            absent = [key for key in ("x", "y") if key not in stored]
-            there = f"it has {', '.join(map(repr, stored.files)) or 'none'}"
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            wanted = [key for key in ("x", "y") if key in names]
+            there = f"it has {', '.join(map(repr, names)) or 'none'}"
             problems = [
-                f"{path} has no array {key!r} ({there}): save x (N, H, W, 3) uint8 and y (N,)" for key in absent
+                f"{path} has no array {key!r} ({there}): save x (N, H, W, 3) uint8 and y (N,)"
+                for key in ("x", "y")
+                if key not in names
             ]
-            return {key: stored[key] for key in ("x", "y") if key in stored}, problems
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            problems += [text for key in wanted if (text := _oversized(path, archive, key, allowed))]
+        if problems:
+            return {}, problems
+        with np.load(path, allow_pickle=False) as stored:
+            return {key: stored[key] for key in wanted}, []
+    except Exception as error:  # a damaged archive raises nearly anything
         return {}, [f"{path} is damaged, or holds Python objects, which are not read ({error}): save plain arrays"]
+
+
+def _oversized(path: Path, archive: zipfile.ZipFile, key: str, allowed: int) -> str:
+    """Why an array of an archive is not read: it declares more than its bytes can be, or than is allowed."""
+    member = archive.getinfo(f"{key}.npy")
+    with archive.open(member) as stream:
+        major, _ = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+    declared = math.prod(shape) * dtype.itemsize
+    held = min(member.file_size, _MOST_INFLATED * min(member.compress_size, path.stat().st_size) + _HEADER_BYTES)
+    if dtype.hasobject:
+        raise ValueError(f"{key} is an array of objects")
+    if declared > held:
+        return f"{path}: {key} declares {format_bytes(declared)}, the file holds {format_bytes(held)} at most: damaged"
+    if declared > allowed:
+        return (
+            f"{path}: {key} takes {format_bytes(declared)}, {format_bytes(allowed)} are allowed: "
+            "save fewer images, or give more --memory"
+        )
+    return ""
 
 
 def _npz_problems(arrays: dict[str, np.ndarray]) -> list[str]:
@@ -238,48 +277,56 @@ def _npz_problems(arrays: dict[str, np.ndarray]) -> list[str]:
     return problems
 
 
-def _open_folder(root: Path) -> _Source:
-    classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [(path, label) for label, folder in enumerate(classes) for path in _image_files(folder)]
+def _open_folder(root: Path, allowed: int) -> _Source:
+    classes = [path for path in _listed(root) if path.is_dir()]
+    found: list[tuple[Path, int]] = []
+    loose = [path for path in _listed(root) if _suffix(path) in SUFFIXES + OTHER_SUFFIXES and not path.is_dir()]
+    passed = list(loose)
+    for label, folder in enumerate(classes):
+        for path in _listed(folder):
+            if _suffix(path) in SUFFIXES:
+                found.append((path, label))
+            elif _suffix(path) in OTHER_SUFFIXES or path.is_dir():
+                passed.append(path)
     if not found:
-        loose = " (the images lie in it directly: move them into one)" if _image_files(root) else ""
-        raise InputError(f"{root} has no class folder with an image{loose}: {', '.join(_SUFFIXES)} are read")
-    return _files_source(f"{root} ({len(classes)} classes)", [path for path, _ in found], [label for _, label in found])
+        moved = " (the images lie in it directly: move them into one)" if loose else ""
+        raise InputError(f"{root} has no class folder with an image{moved}: {', '.join(SUFFIXES)} are read")
+    name = f"{root} ({len(classes)} classes)"
+    if passed:
+        some = _some([str(path.relative_to(root)) for path in passed])
+        name += f"; passed over, as no {', '.join(SUFFIXES)} in a class folder: {some}"
+    return _files_source(name, [path for path, _ in found], [label for _, label in found], allowed)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+def _listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _files_source(
     name: str,
     files: list[Path],
     labels: list[int],
+    allowed: int,
     prepare: Callable[[Image.Image], Image.Image] | None = None,
 ) -> _Source:
     def read(chosen: NDArray[np.int64]) -> np.ndarray:
-        return _decode([files[i] for i in chosen], prepare)
+        return _decode([files[i] for i in chosen], allowed, prepare)
 
     return _Source(name, np.asarray(labels, dtype=np.int64), read)
 
 
-def _decode(paths: list[Path], prepare: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
-    images = [_decode_one(path, prepare) for path in paths]
+def _decode(paths: list[Path], allowed: int, prepare: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
+    images = [read_image(path, allowed, len(paths), prepare) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             raise InputError(
                 f"{path} is {_size(image)} but {paths[0]} is {_size(images[0])}: all images must have one size"
             )
     return np.stack(images)
-
-
-def _decode_one(path: Path, prepare: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-            return np.asarray(rgb if prepare is None else prepare(rgb), dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
 
 
 def _size(image: np.ndarray) -> str:
@@ -349,14 +396,58 @@ def _by_label(found: _Source, per_label: int) -> NDArray[np.int64]:
 # ---------------------------------------------------------------------------------------------- checking
 
 
+def images_in_memory(x: Any, labels: Any = None) -> Images:
+    """Images given from Python, checked.
+
+    Args:
+        x: array or tensor, uint8 (N, H, W, 3) or floating (N, ...); bfloat16 becomes float32, which holds its numbers.
+        labels: (N,) whole numbers, -1 where unknown; None: all unknown.
+
+    Raises:
+        InputError: what is no such array, or labels that are no whole numbers.
+    """
+    pixels = _plain(x)
+    count = len(pixels) if pixels.ndim else 0
+    known = np.full(count, -1, dtype=np.int64) if labels is None else _whole(_plain(labels))
+    return Images(pixels, known, np.arange(count, dtype=np.int64), "in memory")
+
+
+def _plain(values: Any) -> np.ndarray:
+    """As a numpy array in the machine's byte order."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().resolve_conj().resolve_neg()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise InputError(f"images and labels must be arrays: {error}") from error
+    if array.dtype.name == "bfloat16":
+        return array.astype(np.float32)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _whole(labels: np.ndarray) -> NDArray[np.int64]:
+    if labels.dtype.kind not in "iuf":
+        shown = _some(labels.reshape(-1).tolist())
+        raise InputError(f"labels are whole numbers, got {labels.dtype} ({shown}): number the classes 0, 1, ...")
+    wrong = [v for v in labels.reshape(-1).tolist() if not (-(2**63) <= v < 2**63 and v == int(v))]
+    if wrong:
+        raise InputError(f"labels are whole numbers, -1 where unknown, got {_some(wrong)}")
+    return labels.astype(np.int64)
+
+
 def _pixel_problems(array: np.ndarray, axis: int, what: str) -> list[str]:
     """What keeps `array` from being images, whose own axes begin at `axis`."""
     shape = "(N, H, W, 3)" if axis else "(H, W, 3)"
     if array.dtype == np.uint8:
-        fits = array.ndim == axis + 3 and array.shape[-1] == 3
-        return [] if fits else [f"{what} is uint8 {array.shape}, it must be {shape}"]
+        if array.ndim == axis + 3 and array.shape[-1] == 3:
+            return []
+        first = array.ndim == axis + 3 and array.shape[axis] == 3
+        hint = f"; its channels come first: give {what}.transpose({'0, 2, 3, 1' if axis else '1, 2, 0'})"
+        return [f"{what} is uint8 {array.shape}, it must be {shape}{hint if first else ''}"]
     if array.dtype not in (np.float16, np.float32, np.float64):
-        return [f"{what} is {array.dtype} {array.shape}, it must be uint8 {shape} or floating"]
+        hint = ": scale its numbers to 0..255 as uint8" if array.dtype.kind in "iu" else ""
+        return [f"{what} is {array.dtype} {array.shape}, it must be uint8 {shape} or floating{hint}"]
     bad = int(array.size - np.isfinite(array).sum())
     return [f"{what} has {bad} values that are NaN or infinite"] if bad else []
 

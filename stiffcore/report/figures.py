@@ -14,6 +14,7 @@ from stiffcore.report.statistics import METRICS, certified, metrics_of, spread
 from stiffcore.run import DONE, Run, state_of
 from stiffcore.spectra import Spectrum
 from stiffcore.study import Kind
+from stiffcore.text import visible
 
 INK, COMPUTED, EXACT, RANGE, PAPER = "#222222", "#1f5fa8", "#c2571a", "#3a8f6b", "#a8326b"
 COLUMNS = 4
@@ -48,6 +49,11 @@ def spectra(run: Run, image: int, function: str, kind: str = "matrix") -> Figure
     return figure
 
 
+def _plain(text: str) -> str:
+    """A name, as matplotlib draws it: a dollar sign begins no formula."""
+    return visible(text).replace("$", r"\$")
+
+
 def _has_spectrum(run: Run, key: str) -> bool:
     record = run.store.record(key)
     return state_of(record) in DONE and record.get("values_kept", True)
@@ -75,7 +81,7 @@ def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
     if spectrum.kind == Kind.SINGULAR:
         values = np.concatenate([spectrum.computed, np.ones(spectrum.ones)])
         axis.semilogy(np.sort(values[values > 0])[::-1], color=COMPUTED)
-        axis.set_title(f"{spectrum.name}, {spectrum.n:,} values, {spectrum.zeros:,} zeros", fontsize=8)
+        axis.set_title(f"{_plain(spectrum.name)}, {spectrum.n:,} values, {spectrum.zeros:,} zeros", fontsize=8)
         axis.set_xlabel("index", fontsize=7)
         axis.set_ylabel("singular value", fontsize=7)
         axis.tick_params(labelsize=7)
@@ -88,7 +94,7 @@ def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
             axis.plot([value], [0], "o", color=EXACT, markersize=4)
             axis.annotate(f"{count:,}", (value, 0), xytext=(2, 5), textcoords="offset points", fontsize=7, color=EXACT)
     number = spectrum.record.get("number")
-    title = f"{number} {spectrum.name}" if number else spectrum.name
+    title = _plain(f"{number} {spectrum.name}" if number else spectrum.name)
     if spectrum.ends is not None:
         only = " (ends only)"
     else:
@@ -140,7 +146,7 @@ def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None
             axis.set_yticks([])
     names = {at: name for name, at in place.items()} if unnumbered else {}
     numbers = sorted(set(place.values()) | {p["block"] for p in published})
-    lower.set_xticks(numbers, [names.get(number, str(number)) for number in numbers])
+    lower.set_xticks(numbers, [_plain(names.get(number, str(number))) for number in numbers])
     lower.set_xlabel("block")
     return figure
 
@@ -159,7 +165,7 @@ def heat(rows: pd.DataFrame, function: str) -> Figure | None:
     axis = figure.subplots()
     image = axis.imshow(grid.to_numpy(float), aspect="auto", cmap="viridis")
     axis.set_xticks(range(grid.shape[1]), [str(label) for label in grid.columns])
-    axis.set_yticks(range(grid.shape[0]), list(grid.index))
+    axis.set_yticks(range(grid.shape[0]), list(map(_plain, grid.index)))
     axis.set_xlabel("label")
     axis.set_ylabel("block")
     figure.colorbar(image, label="S active, mean" if metric == "S_active" else f"{metric}, mean")

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from stiffcore.errors import InputError
@@ -18,6 +19,7 @@ from stiffcore.report.tables import mean_cells, means_of, percent
 from stiffcore.run import DONE, Run, status_summary
 from stiffcore.store import IMAGES
 from stiffcore.study import Kind, Solver
+from stiffcore.text import visible
 
 # A figure and its caption.
 Drawn = tuple[Figure, str]
@@ -65,7 +67,7 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
 
 def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
     """The page as text; `rows` from `Run.metrics`."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("stiffcore.report") / "page.html").read_text())
     has = rows[rows["state"].isin(DONE)]
     return template.render(
@@ -88,6 +90,11 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         ends=bool((has["solver"] == Solver.EXTREMES).any()),
         paper=figures.paper_values(run.header["study"]["network"]),
     )
+
+
+def _shown(value: Any) -> Any:
+    """What stands in the page: text that others made, before it is escaped; not what is marked safe."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _figures(run: Run, rows: pd.DataFrame) -> dict[str, Drawn]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
 from stiffcore.metrics import spell
 from stiffcore.plan import Plan, UnitPlan
@@ -262,12 +263,12 @@ def correlations_table(rows: pd.DataFrame, function: str) -> Table:
     return table
 
 
-def _coefficient(row: pd.Series, test: str) -> str:
+def _coefficient(row: pd.Series, test: str) -> str | Text:
     value, p, corrected = row[test], row[f"{test}_p"], row[f"{test}_holm"]
     if math.isnan(value):
         return "-"
     text = f"{value:.2f} ({p:.2g}; {corrected:.2g}){'*' if corrected < SIGNIFICANT else ''}"
-    return f"[bold]{text}[/bold]" if p < SIGNIFICANT else text
+    return Text(text, style="bold") if p < SIGNIFICANT else text
 
 
 def _kind(rows: pd.DataFrame) -> str:

@@ -19,7 +19,7 @@ import psutil
 from threadpoolctl import threadpool_limits
 
 from stiffcore.eigen.panels import Each, Panels, Work, one_by_one
-from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.errors import InputError, StiffcoreError, refuse
 from stiffcore.memory import default_allowed_bytes, keep_freed_pages, own_bytes, release_free_memory
 
 Event = dict[str, Any]
@@ -416,19 +416,51 @@ def _readable(error: Exception) -> Exception:
     return error
 
 
+def tls_security(ca: str | None, cert: str | None, key: str | None) -> Any:
+    """What a cluster that asks for a key is reached with, a `distributed.Security`; None where nothing is given.
+
+    Then Dask's own configuration (`distributed.comm.tls`) decides.
+
+    Args:
+        ca: file of the certificate that the cluster's are signed with.
+        cert: file of our own, signed by the same.
+        key: file of its key; None where `cert` holds it.
+
+    Raises:
+        InputError: where one is missing, or is no such file.
+    """
+    given = {"--tls-ca": ca, "--tls-cert": cert, "--tls-key": key}
+    if not any(given.values()):
+        return None
+    problems = [f"{name} is missing" for name in ("--tls-ca", "--tls-cert") if not given[name]]
+    problems += [
+        f"{name} {path}: there is no such file" for name, path in given.items() if path and not Path(path).is_file()
+    ]
+    refuse(problems, "the cluster cannot be reached with this:")
+    from distributed import Security
+
+    return Security(require_encryption=True, tls_ca_file=ca, tls_client_cert=cert, tls_client_key=key)
+
+
 @contextmanager
-def workers_at(scheduler: str | None, on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
+def workers_at(
+    scheduler: str | None, on_event: Callable[[Event], None], *, security: Any = None, dashboard: bool = False
+) -> Iterator[DaskWorkers]:
     """The workers of a Dask cluster, for the time of the context.
 
     Args:
         scheduler: address (`tcp://host:8786`) or scheduler file of one that runs already; None: see `local_workers`.
         on_event: told of every event.
+        security: `distributed.Security` that the scheduler wants; None: as Dask's configuration says.
+        dashboard: whether our own scheduler is to serve Dask's pages.
 
     Raises:
         InputError: where it cannot be reached, or has no worker.
     """
     if scheduler is None:
-        with local_workers(on_event) as ours:
+        if security is not None:
+            raise InputError("a key is given, but no scheduler: workers on this machine have one of their own")
+        with local_workers(on_event, dashboard=dashboard) as ours:
             yield ours
         return
     import dask
@@ -439,7 +471,9 @@ def workers_at(scheduler: str | None, on_event: Callable[[Event], None]) -> Iter
         raise InputError(f"--scheduler {scheduler}: neither an address, as tcp://host:8786, nor a scheduler file")
     with dask.config.set({"logging": {"distributed": "error"}}):
         try:
-            client = Client(**where, timeout=CONNECT_S, set_as_default=False)
+            client = Client(**where, timeout=CONNECT_S, set_as_default=False, security=security)
+        except TypeError as error:  # of distributed, without a word to its user
+            raise InputError(f"--scheduler {scheduler} cannot be reached without --tls-ca and --tls-cert") from error
         except (OSError, TimeoutError, ValueError) as error:
             raise InputError(f"--scheduler {scheduler} cannot be reached: {error}") from error
         with client:
@@ -451,20 +485,23 @@ def workers_at(scheduler: str | None, on_event: Callable[[Event], None]) -> Iter
 
 
 @contextmanager
-def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
+def local_workers(on_event: Callable[[Event], None], *, dashboard: bool = False) -> Iterator[DaskWorkers]:
     """A Dask cluster on this machine for the time of the context, of one worker until it is scaled.
 
-    Its workers die with this process.
+    Its workers die with this process. Its ports are open to this machine alone, and to who has the key of this session.
 
     Args:
         on_event: told of every event.
+        dashboard: whether to serve Dask's pages on this machine; every user of it can read them.
 
     Raises:
         StiffcoreError: where no process can be started.
     """
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
     from distributed.utils import get_mp_context
+
+    from stiffcore.cluster.local import start
 
     forked = not Path(CUDA_DRIVER).exists()
     settings = {
@@ -481,23 +518,17 @@ def local_workers(on_event: Callable[[Event], None]) -> Iterator[DaskWorkers]:
         # workers keep no results of which Dask could know; beyond its limit one is ended
         **{f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause")},
         "distributed.worker.memory.terminate": 1.0,
+        # of Dask's pages, where they are asked for: those that only show
+        "distributed.scheduler.http.routes": [f"distributed.http.{name}" for name in ("scheduler.info", "statics")],
         "logging": {"distributed": "error"},
     }
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     with dask.config.set(settings):
         if forked:
-            get_mp_context().set_forkserver_preload(["distributed", "stiffcore.preload"])
+            get_mp_context().set_forkserver_preload(["stiffcore.cluster.local", "stiffcore.preload"])
         os.environ.update(ENVIRONMENT)
         try:
-            cluster = LocalCluster(
-                n_workers=1,
-                threads_per_worker=1,
-                processes=True,
-                memory_limit=1.0,  # all of the machine's, until `scale` is told what the plan allows
-                dashboard_address=":0",
-                host="127.0.0.1",
-                silence_logs=50,
-            )
+            cluster = start(dashboard=dashboard)
         except RuntimeError as error:
             raise StiffcoreError(
                 f"worker processes could not be started ({str(error).splitlines()[0]}): in a script, what starts them "
