@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapse
 
 from stiffcore.cluster import Event, tls_security, workers_at
 from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.metrics import spell_share
 from stiffcore.plan import Plan
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
@@ -545,7 +546,7 @@ class _Progress:
             err,
             f"{image}{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, "
             f"S active {m['S_active']:.7g} +- {spectrum.certificate.s_active_error:.1e}, "
-            f"Re<0 {tables.percent(m['negative'])} %, {spectrum.verdict}",
+            f"Re<0 {spell_share(m, 'negative')} %, {spectrum.verdict}",
         )
 
 

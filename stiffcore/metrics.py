@@ -32,6 +32,10 @@ NAMES = (
     "effective_rank",
     "nuclear_norm",
     "frobenius_norm",
+    "negative_low",
+    "negative_high",
+    "euler_stable_low",
+    "euler_stable_high",
 )
 
 
@@ -271,6 +275,21 @@ def spell(value: float, digits: int = 5) -> str:
     if np.isinf(value):
         return "infinite" if value > 0 else "-infinite"
     return f"{value:.{digits}g}"
+
+
+def spell_share(values: Mapping[str, float], name: str, digits: int = 3) -> str:
+    """A share for people, in per cent: with what it is between where it is not certain, `open` where it is not known.
+
+    Args:
+        values: metrics by name, with the ends of the interval as `NAME_low` and `NAME_high`, where there are any.
+        name: of the share.
+        digits: after the point.
+    """
+    share, low, high = (float(values.get(key, math.nan)) for key in (name, f"{name}_low", f"{name}_high"))
+    shown = "open" if math.isnan(share) else f"{100 * share:.{digits}f}"
+    if math.isnan(low) or low == high:
+        return shown
+    return f"{shown} ({100 * low:.{digits}f} to {100 * high:.{digits}f})"
 
 
 def stiffness_error(values: Mapping[str, float], error_max: float, error_min: float) -> float:

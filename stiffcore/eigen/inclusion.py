@@ -33,8 +33,8 @@ from stiffcore.eigen.sparse import EPS, Array
 FULL_ORDER = 400
 """Up to this order a whole spectrum is located: some 60 k^3 operations, five times those of its eigenvalues."""
 
-# Conditions of eigenvectors that are taken as a basis, relative to what would make their discs useless; then absolute.
-_CONDITIONS = (1e-4, 1e-9)
+# Radii of discs that are worth having, relative to the norm, and conditions of eigenvalues that are told from the rest.
+_USEFUL = 1e-4
 _MODERATE = 1e4
 # Entries of the rest's order cubed, times eigenvalues beside it, for which singular values are computed.
 _MOST_SEPARATED = 2e9
@@ -215,13 +215,12 @@ def _with_basis(a: Array, distance: float, values: Array, left: Array, right: Ar
         conditions = 1 / np.abs((left.conj() * right).sum(axis=0))
     # members of a pair have the same, but for rounding
     conditions = np.maximum(conditions, conditions[_conjugates(values)])
-    relative = distance / size + k * EPS
-    for share in _CONDITIONS:
-        if conditions.max() <= share / (k * relative):
-            found = _apart(a, distance, values, left, right)
-            if found is not None:
-                return found
-    chosen = conditions <= min(_MODERATE, _CONDITIONS[0] / (k * relative))
+    useful = _USEFUL / (k * (distance / size + k * EPS))
+    if conditions.max() <= useful:
+        found = _apart(a, distance, values, left, right)
+        if found is not None and found.radii.max() <= _USEFUL * size:
+            return found
+    chosen = conditions <= min(_MODERATE, useful)
     if chosen.any() and not chosen.all():
         found = _apart(a, distance, values[chosen], left[:, chosen], right[:, chosen])
         if found is not None:
