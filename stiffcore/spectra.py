@@ -51,8 +51,9 @@ class Count:
         margin: every eigenvalue is at least that far from the boundary; 0 where one lies on it, as structural zeros do
             where it is 0, and where the count is open.
         computed: whether it rests on Lanczos steps from a random start as well (each bound fails with a probability of
-            1e-12), or, at small orders, on dense factorisations taken as backward stable; False for inertia alone.
+            1e-12), or, at small orders, on singular values taken as backward stable; False for inertia alone.
         note: details, and why it is open.
+        tolerated: every matrix within this distance, in the 2-norm, has the same count; 0 where it is open.
     """
 
     threshold: float
@@ -61,6 +62,7 @@ class Count:
     margin: float
     computed: bool
     note: str = ""
+    tolerated: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 
-from stiffcore.eigen import counting, deflation, numerical_range, powers, sparse
+from stiffcore.eigen import counting, deflation, discs, numerical_range, powers, sparse
 from stiffcore.eigen.counting import count_left, count_outside_disc
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.regions import LeftOf, OutsideOf
@@ -159,7 +159,7 @@ def test_a_small_count_is_never_wrong(data):
 def test_a_count_by_search_is_never_wrong(data):
     with pytest.MonkeyPatch.context() as patch:
         make_few_dense(patch)
-        patch.setattr(counting, "MOST_DISCS", 60)
+        patch.setattr(discs, "MOST_DISCS", 60)
         if data.draw(st.booleans()):
             patch.setattr(powers, "MOST_POWER", 0)
         if data.draw(st.booleans()):
@@ -238,13 +238,13 @@ def test_a_power_never_proves_more_than_is_true(k, distance, coupling, seed, sca
     a = powers.Operator.of(scale * spread_right_of(k, distance, coupling, seed), rng)
     found = powers.margin_right_of(a, 0.0, rng)
     if found is not None:
-        assert 0 < found[0] <= distance * scale * (1 + 1e-9)
+        assert 0 < found.margin <= distance * scale * (1 + 1e-9)
     left = powers.margin_right_of(a.negative(), -2.5 * scale, rng)
     if left is not None:
-        assert 0 < left[0] <= (2.5 - max(2.0 * (1 - 0.5), distance)) * scale
+        assert 0 < left.margin <= (2.5 - max(2.0 * (1 - 0.5), distance)) * scale
     inside = powers.margin_inside(a, scale, 1.05 * scale, rng)
     if inside is not None:
-        assert 0 < inside[0] <= (1.05 - abs(distance - 1)) * scale * (1 + 1e-9)
+        assert 0 < inside.margin <= (1.05 - abs(distance - 1)) * scale * (1 + 1e-9)
 
 
 def test_powers_decide_where_the_numerical_range_does_not():
@@ -368,8 +368,12 @@ def test_what_vanishes_but_for_rounding_is_no_proof_and_no_crash(radius):
 
 
 def test_a_basis_that_lapack_cannot_order_leaves_it_to_discs(monkeypatch):
-    def fails(*_, **__):
-        raise np.linalg.LinAlgError
+    schur = scipy.linalg.schur
+
+    def fails(*args, **options):
+        if "sort" in options:
+            raise np.linalg.LinAlgError
+        return schur(*args, **options)
 
     monkeypatch.setattr(scipy.linalg, "schur", fails)
     a = planted(300, [[-0.7, 0.4], [-0.4, -0.7]])
@@ -415,13 +419,63 @@ def test_small_orders(k):
     assert count_outside_disc(sp.csc_array(a)).count in (int((np.abs(np.linalg.eigvals(a) + 1) > 1).sum()), None)
 
 
+def balanced_into_a_defect(half, t, rng):
+    """Blocks D, t^2 C, C', D': balancing solves t C and t C', in which an eigenvalue 0 is nearly defective, twice."""
+    diagonals = [np.diag(np.concatenate([[0.0], rng.uniform(1, 3, half - 1)])) for _ in range(2)]
+    couplings = [rng.uniform(0.5, 1, (half, half)) * rng.choice([-1, 1], (half, half)) for _ in range(2)]
+    couplings[1][0, 0] = 0
+    return np.block([[diagonals[0], t * t * couplings[0]], [couplings[1], diagonals[1]]])
+
+
+@pytest.mark.parametrize("t", [2.0**-18, 2.0**-22])
+def test_balancing_makes_no_dense_count_wrong(t):
+    claimed = []
+    for seed in range(6):
+        a = balanced_into_a_defect(3, t, np.random.default_rng(seed))
+        values = np.linalg.eigvals(a).real
+        near = np.sort(values[np.abs(values) < 0.3])
+        for threshold in (near[0] / 2, near[-1] / 2, near[0] - 1e-9, near[-1] + 1e-9):
+            count = count_left(a, threshold)
+            claimed.append(count.count)
+            assert count.count in (exact_count(a, lambda v, at=threshold: v.real < at), None)
+    assert claimed.count(None) < len(claimed)  # away from them it is decided
+
+
+def test_singular_values_hold_the_schur_form_s_error():
+    a = balanced_into_a_defect(20, 2.0**-20, np.random.default_rng(0))
+    form = discs.SchurForm.of(a)
+    assert form.error < 1e-11
+    shift = -0.1 + 0.3j
+    exact = scipy.linalg.svdvals(a - shift * np.eye(40))[-1]
+    assert abs(scipy.linalg.svdvals(form.t - shift * np.eye(40))[-1] - exact) <= form.error
+    assert np.allclose(np.sort_complex(form.values), np.sort_complex(np.linalg.eigvals(form.t)), atol=1e-6)
+    pairs = discs.SchurForm.of(np.random.default_rng(1).standard_normal((9, 9)))
+    for values in (np.linalg.eigvals(pairs.t), pairs.values):
+        assert np.isclose(values.sum().imag, 0)
+    assert np.allclose(np.sort_complex(pairs.values), np.sort_complex(np.linalg.eigvals(pairs.t)))
+
+
+def test_what_is_tolerated_is_no_more_than_the_distance_to_a_matrix_with_an_eigenvalue_there():
+    """And where that is less than the matrix's own rounding, nothing is counted."""
+    w = np.linspace(0, 4, 81)
+    for a in (spread_right_of(120, 0.2, 1.5, 0), planted(120, np.diag([-0.5, -0.6])), spread_right_of(60, 0.2, 3, 0)):
+        dense = a.toarray()
+        nearest = min(scipy.linalg.svdvals(dense - 1j * y * np.eye(len(dense)))[-1] for y in w)
+        count = count_left(a, 0.0)
+        assert count.count is not None
+        assert 0 < count.tolerated <= nearest * (1 + 1e-9)
+        assert count_left(a, 0.0, rounding=0.9 * count.tolerated).count == count.count
+        wide = count_left(a, 0.0, rounding=1.01 * nearest)
+        assert (wide.count, wide.tolerated) == (None, 0)
+
+
 @pytest.mark.parametrize(
     "a",
     [grcar(300), sp.diags_array([1.0, 9.0], offsets=[0, 1], shape=(300, 300)).tocsc()],
     ids=["grcar", "jordan-like"],
 )
 def test_far_from_normal_a_count_is_open_or_true(a, monkeypatch):
-    monkeypatch.setattr(counting, "MOST_DISCS", 40)
+    monkeypatch.setattr(discs, "MOST_DISCS", 40)
     for threshold in (0.5, 0.02):
         count = count_left(a, threshold)
         assert count.count is None
@@ -555,7 +609,7 @@ def test_singular_at_an_eigenvalue():
 
 def test_a_deflated_operator_has_the_singular_values_of_the_complement():
     a = planted(200, [[-0.7, 0.4], [-0.4, -0.7]])
-    search = counting._Search(a, LeftOf(0.0), None, np.random.default_rng(0))
+    search = discs.Cover(a, LeftOf(0.0), None, np.random.default_rng(0))
     found = extremes(a)
     assert search.deflate(found.values[:2], found.vectors.right[:, :2]) == 2
     complement = scipy.linalg.null_space(search.q.T)

@@ -120,20 +120,33 @@ class Operator:
         )
 
 
-def margin_right_of(a: Operator, line: float, rng: np.random.Generator) -> tuple[float, int] | None:
+@dataclass(frozen=True)
+class Contraction:
+    """What a power proves.
+
+    Attributes:
+        margin: all eigenvalues keep this distance from the circle.
+        tolerated: a matrix within this distance of A, in the 2-norm, has none on the circle or outside of it.
+        power: the one whose norm is under 1.
+    """
+
+    margin: float
+    tolerated: float
+    power: int
+
+
+def margin_right_of(a: Operator, line: float, rng: np.random.Generator) -> Contraction | None:
     """Prove that all eigenvalues are right of a line; see `contraction` for what is returned."""
     c, rate = centre_right_of(line, a.ritz)
     return contraction(a, line + c, c, rate, rng)
 
 
-def margin_inside(a: Operator, centre: float, radius: float, rng: np.random.Generator) -> tuple[float, int] | None:
+def margin_inside(a: Operator, centre: float, radius: float, rng: np.random.Generator) -> Contraction | None:
     """Prove that all eigenvalues are inside of a circle; see `contraction` for what is returned."""
     return contraction(a, centre, radius, float(np.abs(a.ritz - centre).max(initial=0.0)) / radius, rng)
 
 
-def contraction(
-    a: Operator, centre: float, radius: float, rate: float, rng: np.random.Generator
-) -> tuple[float, int] | None:
+def contraction(a: Operator, centre: float, radius: float, rate: float, rng: np.random.Generator) -> Contraction | None:
     """Prove that every eigenvalue of A lies within a circle, by the norm of a power of (A - centre) / radius.
 
     Args:
@@ -144,8 +157,7 @@ def contraction(
         rng: draws the starts.
 
     Returns:
-        The distance that all eigenvalues keep from the circle, and the power that proved it: a computed bound, see
-        `stiffcore.eigen.sparse`. None where nothing was proved.
+        What was proved: a computed bound, see `stiffcore.eigen.sparse`. None where nothing was.
     """
     if not rate < 1 or a.k <= PROOF_STEPS:
         return None
@@ -172,7 +184,10 @@ def contraction(
             largest = min(math.exp(min(m * math.log(least), 700)), math.sqrt(a.k) * UNSEEN * growth[0])
             bound += m * largest**2 * least * (a.rounding + 4 * EPS)
             if bound < 1:
-                return radius * (1 - bound ** (1 / m)) * (1 - 1e-6), m
+                # |(A - z)^-1| <= (|I| + |B| + ... + |B^(m-1)|) / (1 - |B^m|) / radius on the circle and beyond it
+                with np.errstate(over="ignore"):
+                    before = float((np.float64(least) ** np.arange(m)).sum())
+                return Contraction(radius * (1 - bound ** (1 / m)) * (1 - 1e-6), radius * (1 - bound) / before, m)
         if not math.isfinite(found) or (found >= before and m > TRANSIENT):
             return None  # the spectrum reaches further than the Ritz values, or the matrix is too far from normal
         before = found

@@ -454,8 +454,8 @@ def power_of_two(size: float) -> float:
 
 
 def longest_sum(a: sp.csc_array) -> int:
-    """Terms of the longest sum in a product with A."""
-    return int(np.bincount(a.indices).max(initial=0)) + 2
+    """Terms of the longest sum in a product with A or with its transpose."""
+    return int(max(np.bincount(a.indices).max(initial=0), np.diff(a.indptr).max(initial=0))) + 2
 
 
 def _splu(a: sp.csc_array, pivoting: float) -> SuperLU:
