@@ -253,20 +253,14 @@ class Spectrum:
         What the ends alone do not give is nan, too. `negative_low` and `negative_high`, `euler_stable_low` and
         `euler_stable_high` are the shares that are certain: equal where all are decided.
         """
-        found = self._metrics()
-        low, high = self._share_between(self.negative_between)
-        low_inside, high_inside = self._share_between(self.inside_between)
-        return {**dict.fromkeys(NAMES, float("nan")), **found} | {
-            "negative_low": low,
-            "negative_high": high,
-            "euler_stable_low": low_inside,
-            "euler_stable_high": high_inside,
-        }
+        found = {**dict.fromkeys(NAMES, float("nan")), **self._metrics()}
+        for name, counts in (("negative", self.negative_between), ("euler_stable", self.inside_between)):
+            if counts is not None:
+                found[f"{name}_low"], found[f"{name}_high"] = self._shares(counts)
+        return found
 
-    def _share_between(self, counts: tuple[int, int] | None) -> tuple[float, float]:
-        if counts is None or not self.n:
-            return float("nan"), float("nan")
-        return counts[0] / self.n, counts[1] / self.n
+    def _shares(self, counts: tuple[int, int]) -> tuple[float, ...]:
+        return tuple(count / self.n if self.n else float("nan") for count in counts)
 
     @property
     def negative_between(self) -> tuple[int, int] | None:
@@ -277,7 +271,7 @@ class Spectrum:
             return self.certificate.negative
         share = self._metrics().get("negative", float("nan"))
         if np.isnan(share):
-            return 0, self.k
+            return (0, self.k) if self.n else None
         found, near = round(share * self.n), self.certificate.near_axis
         return max(0, found - near), min(self.n, found + near)
 
@@ -337,7 +331,7 @@ class Spectrum:
             without = ", and they are left out of the decay ratio" if self.metrics["decay_ratio"] > 0 else ""
             between = self.negative_between
             assert between is not None
-            low, high = (f"{100 * share:.4g}" for share in self._share_between(between))
+            low, high = (f"{100 * share:.4g}" for share in self._shares(between))
             count = f"{certificate.near_axis:,} eigenvalue{'s' if certificate.near_axis > 1 else ''}"
             lines.append(f"the sign of {count} is open: {low} to {high} % are negative{without}")
         s = abs(self.metrics["S_active"])
@@ -345,7 +339,7 @@ class Spectrum:
             lines.append("S active is within its error")
         inside = self.inside_between
         if inside is not None and inside[0] < inside[1] and self.ends is None:
-            low, high = (f"{100 * share:.4g}" for share in self._share_between(inside))
+            low, high = (f"{100 * share:.4g}" for share in self._shares(inside))
             lines.append(f"which are stable under Euler's step 1 is open: {low} to {high} %")
         return tuple(lines)
 

@@ -195,16 +195,14 @@ def certify(
 
 
 def distance_of(reduction: Reduction, frobenius: float) -> float:
-    """How far M, as it was built, is from the matrix of J in exact arithmetic, in the 2-norm: what margins allow for."""
+    """How far M, as built, is from that of J in exact arithmetic, in the 2-norm: what every margin allows for."""
     rounding = getattr(reduction, "rounding", None)
     if rounding is None:
         rounding = float(np.finfo(reduction.jacobian.dtype).eps) * frobenius
     return float(rounding) + float(getattr(reduction, "loss", 0.0))
 
 
-def _located(
-    reduction: Reduction, values: np.ndarray, moments: Moments, matrix: np.ndarray | None
-) -> Inclusion | None:
+def _located(reduction: Reduction, values: np.ndarray, moments: Moments, matrix: np.ndarray | None) -> Inclusion | None:
     """Where all eigenvalues of M are, where its order allows for that."""
     k = reduction.k
     if not 0 < k <= FULL_ORDER or len(values) != k or not np.isfinite(values).all():
@@ -246,7 +244,7 @@ def _signs(
         if low == high:
             return _Signs((low, high), 0.0)
         open_ones = [abs(x) for x, value in zip(real, values, strict=True) if located.error(complex(value)) >= abs(x)]
-        return _Signs((low, high), max(open_ones, default=float(np.abs(real).max())))
+        return _Signs((low, high), float(max(open_ones, default=np.abs(real).max())))
     # where no error reaches the axis, a defective eigenvalue far from it says nothing of those beside it
     unsure = [c for c in certified if c.error >= abs(c.value.real)]
     beside = unsure or sorted(certified, key=lambda c: abs(c.value.real))[:EACH_END]

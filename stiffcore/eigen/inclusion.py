@@ -36,6 +36,10 @@ FULL_ORDER = 400
 # Radii of discs that are worth having, relative to the norm, and conditions of eigenvalues that are told from the rest.
 _USEFUL = 1e-4
 _MODERATE = 1e4
+# How much larger a gap's square must be than the coupling across it, where four times is enough.
+_ROOM = 100
+# Times that those which do not come apart from the rest are left to it.
+_SELECTIONS = 3
 # Entries of the rest's order cubed, times eigenvalues beside it, for which singular values are computed.
 _MOST_SEPARATED = 2e9
 # Lines that are tried, each four times nearer to an end of the rest than the one before, and discs for each.
@@ -184,11 +188,13 @@ def inclusion(a: Array, distance: float) -> Inclusion:
     """
     a = np.asarray(a, np.float64)
     size = float(np.abs(a).max())
-    if size == 0 or not 1e-140 < size < 1e140:  # squares vanish or overflow
-        scaled = 1.0 if size == 0 else 2.0 ** -math.frexp(size)[1]
-        if scaled != 1.0:
-            found = inclusion(a * scaled, distance * scaled)
-            return _scaled(found, 1 / scaled)
+    if size == 0:
+        nothing, radii = np.zeros(len(a)), np.full(len(a), distance)
+        own = radii if len(a) == 1 else np.full(len(a), math.inf)
+        return Inclusion(nothing.astype(complex), radii, own, np.zeros(len(a), int), None)
+    if not 1e-140 < size < 1e140:  # squares vanish or overflow
+        scaled = 2.0 ** -math.frexp(size)[1]
+        return _scaled(inclusion(a * scaled, distance * scaled), 1 / scaled)
     balanced, (scale, _) = scipy.linalg.matrix_balance(a, separate=True)
     distance = float(distance * (scale.max() / scale.min()))
     if not math.isfinite(distance):
@@ -221,10 +227,14 @@ def _with_basis(a: Array, distance: float, values: Array, left: Array, right: Ar
         if found is not None and found.radii.max() <= _USEFUL * size:
             return found
     chosen = conditions <= min(_MODERATE, useful)
-    if chosen.any() and not chosen.all():
-        found = _apart(a, distance, values[chosen], left[:, chosen], right[:, chosen])
+    for _ in range(_SELECTIONS):
+        if chosen.all() or not chosen.any():
+            break
+        apart = np.zeros(int(chosen.sum()), bool)
+        found = _apart(a, distance, values[chosen], left[:, chosen], right[:, chosen], apart)
         if found is not None:
             return found
+        chosen[chosen] = apart
     return Inclusion(*_NOTHING, _rest(a, distance))
 
 
@@ -236,11 +246,16 @@ def _conjugates(values: Array) -> Array:
     return index
 
 
-def _apart(a: Array, distance: float, values: Array, left: Array, right: Array) -> Inclusion | None:
-    """Discs around these values, and the rest; None where these vectors do not come apart from it, or are no basis."""
+def _apart(
+    a: Array, distance: float, values: Array, left: Array, right: Array, apart: Array | None = None
+) -> Inclusion | None:
+    """Discs around these values, and the rest; None where these vectors do not come apart from it, or are no basis.
+
+    `apart`, of these values, is then set to those that may do so without the others.
+    """
     k, p = right.shape
     size = float(np.linalg.norm(a))
-    off = (k + 10) * EPS * size  # of A x, relative to |x|, with what follows it
+    off = (k / 2 + 6) * EPS * size  # of A x - l x, relative to |x|: sums of k real products, at half of EPS each
     y = left @ np.linalg.inv(left.conj().T @ right).conj().T
     y = y @ (2 * np.eye(p) - right.conj().T @ y)  # once more: what it misses Y^H X = I by is squared
     lengths, spread = np.linalg.norm(y, axis=0), float(np.linalg.norm(right, 2))
@@ -261,8 +276,11 @@ def _apart(a: Array, distance: float, values: Array, left: Array, right: Array) 
         below = projector * (float(np.linalg.norm(a @ right - right * values)) + math.sqrt(p) * (distance + off))
         across = float(np.linalg.norm(beside))
         rest = _rest(basis.T @ a @ basis, projector * (distance + off) + spread * (across + worst * size))
-        gap = _separation(rest, values) - most - rest.distance
+        gaps = _separations(rest, values) - rest.distance - most
+        gap = float(gaps.min())
         if not (gap > 0 and 4 * below * across < gap**2):
+            if apart is not None:
+                apart[:] = (gaps > 0) & (gaps**2 > _ROOM * below * across)
             return None
         rest = Rest(rest.t, rest.distance + 2 * below * across / gap)
         coupled = math.sqrt(p) * beside * 2 * below / gap
@@ -312,11 +330,15 @@ def _rest(a: Array, distance: float) -> Rest:
     return Rest(t, distance + missed if math.isfinite(distance) else math.inf)
 
 
-def _separation(rest: Rest, values: Array) -> float:
-    """A lower bound of the smallest singular value of T - l I over all l: sep of a diagonal matrix and T."""
-    q, upper = len(rest.t), values[values.imag >= 0]
-    if float(len(upper)) * q**3 > _MOST_SEPARATED:
-        return 0.0
-    eye = np.eye(q)
-    least = min(float(scipy.linalg.svdvals(rest.t - value * eye)[-1]) for value in upper)
-    return least - 4 * q * EPS * float(np.linalg.norm(rest.t))
+def _separations(rest: Rest, values: Array) -> Array:
+    """Lower bounds of the smallest singular value of T - l I; the least is sep(L, T), L the diagonal matrix of all."""
+    q, found = len(rest.t), np.zeros(len(values))
+    if len(values) * float(q) ** 3 > _MOST_SEPARATED:
+        return found
+    eye, rounding = np.eye(q), 4 * q * EPS * float(np.linalg.norm(rest.t))
+    for i, value in enumerate(values):
+        if value.imag >= 0:
+            found[i] = float(scipy.linalg.svdvals(rest.t - value * eye)[-1]) - rounding
+        else:
+            found[i] = found[i - 1]  # LAPACK has a conjugate after its own
+    return found

@@ -244,7 +244,9 @@ def mean_cells(rows: pd.DataFrame) -> list[str]:
 
     Where single values are open within an interval, what the mean is between.
     """
-    return [_mean(rows[name].to_numpy(float) * factor) + _between(rows, name, factor) for _, name, factor in means_of(rows)]
+    return [
+        _mean(rows[name].to_numpy(float) * factor) + _between(rows, name, factor) for _, name, factor in means_of(rows)
+    ]
 
 
 def _between(rows: pd.DataFrame, name: str, factor: int) -> str:
