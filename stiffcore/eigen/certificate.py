@@ -157,7 +157,7 @@ def certify(
         The certificate; a check that fails is listed in it, never raised.
     """
     dtype = reduction.jacobian.dtype
-    located = _located(reduction, values, moments, matrix) if complete else None
+    located = _located(reduction, values, matrix) if complete else None
     certified = () if vectors is None else _certified(reduction, values[chosen], vectors, moments, neglected, located)
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
@@ -194,15 +194,12 @@ def certify(
     )
 
 
-def distance_of(reduction: Reduction, frobenius: float) -> float:
+def distance_of(reduction: Reduction) -> float:
     """How far M, as built, is from that of J in exact arithmetic, in the 2-norm: what every margin allows for."""
-    rounding = getattr(reduction, "rounding", None)
-    if rounding is None:
-        rounding = float(np.finfo(reduction.jacobian.dtype).eps) * frobenius
-    return float(rounding) + float(getattr(reduction, "loss", 0.0))
+    return float(reduction.rounding) + float(reduction.loss)
 
 
-def _located(reduction: Reduction, values: np.ndarray, moments: Moments, matrix: np.ndarray | None) -> Inclusion | None:
+def _located(reduction: Reduction, values: np.ndarray, matrix: np.ndarray | None) -> Inclusion | None:
     """Where all eigenvalues of M are, where its order allows for that."""
     k = reduction.k
     if not 0 < k <= FULL_ORDER or len(values) != k or not np.isfinite(values).all():
@@ -210,7 +207,7 @@ def _located(reduction: Reduction, values: np.ndarray, moments: Moments, matrix:
     if matrix is None:
         starts = range(0, k, PANEL)
         matrix = np.hstack([reduction.columns(at, min(at + PANEL, k)).cpu().numpy() for at in starts])
-    return inclusion(matrix.astype(np.float64), distance_of(reduction, moments.frobenius))
+    return inclusion(matrix.astype(np.float64), distance_of(reduction))
 
 
 @dataclass(frozen=True)
@@ -293,16 +290,16 @@ def _certified(
     of_j = _checked(reduction.jacobian.jvp, reduction.jacobian.vjp, u, v, reduction.shift + mu.to(torch.complex128))
     # of M, and of the skip that was split off: J = s + M is rounded even where M is tiny
     eps = float(np.finfo(dtype).eps)
-    rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction, moments.frobenius) + neglected
-    found, loss = [], float(getattr(reduction, "loss", 0.0))
+    rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
+    found = []
     for value, ok, outer, inner in zip(values, vectors.converged, of_j, of_m, strict=True):
         shifted = complex(reduction.shift + value)
         error, condition = min((_finite(c * (r + rounding)), c) for r, c in (outer, inner))
         if located is not None:
             condition = inner[1]
             error = located.error(complex(value)) + eps * abs(shifted)
-        if loss:
-            error += _finite(outer[1] * loss)
+        if reduction.loss:
+            error += _finite(outer[1] * reduction.loss)
         found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok)))
     return tuple(found)
 
@@ -366,7 +363,7 @@ def _ratio_error(
             errors[end] = max(inside, outside)
             continue
         between = located.rightmost() if sign > 0 else located.leftmost()
-        off = float(np.finfo(reduction.jacobian.dtype).eps) * abs(value) + float(getattr(reduction, "loss", 0.0))
+        off = float(np.finfo(reduction.jacobian.dtype).eps) * abs(value) + reduction.loss
         low, high = sorted(sign * (reduction.shift + x) for x in between)
         known = max([sign * x for x in exact], default=-float("inf"))
         low, high = max(low - off, known), max(high + off, known)
