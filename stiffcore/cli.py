@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapse
 
 from stiffcore.cluster import tls_security, workers_at
 from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.metrics import spell_share
 from stiffcore.plan import Plan
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
 from stiffcore.report import tables
@@ -552,7 +553,7 @@ class _Progress:
             err,
             f"{image}{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, "
             f"S active {m['S_active']:.7g} +- {spectrum.certificate.s_active_error:.1e}, "
-            f"Re<0 {tables.percent(m['negative'])} %, {spectrum.verdict}",
+            f"Re<0 {spell_share(m, 'negative')} %, {spectrum.verdict}",
         )
 
 
