@@ -1,6 +1,7 @@
 """Claims about singular values: those of a dense SVD, exact ones and zeros counted, lost digits said."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from stiffcore.networks.blocks import capture
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
 from stiffcore.plan import Machine, make_plan
+from stiffcore.record import Stage
 from stiffcore.study import BlockFunction, Kind, Study
 from stiffcore.survey import _factors_facts
 from stiffcore.unit import carry_out, open_operator
@@ -284,17 +286,17 @@ def test_a_run_divides_a_matrix_that_no_memory_holds(name, tmp_path):
     found = stiffcore.analyze(network, images, [0], run=tmp_path / "run", **options)
     store = found.store
     (key,) = found.records()
-    assert found.records()[key]["plan"]["solver"] == "divide"
-    order = found.records()[key]["k"]
+    assert found.records()[key].plan.solver == "divide"
+    order = found.records()[key].unit.k
     store.update(
-        key, plan=found.records()[key]["plan"] | {"panel": 16, "at_once": 2, "leaf": order // 3}, stage="planned"
+        key, plan=replace(found.records()[key].plan, panel=16, at_once=2, leaf=order // 3), stage=Stage.PLANNED
     )
     carry_out(store.url, key, threads=1, emit=print, opener=partial(open_operator, module=network))
     spectrum = found.spectrum(0, "second", kind="singular")
     true = np.sort(np.linalg.svd(dense_jacobian(network[0], images), compute_uv=False))
     assert spectrum.certificate.passed
-    assert found.records()[key]["divided"]["splits"]
-    assert found.records()[key]["route"] == ("factors" if name == "bottleneck" else "whole")
+    assert found.records()[key].divided.splits
+    assert found.records()[key].unit.route == ("factors" if name == "bottleneck" else "whole")
     assert np.abs(spectrum.values - true).max() <= 1e-7
     large = true > 1e-3
     assert np.abs(spectrum.values - true)[large].max() <= 1e-10
@@ -393,3 +395,17 @@ def test_a_zero_jacobian_has_zeros_only():
 def test_solvers_of_singular_values_are_refused_for_other_kinds():
     with pytest.raises(InputError, match="--kind singular alone"):
         Study.ask({"network": "resnet18", "solver": "svd", "kinds": "matrix,singular"})
+
+
+@pytest.mark.parametrize("power", [-500, -300, 300, 500])
+def test_singular_values_of_any_size_are_found(power):
+    """Squares of numbers below 1e-162 are zero: J is scaled by a power of two, which rounds nothing."""
+    layers = randomised(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)))
+    found = []
+    for scale in (1.0, 2.0**power):
+        factors = open_factors(lambda x, scale=scale: layers(x) * scale, seeded((1, 2, 5, 5), 1))
+        of, matrices = ways(factors)
+        found.append(of)
+        assert all(singular.certify(factors, way, factors.difference(matrices)).passed for way in of)
+    for plain, scaled in zip(*found, strict=True):
+        assert np.allclose(whole(scaled) * 2.0**-power, whole(plain), rtol=1e-14, atol=1e-15)
