@@ -282,7 +282,7 @@ WRITERS = {
     "parquet": (("export", "run", "--to", "out/m.parquet"), "out/m.parquet", False),
     "h5": (("export", "run", "--to", "out/s.h5"), "out/s.h5", False),
     "report": (("report", "run", "--to", "out/r.html", "--figures", "out/figures/of/it"), "out/r.html", True),
-    "picture": (("picture", "run", "--block", "4", "--grid", "3"), "", True),
+    "picture": (("picture", "run", "--trust", "--block", "4", "--grid", "3"), "", True),
 }
 
 
@@ -300,7 +300,7 @@ def check_writers_on_a_full_disk(small, name, points):
     [(code, writes, said)] = on_a_full_disk(small, [(0, 0, command)])
     assert code == 0, said
     size = (small / to).stat().st_size if to else 0
-    assert writes > 3 or not in_python
+    assert writes > 1 or not in_python
     # as it was before, and then without room
     shutil.rmtree(small / "out")
     shutil.rmtree(small / "run")
