@@ -21,7 +21,7 @@ from scipy.sparse import csc_array
 from stiffcore.eigen import certificate, counting, dense, divide, extremes, panels, singular
 from stiffcore.jacobian.factors import open_factors
 from stiffcore.jacobian.reduction import Reduction, reduce_jacobian
-from stiffcore.spectra import Ends, Spectrum, certified_choice
+from stiffcore.spectra import Ends, Moments, Spectrum, certified_choice
 from tests.test_divide import Memory
 
 BITS = 300
@@ -504,7 +504,7 @@ def divided(r: Reduction) -> Spectrum:
     for i in range(whole.shards):
         start, stop = whole.columns(i)
         whole.write(i, a[:, start:stop])
-    moments = certificate.Moments(panels.trace(whole), panels.square_trace(whole), panels.norm(whole))
+    moments = Moments(panels.trace(whole), panels.square_trace(whole), panels.norm(whole))
     found = divide.eigenvalues(whole, space, r.k // 2, first=-float(r.shift))
     chosen = certified_choice(found.values, r.shift)
     vectors = divide.eigenvectors(whole, space, found.values[chosen])
@@ -519,7 +519,8 @@ def by_ends(r: Reduction) -> Spectrum:
     a = csc_array(r.columns(0, r.k).double().cpu().numpy())
     e, moments = extremes.extremes(a), certificate.sparse_moments(a)
     known = e.values, e.vectors.right
-    ends = counting.ends_of(a, r.shift, known, disc=False, memory_bytes=None, note=e.note)
+    given = {"disc": False, "memory_bytes": None, "note": e.note, "rounding": r.rounding + r.loss}
+    ends = counting.ends_of(a, r.shift, known, **given)
     found = certificate.certify_ends(
         r, e.values, e.vectors, moments, ends, right_end=e.converged_right, left_end=e.converged_left
     )
