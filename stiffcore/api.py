@@ -1,6 +1,5 @@
 """stiffcore from Python: one spectrum of any torch function, or a run over the blocks of a network."""
 
-import copy
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from stiffcore.cluster import Event, InProcess, workers_at
 from stiffcore.errors import InputError
+from stiffcore.jacobian.modules import copied
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
 from stiffcore.networks.images import images_in_memory
@@ -75,10 +75,7 @@ def spectrum(
     call: Callable[[Tensor], Tensor] = f
     if isinstance(f, nn.Module):
         torch_dtype = getattr(torch, study.dtype)
-        try:
-            module = copy.deepcopy(f).to(torch_dtype).eval().requires_grad_(False)
-        except RuntimeError as error:  # ScriptModule, for one
-            raise InputError(f"{type(f).__name__} cannot be copied and cast: {error}; pass a function of it") from error
+        module = copied(f, torch_dtype)
         call, x = module, x.detach().to(torch_dtype)
     elif x.dtype in (torch.float32, torch.float64):
         study = study.with_options({"dtype": str(x.dtype).removeprefix("torch.")})
