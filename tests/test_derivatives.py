@@ -3,9 +3,7 @@
 The truth is plain autograd's: each row of J from a function made anew, so that no call sees what another one left.
 """
 
-import copy
 import functools
-import threading
 
 import numpy as np
 import pytest
@@ -16,21 +14,19 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision.ops import deform_conv2d, roi_align
 
-import stiffcore
-from stiffcore.errors import InputError
-from stiffcore.jacobian.derivatives import value_gap
-from stiffcore.jacobian.factors import open_factors
-from stiffcore.jacobian.linearise import Linearisation, Way
-from stiffcore.jacobian.modules import Untouched, copied, modules_of
-from stiffcore.jacobian.reduction import NoSpectrumError, Route, is_residual, reduce_jacobian
-from stiffcore.jacobian.slices import open_slices
-from stiffcore.study import BlockFunction
-from tests.cases import Basic, randomised, seeded
-from tests.reference import assert_spectra_match, matched_distance
+from stiffcore.jacobian.linearise import Way
+from stiffcore.jacobian.reduction import reduce_jacobian
+from tests.cases import randomised, seeded
+from tests.reference import assert_spectra_match
 
 A, X = seeded((6, 6), 4), seeded((6,), 9)
 UP, DOWN = seeded((6, 2), 5), seeded((2, 6), 6)
-MAP, GRID, OFFSETS, TAPS = seeded((1, 2, 4, 4), 1), seeded((1, 4, 4, 2), 2), seeded((1, 18, 4, 4), 3), seeded((2, 2, 3, 3))
+MAP, GRID, OFFSETS, TAPS = (
+    seeded((1, 2, 4, 4), 1),
+    seeded((1, 4, 4, 2), 2),
+    seeded((1, 18, 4, 4), 3),
+    seeded((2, 2, 3, 3)),
+)
 
 
 def rows_by_autograd(build, x):
@@ -214,7 +210,11 @@ SPARSE = (A * (A > 0.3)).to_sparse()
 # name: (makes the function, point, the ways that may be taken)
 AUTOGRAD = {
     "old-style function": (lambda: lambda x: Old.apply(A @ x) + x, X, [Way.TWICE]),
-    "old-style function before a relu": (lambda: lambda x: F.relu(UP @ F.relu(Old.apply(DOWN @ x)) + x), X, [Way.TWICE]),
+    "old-style function before a relu": (
+        lambda: lambda x: F.relu(UP @ F.relu(Old.apply(DOWN @ x)) + x),
+        X,
+        [Way.TWICE],
+    ),
     "differentiable once": (lambda: lambda x: Once.apply(A @ x) + x, X, [Way.TRACE]),
     "a function of numpy": (lambda: lambda x: ByNumpy.apply(A @ x) + x, X, [Way.ROWS]),
     "no jvp": (lambda: lambda x: NoForward.apply(A @ x) + x, X, [Way.TWICE]),
@@ -227,7 +227,11 @@ AUTOGRAD = {
         X,
         [Way.TRACE],
     ),
-    "grid_sample": (lambda: lambda x: F.grid_sample(x, torch.tanh(GRID), align_corners=False) + x, MAP, None),
+    "grid_sample": (
+        lambda: lambda x: F.grid_sample(x, torch.tanh(GRID), align_corners=False) + torch.sin(x),
+        MAP,
+        None,
+    ),
     "grid_sample at x": (
         lambda: lambda x: F.grid_sample(MAP, torch.tanh(x.reshape(1, 4, 4, 2)), align_corners=False),
         MAP,
@@ -235,7 +239,11 @@ AUTOGRAD = {
     ),
     "deform_conv2d": (lambda: lambda x: deform_conv2d(x, 0.3 * OFFSETS, TAPS, padding=1) + x, MAP, [Way.ROWS]),
     "roi_align": (lambda: lambda x: roi_align(x, torch.tensor([[0, 0, 0, 3.0, 3.0]]).double(), 4), MAP, [Way.ROWS]),
-    "cdist": (lambda: lambda x: torch.cdist(x.reshape(3, 2), torch.tanh(x).reshape(3, 2) + 1)[:, :2].flatten(), X, None),
+    "cdist": (
+        lambda: lambda x: torch.cdist(x.reshape(3, 2), torch.tanh(x).reshape(3, 2) + 1)[:, :2].flatten(),
+        X,
+        None,
+    ),
     "sparse product": (lambda: lambda x: torch.sparse.mm(SPARSE, torch.tanh(x)[:, None])[:, 0] + x, X, None),
     "sparse rows": (lambda: lambda x: SPARSE.to_sparse_csr() @ torch.tanh(x), X, None),
     "embedding_bag": (lambda: lambda x: F.embedding_bag(torch.arange(6)[None], x.reshape(6, 1)) * x, X, None),
@@ -290,4 +298,11 @@ def test_what_autograd_differentiates_has_its_jacobian(name):
     assert_spectra_match(values, reduced.zeros, reduced.ones, np.linalg.eigvals(j))
 
 
-SINGLE = ["old-style function", "differentiable once", "deform_conv2d", "grid_sample", "equilibrium", "buffers in forward"]
+SINGLE = [
+    "old-style function",
+    "differentiable once",
+    "deform_conv2d",
+    "grid_sample",
+    "equilibrium",
+    "buffers in forward",
+]

@@ -1,6 +1,5 @@
-"""Modules as functions: copies of them, calls that leave them as they were, and what of their results is taken."""
+"""Modules as functions: calls that leave them as they were, and what of their results is taken."""
 
-import copy
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,78 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from stiffcore.errors import InputError
-
-COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
-
-
-def copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a module in eval mode, cast, whose parameters ask for no gradient.
-
-    Complex parameters and buffers are cast to the complex type of the same precision. Submodules that were compiled are
-    replaced by their originals. Tensors that another one was computed from, as activations that a forward pass kept,
-    are detached; an attribute that cannot be copied, as a lock, is shared with the original.
-
-    Args:
-        module: any module that can be copied.
-        dtype: float64 or float32.
-
-    Raises:
-        InputError: where the module cannot be copied or cast.
-    """
-    try:
-        found = _deepcopied(_uncompiled(module))
-        for part in found.modules():
-            for name, child in list(part.named_children()):
-                if (original := _uncompiled(child)) is not child:
-                    setattr(part, name, original)
-            part._compiled_call_impl = None  # set by `Module.compile`
-        return found._apply(lambda t: _cast(t, dtype)).eval().requires_grad_(False)
-    except (RuntimeError, TypeError, NotImplementedError) as error:  # ScriptModule, for one
-        raise InputError(
-            f"{type(module).__name__} cannot be copied and cast: {error}; pass a function of it"
-        ) from error
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    if t.is_complex():
-        return t.to(COMPLEX[dtype])
-    return t.to(dtype) if t.is_floating_point() else t
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    original = getattr(module, "_orig_mod", None)  # of `torch.compile`
-    return original if isinstance(original, nn.Module) else module
-
-
-def _deepcopied(module: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    kept = [t for part in module.modules() for t in _tensors(list(vars(part).values())) if not t.is_leaf]
-    memo.update({id(t): t.detach().clone() for t in kept})
-    try:
-        return copy.deepcopy(module, dict(memo))
-    except (RuntimeError, TypeError, NotImplementedError):
-        for part in module.modules():
-            for name, value in vars(part).items():
-                if name not in ("_parameters", "_buffers", "_modules") and not _copies(value, memo):
-                    memo[id(value)] = value
-        return copy.deepcopy(module, memo)
-
-
-def _copies(value: Any, memo: dict[int, Any]) -> bool:
-    try:
-        copy.deepcopy(value, dict(memo))
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return True
-
-
-def _tensors(values: Iterable[Any], depth: int = 3) -> Iterator[Tensor]:
-    """Tensors among values, and in the lists, tuples and dictionaries among these."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple, set, Mapping)) and depth:
-            yield from _tensors(value.values() if isinstance(value, Mapping) else value, depth - 1)
 
 
 class _State:
@@ -163,7 +90,8 @@ class Untouched:
 
     def _first_call(self, x: Tensor, before: "list[_State]") -> Any:
         """With copies of all buffers; find out which are changed, and which parameters are given other data."""
-        data = {(s.module, name): (p, p.data) for s in before for name, p in s.parameters.items() if _is_plain(p)}
+        held = [((s.module, name), p) for s in before for name, p in s.parameters.items() if p is not None]
+        data = {at: (p, p.data) for at, p in held if _is_plain(p)}
         copies = self._lend((s.module, name) for s in before for name in s.buffers)
         starts = {at: _start(t) for at, t in copies.items()}
         found = self.f(x)
@@ -195,8 +123,8 @@ def _changed(now: Tensor | None, copy: Tensor, original: Tensor | None) -> bool:
     return now is not copy or original is None or copy._version > 0 or not torch.equal(copy, original)
 
 
-def _is_plain(t: Tensor | None) -> bool:
-    return t is not None and type(t) in (nn.Parameter, Tensor) and t.layout == torch.strided and not t.is_meta
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (nn.Parameter, Tensor) and t.layout == torch.strided and not t.is_meta
 
 
 def _start(t: Tensor) -> int:

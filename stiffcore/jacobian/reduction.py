@@ -34,18 +34,18 @@ from stiffcore.jacobian.modules import Untouched
 from stiffcore.jacobian.rounding import (
     Comparison,
     Probes,
-    difference_of,
+    Rows,
     few_at_once,
     is_of_one_precision,
-    length,
     recast,
     rounding_of,
-    tangents,
 )
 from stiffcore.study import PROBES, BlockFunction, Build
 
 # What random tangents may disagree by, relative to the largest entry of J t; rounding stays far below it.
 PROBE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
+# What an operation raises that knows one precision alone.
+NO_TWIN = (RuntimeError, TypeError, InputError)
 
 
 class NoSpectrumError(InputError):
@@ -148,32 +148,14 @@ class Reduction:
         """
         if not self.k:
             return 0.0
-        exact = self.exact
-        if exact is None:
-            return rounding_of(self.rows, self.jacobian.x, self.k)
-        found = self._rounding_in_float64() if self.jacobian.x.dtype == torch.float64 else 0.0
-        if exact is not self:
-            drawn = tangents(self.jacobian.x, self.k)
-            found += difference_of(self.rows, exact.rows, drawn, torch.float64)
-        return found if found < float("inf") else rounding_of(self.rows, self.jacobian.x, self.k)
+        exact = None if self.exact is None or self.exact is self else self.exact.rows
+        below = None if self.exact is None else self._below
+        return rounding_of(self.rows, self.jacobian.x, self.k, exact, below)
 
-    def _rounding_in_float64(self) -> float:
-        """Of `exact`, from the same function a step below, where its numbers are in float32's range."""
-        exact = self.exact
-        assert exact is not None
-        drawn = tangents(exact.jacobian.x, self.k)
-        size, found = length(few_at_once(exact.rows, drawn)), float("inf")
-        for stretch in (1.0, 1.0 + 2.0**-9):  # a unit at zero, but for rounding, is there at one of both points at most
-            low = exact._in(torch.float32, stretch)
-            high = None if low is None else low._in(torch.float64)
-            if low is None or high is None or not 0.5 * size <= length(few_at_once(high.rows, drawn)) <= 2 * size:
-                continue
-            found = min(found, difference_of(low.rows, high.rows, drawn.to(torch.float32), torch.float64))
-            if found <= 1e-3 * size:
-                break
-        if not found < float("inf"):
-            return rounding_of(exact.rows, exact.jacobian.x, self.k)
-        return found * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    def _below(self, stretch: float) -> tuple[Rows, Rows] | None:
+        low = self._in(torch.float32, stretch)
+        high = None if low is None else low._in(torch.float64)
+        return None if low is None or high is None else (low.rows, high.rows)
 
     @property
     def _modules(self) -> tuple[fx.GraphModule, ...]:
@@ -201,7 +183,7 @@ class Reduction:
             return replace(found, head=head, tail=tail)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, InputError):  # an operation that knows one precision alone
+        except NO_TWIN:
             return None
 
     def columns(self, start: int, stop: int) -> Tensor:
@@ -699,6 +681,33 @@ def structure(jacobian: Linearisation, graph: FunctionGraph | None, probes: Prob
         shape = (1, *local.destination)
     whole = _is_graph_of(module, jacobian, probes or Probes(jacobian))
     return Structure(items, kernels, shape, reach, steps if whole else None, module if whole else None)
+
+
+def rounding_of_function(jacobian: Linearisation, traced: fx.GraphModule | None) -> float:
+    """How far products with J are from those of exact arithmetic, in the 2-norm; see `Reduction.rounding`."""
+    x = jacobian.x
+    if traced is None:
+        return rounding_of(jacobian.jvp, x, jacobian.n)
+
+    def twin(dtype: torch.dtype, at: Tensor, module: fx.GraphModule) -> Linearisation | None:
+        try:
+            return Linearisation(recast(module, dtype), at.to(dtype), jacobian.name)
+        except torch.OutOfMemoryError:
+            raise
+        except NO_TWIN:
+            return None
+
+    def below(stretch: float) -> tuple[Rows, Rows] | None:
+        low = twin(torch.float32, x * stretch, traced)
+        high = None if low is None else twin(torch.float64, low.x, cast(fx.GraphModule, low.f))
+        return None if low is None or high is None else (low.jvp, high.jvp)
+
+    if x.dtype == torch.float64 and is_of_one_precision(traced, torch.float64):
+        return rounding_of(jacobian.jvp, x, jacobian.n, None, below)
+    exact = twin(torch.float64, x, traced)
+    if exact is None:
+        return rounding_of(jacobian.jvp, x, jacobian.n)
+    return rounding_of(jacobian.jvp, x, jacobian.n, exact.jvp, below)
 
 
 def _is_graph_of(module: fx.GraphModule, jacobian: Linearisation, probes: Probes) -> bool:

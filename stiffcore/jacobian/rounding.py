@@ -194,14 +194,58 @@ def _attribute(module: fx.GraphModule, target: Any) -> Any:
     return found
 
 
-def rounding_of(product: Callable[[Tensor], Tensor], like: Tensor, n: int) -> float:
-    """The rounding of products with a map of n columns, as a 2-norm, from its lack of linearity."""
-    return SAFETY * length(noise_of(few_at_once(product, with_sums(tangents(like, n)))))
+Rows = Callable[[Tensor], Tensor]
 
 
-def difference_of(
-    product: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], drawn: Tensor, wide: torch.dtype
+def rounding_of(
+    rows: Rows,
+    like: Tensor,
+    n: int,
+    exact: Rows | None = None,
+    below: Callable[[float], tuple[Rows, Rows] | None] | None = None,
 ) -> float:
-    """How far products with a map are from those with its twin in another precision, as a 2-norm."""
-    apart = [product(row[None]).double() - twin(row[None].to(wide)).double() for row in drawn]
-    return SAFETY * length(torch.cat(apart))
+    """How far products with a map are from those of exact arithmetic, as a 2-norm.
+
+    Args:
+        rows: products with each of (c, n) rows.
+        like: gives rows their dtype and device.
+        n: numbers in a row.
+        exact: the same in float64, nothing in them of lower precision; None where they are that themselves, or none are
+            to be had.
+        below: at the point, or at one stretched by so much, products in float32 and in float64 with the very same
+            numbers; None where there are none.
+    """
+    found = 0.0
+    if like.dtype == torch.float64 or exact is None:
+        found = _in_its_own_precision(exact or rows, like, n, below)
+    if exact is not None:
+        found += SAFETY * length(_apart(rows, exact, tangents(like, n)))
+    return found if found < float("inf") else _unlinear(rows, like, n)
+
+
+def _in_its_own_precision(
+    rows: Rows, like: Tensor, n: int, below: Callable[[float], tuple[Rows, Rows] | None] | None
+) -> float:
+    if below is None or like.dtype != torch.float64:
+        return _unlinear(rows, like, n)
+    drawn, found = tangents(like, n), float("inf")
+    size = length(few_at_once(rows, drawn))
+    for stretch in (1.0, 1.0 + 2.0**-9):  # a unit at zero, but for rounding, is there at one of both points at most
+        pair = below(stretch)
+        if pair is None or not 0.5 * size <= length(few_at_once(pair[1], drawn)) <= 2 * size:
+            continue  # numbers out of float32's range
+        apart = SAFETY * length(_apart(*pair, drawn.to(torch.float32)))
+        found = min(found, apart) if apart == apart else found
+        if found <= 1e-3 * size:
+            break
+    if not found < float("inf"):
+        return _unlinear(rows, like, n)
+    return found * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+
+
+def _unlinear(rows: Rows, like: Tensor, n: int) -> float:
+    return SAFETY * length(noise_of(few_at_once(rows, with_sums(tangents(like, n)))))
+
+
+def _apart(rows: Rows, exact: Rows, drawn: Tensor) -> Tensor:
+    return torch.cat([rows(row[None]).double() - exact(row[None].double()) for row in drawn])

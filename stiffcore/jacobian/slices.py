@@ -223,8 +223,6 @@ def open_slices(f: Function, x: Tensor, function: BlockFunction = BlockFunction.
         int((live * width**2).max(initial=0)) * channels,
         items,
         kernels,
-        jacobian.noted(
-            f"squares of up to {widest} x {widest} where windows meet the diagonal"
-        ),
+        jacobian.noted(f"squares of up to {widest} x {widest} where windows meet the diagonal"),
         reached,
     )
