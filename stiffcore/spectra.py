@@ -1,11 +1,15 @@
 """The eigenvalues of one Jacobian, with what is exact about them and how far the rest can be trusted."""
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from html import escape
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from stiffcore.errors import InputError
 from stiffcore.metrics import NAMES, extreme_metrics, singular_metrics, spectrum_metrics, spell, spell_share
@@ -38,6 +42,21 @@ def certified_choice(values: np.ndarray, shift: int) -> np.ndarray:
     zero = len(values) * np.finfo(values.dtype).eps * np.abs(values + shift).max(initial=0.0)
     sides = [nearest[real[nearest] < -zero][:EACH_END], nearest[real[nearest] > zero][:EACH_END]]
     return np.unique(upper[np.concatenate([order[:EACH_END], order[-EACH_END:], nearest[:NEAREST], *sides])])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a matrix M (k x k) before it is overwritten.
+
+    Attributes:
+        trace: of M.
+        trace_square: of M M.
+        frobenius: norm of M.
+    """
+
+    trace: float
+    trace_square: float
+    frobenius: float
 
 
 @dataclass(frozen=True)
@@ -93,16 +112,20 @@ class Ends:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Ends":
         """The inverse of `to_json`."""
-        plain = unspelled(fields)
-        outside = plain["outside_disc"]
-        counts = {"left_of_zero": Count(**plain["left_of_zero"]), "outside_disc": outside and Count(**outside)}
-        return cls(**(plain | counts))
+        return read_as(cls, unspelled(fields))
 
     @property
     def basis(self) -> str:
         """What the share of negative real parts rests on."""
         left = self.left_of_zero
         return left.basis if left.count is None else f"{left.basis}, margin {left.margin:.2g}"
+
+
+def _from_pair(value: Any) -> Any:
+    """A complex number from [re, im], as JSON has it."""
+    pair = isinstance(value, list) and len(value) == 2
+    numbers = pair and all(isinstance(part, (int, float)) and not isinstance(part, bool) for part in value)
+    return complex(*value) if numbers else value
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class Certified:
         converged: whether inverse iteration found both eigenvectors.
     """
 
-    value: complex
+    value: Annotated[complex, BeforeValidator(_from_pair)]
     residual: float
     condition: float
     error: float
@@ -173,11 +196,7 @@ class Certificate:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Certificate":
         """The inverse of `to_json`."""
-        plain = unspelled(fields)
-        plain["certified"] = tuple(Certified(**{**c, "value": complex(*c["value"])}) for c in plain["certified"])
-        for name in ("failures", "negative", "outside"):
-            plain[name] = plain[name] and tuple(plain[name]) if name in plain and plain[name] is not None else None
-        return cls(**{**plain, "failures": plain["failures"] or ()})
+        return read_as(cls, unspelled(fields))
 
 
 @dataclass(frozen=True)
@@ -198,7 +217,7 @@ class Spectrum:
         solver: which solver computed it.
         reason: which matrix was solved, and why.
         certificate: what was checked.
-        record: image, label and what else made it, where it comes from a run.
+        record: what is recorded of its unit (`stiffcore.record.UnitRecord`), where it comes from a run.
         ends: what is known of the others, where only the ends were computed.
         shift: what was added to the eigenvalues of the matrix M that was solved.
         frobenius: norm of M; nan where unknown.
@@ -218,7 +237,7 @@ class Spectrum:
     solver: str
     reason: str
     certificate: Certificate
-    record: dict[str, Any] = field(default_factory=dict, repr=False)
+    record: Any = field(default=None, repr=False)
     ends: Ends | None = None
     shift: int = 0
     frobenius: float = float("nan")
@@ -394,3 +413,31 @@ def unspelled(value: Any) -> Any:
     if isinstance(value, list):
         return [unspelled(v) for v in value]
     return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+# Half of a surrogate pair, which is no character.
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+@cache
+def _reader(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def read_as(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A value of that type from JSON values, which are what they should be, not only like it: no "5", no 5.0 for 5.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    try:
+        # bytes of a file's name that are no UTF-8 may stand in a message, and are spelled out
+        text = _HALF.sub(lambda half: f"\\\\u{ord(half[0]):04x}", json.dumps(values, ensure_ascii=False))
+        return _reader(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problem(e) for e in error.errors(include_url=False)[:3])) from error
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    return f"{where}: {'not there' if error['type'] == 'missing' else error['msg'].removeprefix('Value error, ')}"

@@ -22,7 +22,7 @@ from stiffcore.eigen.sparse import host_matrix
 from stiffcore.jacobian.linearise import complex_product
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.metrics import stiffness_error
-from stiffcore.spectra import EACH_END, Certificate, Certified, Ends
+from stiffcore.spectra import EACH_END, Certificate, Certified, Ends, Moments
 
 PANEL = 32
 # Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
@@ -37,21 +37,6 @@ FLOAT32_SPREAD = 2e-5
 RANGE_SLACK = 1e-6
 # Random vectors for the norm of an operator.
 NORM_DRAWS = 3
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What is known of a matrix M (k x k) before it is overwritten.
-
-    Attributes:
-        trace: of M.
-        trace_square: of M M.
-        frobenius: norm of M.
-    """
-
-    trace: float
-    trace_square: float
-    frobenius: float
 
 
 def matrix_moments(a: np.ndarray) -> Moments:
