@@ -580,7 +580,7 @@ def _carry_out(
     check, opener = partial(store.check_held, held[0]), partial(open_operator, module=module, trusted=network)
     plan = store.record(key).plan
     each = spread(threads, check, gpu=plan.device_bytes > 0) if plan.spread > 1 else one_by_one
-    common = {"threads": threads, "emit": emit, "opener": opener, "check": check, "each": each}
+    common: dict[str, Any] = {"threads": threads, "emit": emit, "opener": opener, "check": check, "each": each}
     return carry_out(url, key, **common, held=lease(url, *held))
 
 
