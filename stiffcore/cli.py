@@ -408,7 +408,7 @@ def _run(
     *,
     trust: bool = False,
 ) -> None:
-    check_free(url)
+    check_free(url, lambda text: _say(err, text))
     show = _Progress()
     with _interruptible(url), workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor:
         if executor.dashboard:

@@ -31,6 +31,7 @@ from stiffcore.store import (
     SCRATCH,
     RunStore,
     images_chunk_bytes,
+    lease,
     same_images,
     stored_spectrum,
     write_images,
@@ -175,10 +176,14 @@ def _counted(plan: UnitPlan, unit: Unit) -> UnitPlan:
     return replace(plan, stages={**stages, "open": stages["open"] + more})
 
 
-def check_free(url: str) -> None:
+def check_free(url: str, tell: Callable[[str], None] = lambda text: None) -> None:
     """Say at once where another process works on the run, before anything is loaded.
 
     A damaged header is written again from its copy.
+
+    Args:
+        url: of the run, which may exist.
+        tell: told what is waited for, where the session before this one ended without a word.
 
     Raises:
         BusyError: where one does.
@@ -186,7 +191,7 @@ def check_free(url: str) -> None:
     RunStore.restore(url)
     store = _existing(url)
     if store:
-        with store.hold():
+        with store.hold(tell=tell):
             pass
 
 
@@ -355,7 +360,7 @@ def carry_out_plan(
     """
     check_budget(prepared.plan)
     store = RunStore(url, create=True)
-    with store.hold() as token, PeakMeter() as meter:
+    with store.hold(leased=executor.separate) as token, PeakMeter() as meter:
         start = time.perf_counter()
         store.sweep()
         there = {plan.unit.key: store.stored_bytes(plan.unit.key) for plan in prepared.plan.units}
@@ -483,7 +488,7 @@ def _work(
                 if records[key].failure:
                     store.update(key, failure=None)
                 gpu = plan.device_bytes > 0
-                unit = (where, key, threads, module, prepared.study.network, token)
+                unit = (where, key, threads, module, prepared.study.network, (token, executor.separate))
                 running[executor.submit(_carry_out, *unit, gpu=gpu)] = plan
         # a time-out, so that signals are seen while a long solve goes on
         finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -566,14 +571,17 @@ def _settle(store: RunStore, key: str, record: UnitRecord, study: Study, *, agai
         store.drop(key, *SCRATCH)
 
 
-def _carry_out(url: str, key: str, threads: int, module: Any, network: str, token: str, emit: OnEvent) -> str:
+def _carry_out(
+    url: str, key: str, threads: int, module: Any, network: str, held: tuple[str, bool], emit: OnEvent
+) -> str:
     from stiffcore.unit import carry_out, open_operator
 
     store = RunStore(url)
-    check, opener = partial(store.check_held, token), partial(open_operator, module=module, trusted=network)
+    check, opener = partial(store.check_held, held[0]), partial(open_operator, module=module, trusted=network)
     plan = store.record(key).plan
     each = spread(threads, check, gpu=plan.device_bytes > 0) if plan.spread > 1 else one_by_one
-    return carry_out(url, key, threads=threads, emit=emit, opener=opener, check=check, each=each)
+    common: dict[str, Any] = {"threads": threads, "emit": emit, "opener": opener, "check": check, "each": each}
+    return carry_out(url, key, **common, held=lease(url, *held))
 
 
 def _failure(error: BaseException) -> str:

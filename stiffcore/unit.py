@@ -53,6 +53,7 @@ from stiffcore.store import (
     DIVISION,
     HISTOGRAM,
     SCRATCH,
+    Lease,
     RunStore,
     StoredWorkspace,
     TiledMatrix,
@@ -238,6 +239,7 @@ def carry_out(
     opener: Opener = open_operator,
     check: Callable[[], None] = lambda: None,
     each: Each = panels.one_by_one,
+    held: Lease | None = None,
 ) -> str:
     """Bring one unit to `done`, from wherever its record says it is.
 
@@ -249,6 +251,7 @@ def carry_out(
         opener: makes the unit's operator.
         check: raises where the unit may no longer be written to; asked before every step.
         each: who works on the blocks of a matrix that is divided.
+        held: the right to write, asked for before every write; None: the caller holds the run.
 
     Returns:
         The key.
@@ -258,7 +261,7 @@ def carry_out(
         StiffcoreError: where it cannot be done; what is recorded stays.
     """
     with _threads(threads), threadpool_limits(threads):
-        run = UnitRun(RunStore(url), key, emit, opener, check, each)
+        run = UnitRun(RunStore(url, lease=held), key, emit, opener, check, each)
         _restart_if_foreign(run)
         if run.record.stage is not Stage.DONE and run.record.metrics:  # of an earlier solve
             run.store.drop(key, *HISTOGRAM)
