@@ -834,7 +834,10 @@ def _located_matrix(run: UnitRun, real_parts: tuple[float, float] | None) -> np.
     """M, where all of its eigenvalues are to be located: of a small order, or where nothing cheaper gives the signs."""
     k = run.unit.k
     if k > FULL_ORDER:
-        fits = k <= MOST_ORDER and run.plan.stages.get("certify", 0) + inclusion_bytes(k) <= run.plan.projected_bytes
+        fits = (
+            k <= MOST_ORDER
+            and (run.plan.stages or {}).get("certify", 0) + inclusion_bytes(k) <= run.plan.projected_bytes
+        )
         if not fits or certificate.side_of_axis(run.reduction, real_parts) is not None:
             return None
     return _read_matrix(run) if k else None
