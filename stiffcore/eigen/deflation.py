@@ -2,28 +2,24 @@
 
 Arnoldi's method finds those furthest out. Let Q (k, p) be an orthonormal basis of what it found, A Q = Q T + R, and C
 the compression of A to the complement of Q. A' = A - R Q^T is block triangular, with T and C on the diagonal. T, which
-is small, is solved densely: T = X L X^-1. Powers prove that C has nothing on the counted side: where B = (C - s) / r,
-for a circle about s of radius r in which everything else is to lie, and |B^m| < 1, then beyond that circle
+is small, is solved densely: T = X L X^-1. Powers prove that C has nothing outside of an ellipse, and bound |(C - z)^-1|
+there (`stiffcore.eigen.powers`). With |(T - z)^-1| <= sum of c_i / |l_i - z|, c_i the condition numbers of T's
+eigenvalues l_i, this bounds the resolvent of A' on any boundary beside the ellipse. As long as that times |R| is under
+1, no eigenvalue meets the boundary on the way from A' to A, so that A has as many on the counted side as T.
 
-    |(C - z)^-1| <= (|I| + |B| + ... + |B^(m-1)|) / (1 - |B^m|) / r.
-
-With |(T - z)^-1| <= sum of c_i / |l_i - z|, c_i the condition numbers of T's eigenvalues l_i, this bounds the
-resolvent of A' on the boundary. As long as that times |R| is under 1, no eigenvalue meets the boundary on the way from
-A' to A, so that A has as many on the counted side as T.
-
-The norms of powers are bounded from `PROBES` random vectors, which go through all powers together: for a Gaussian x,
-|B x| >= t |B| fails with a probability of at most sqrt(2 / pi) t, and for all of them with its power `PROBES`.
+The ellipse holds all eigenvalues but those found, so that both ends of a spectrum may be proved by one.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy.linalg
 
-from stiffcore.eigen.powers import Operator, norm_from_above
+from stiffcore.eigen.powers import Decay, Ellipse, Operator, decay, norm_from_above, powers_needed, roomiest
 from stiffcore.eigen.regions import Region
-from stiffcore.eigen.sparse import EPS, FAILURE, Arnoldi, Array, complement
+from stiffcore.eigen.sparse import EPS, Arnoldi, Array, complement
 
 # Steps of Arnoldi after which it is looked whether they are enough, doubled until they are the most.
 FIRST_STEPS = 150
@@ -38,16 +34,18 @@ ROUGH = 5e-2
 # So many on the counted side, and more than this share of all steps: their number grows with the steps.
 CROWD = 30
 CROWD_SHARE = 0.2
-PROBES = 24
-# Powers of the compression before it is given up, and the norm that is enough.
+# Powers of the compression before it is given up.
 MOST_POWERS = 600
-ENOUGH = 0.3
-# Powers after which their rate is looked at.
-LOOKED_AT = 50
-# Points of the boundary for the resolvent of T.
+# More steps are made where they are cheaper than the powers that they save: where there are more than this share.
+POWERS_SHARE = 0.5
+# Points of the boundary for the resolvent of T, and so many at once.
 POINTS = 4000
+POINTS_AT_ONCE = 250
 # Columns that are multiplied at once.
 COLUMNS = 32
+# Ellipses that are tried: centres between both ends, and how tall, relative to how wide.
+CENTRES = np.linspace(0.05, 0.95, 37)
+ASPECTS = np.geomspace(0.05, 200, 50)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,8 @@ class Deflated:
 
     Attributes:
         count: of eigenvalues on the counted side; None where there are too many.
-        margin: no eigenvalue is nearer to the boundary; 0 without a count.
+        margin: no eigenvalue is nearer to the boundary, nor is one of a matrix within this distance on it; 0 without a
+            count.
         note: how many were deflated and what power proved the rest, or how many were seen, of a matrix far from normal
             not all eigenvalues.
     """
@@ -95,16 +94,81 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
         if missing and sure > CROWD and (sure > CROWD_SHARE * space.size or done):
             return Deflated(None, 0.0, f"some {sure} are seen there already: needs the spectrum")
         if not missing:
-            centre, radius, rate = region.circle(values[~found], scale)
-            if _powers_needed(rate, math.sqrt(a.k)) <= MOST_POWERS:
+            ellipse, rate = region.ellipse(values[~found], scale)
+            if powers_needed(rate, a.k) <= MOST_POWERS:
                 break
         if done:
             return None
         steps *= 2
     basis = space.schur_vectors(values, found)
     del space
+    enclosure = _enclosed(a, basis, ellipse, rate, MOST_POWERS, rng)
+    return None if enclosure is None else enclosure.count(region)
+
+
+def enclose(a: Operator, memory_bytes: int | None, rng: np.random.Generator) -> "Enclosure | None":
+    """Find the outermost eigenvalues, and an ellipse between both ends that holds all others.
+
+    Args:
+        a: what is multiplied with; its order is over 100.
+        memory_bytes: as for `count_beyond`.
+        rng: draws the starts.
+
+    Returns:
+        What was found and proved; None where nothing was.
+
+    Raises:
+        LinAlgError: as `count_beyond`.
+    """
+    most = _steps(a.k, memory_bytes)
+    space = Arnoldi(a.apply, a.k, most, rng)
+    steps = FIRST_STEPS
+    while True:
+        space.extend(min(steps, most))
+        values, residuals = space.ritz()
+        scale = float(np.abs(values).max(initial=0.0))
+        found = _smallest(residuals, FOUND * scale)
+        done = space.size == most or space.exhausted
+        ellipse, rate = _between(values, found)
+        needed = powers_needed(rate, a.k)
+        if needed <= (a.affordable if done else POWERS_SHARE * space.size):
+            break
+        if done:
+            return None
+        steps *= 2
+    basis = space.schur_vectors(values, found)
+    del space
+    return _enclosed(a, basis, ellipse, rate, max(MOST_POWERS, a.affordable), rng)
+
+
+def _between(values: Array, found: Array) -> tuple[Ellipse, float]:
+    """An ellipse inside of both ends of the values found, that holds all others with most room, and its level."""
+    others, real = values[~found], np.sort(np.unique(values[found].real))
+    if not len(real) or (len(others) and not real[0] < others.real.min() <= others.real.max() < real[-1]):
+        return Ellipse(0.0, 1.0, 1.0), math.inf
+    # inside of the second eigenvalue, too, where that leaves as much room: a line fits between both
+    inner = [x for x in real[1:3] if not len(others) or x < (real[0] + others.real.min()) / 2]
+    low = inner[-1] if inner else real[0]
+    inner = [x for x in real[-3:-1] if not len(others) or x > (real[-1] + others.real.max()) / 2]
+    high = inner[0] if inner else real[-1]
+    width = max(high - low, EPS * abs(high))
+    tried = [
+        Ellipse(low + share * width, min(share, 1 - share) * width, min(share, 1 - share) * width * aspect)
+        for share in CENTRES
+        for aspect in ASPECTS
+    ]
+    return roomiest(tried, others)
+
+
+def _enclosed(
+    a: Operator, basis: Array, ellipse: Ellipse, rate: float, most: int, rng: np.random.Generator
+) -> "Enclosure | None":
     size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
-    return _Inner.of(a, basis, size).counted(a, region, centre, radius, rng)
+    inner = Inner.of(a, basis, size)
+    q = inner.q
+    off = 4 * inner.tilt + 2 * a.k * math.sqrt(q.shape[1]) * EPS
+    found = decay(a, ellipse, rng, min(rate, 1 - EPS), most, partial(complement, q=q), off)
+    return None if found is None else Enclosure(inner, ellipse, found)
 
 
 def _steps(k: int, memory_bytes: int | None) -> int:
@@ -131,26 +195,15 @@ def _smallest(residuals: Array, most: float) -> Array:
     return few
 
 
-def _powers_needed(rate: float, norm: float) -> float:
-    """Until a norm that falls at a rate is small enough."""
-    if rate <= 0:
-        return 1
-    return math.log(_overlooked() * norm / ENOUGH) / -math.log(rate) if rate < 1 else math.inf
-
-
-def _overlooked() -> float:
-    """What the norm of any power may be larger by than what the longest of `PROBES` random vectors shows."""
-    return math.sqrt(2 / math.pi) / (FAILURE / MOST_POWERS) ** (1 / PROBES)
-
-
 @dataclass(frozen=True)
-class _Inner:
+class Inner:
     """A nearly invariant space, solved.
 
     Attributes:
         q: (k, p), orthonormal.
         values: (p,) complex, the eigenvalues of T.
-        conditions: (p,), theirs, rounded up.
+        vectors: (p, p) complex, its eigenvectors.
+        conditions: (p,), of the values, rounded up.
         residual: an upper bound of |R|, with all roundings.
         unsolved: an upper bound of |T - X L X^-1|.
         tilt: an upper bound of |Q - Q'|, Q' orthonormal exactly; long sums are off by sqrt(k) eps (Higham & Mary 2019).
@@ -159,6 +212,7 @@ class _Inner:
 
     q: Array
     values: Array
+    vectors: Array
     conditions: Array
     residual: float
     unsolved: float
@@ -166,53 +220,32 @@ class _Inner:
     size: float
 
     @classmethod
-    def of(cls, a: Operator, basis: Array, size: float) -> "_Inner":
+    def of(cls, a: Operator, basis: Array, size: float) -> "Inner":
+        """Of the span of (k, p), which A maps nearly to itself.
+
+        Raises:
+            LinAlgError: where LAPACK fails, or there is no basis of eigenvectors.
+        """
         if basis.shape[1]:
             basis, _ = scipy.linalg.qr(basis, mode="economic", overwrite_a=True)
         q = basis
         p = q.shape[1]
         if p == 0:
-            return cls(q, np.zeros(0), np.zeros(0), 0.0, 0.0, 0.0, size)
+            return cls(q, np.zeros(0), np.zeros((0, 0)), np.zeros(0), 0.0, 0.0, 0.0, size)
         t, square = np.zeros((p, p)), 0.0
         for start in range(0, p, COLUMNS):
             at = slice(start, start + COLUMNS)
             aq = a.apply(np.ascontiguousarray(q[:, at]))
             t[:, at] = q.T @ aq
             square += float(np.linalg.norm(aq - q @ t[:, at]) ** 2)
-        values, vectors = np.linalg.eig(t)
-        if not np.linalg.cond(vectors) * p * EPS < 1e-3:
-            raise np.linalg.LinAlgError("its eigenvectors are no basis")
-        inverse = np.linalg.inv(vectors)
+        tilt = float(np.linalg.norm(q.T @ q - np.eye(p))) + p * math.sqrt(a.k) * EPS
         # of sums of p products, whose factors have norms of sqrt(p) and of T
         small = (p + 4) * math.sqrt(p) * EPS * float(np.linalg.norm(t))
-        tilt = float(np.linalg.norm(q.T @ q - np.eye(p))) + p * math.sqrt(a.k) * EPS
         residual = math.sqrt(square) + a.rounding * a.norm * math.sqrt(p) + small + 2 * tilt * size
-        inverse *= 1.01  # by far more than it is off
-        unsolved = (float(np.linalg.norm(t @ vectors - vectors * values)) + small) * float(np.linalg.norm(inverse, 2))
-        conditions = np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1)
-        return cls(q, values, conditions, residual, unsolved, tilt, size)
+        values, vectors, conditions, unsolved = _solved(t, small)
+        return cls(q, values, vectors, conditions, residual, unsolved, tilt, size)
 
-    def counted(
-        self, a: Operator, region: Region, centre: float, radius: float, rng: np.random.Generator
-    ) -> Deflated | None:
-        """The count, where powers prove that all else lies in the circle, and no eigenvalue meets the boundary."""
-        powers = self._powers(a, centre, radius, rng)
-        if powers is None:
-            return None
-        outer, power = powers
-        inner = self._resolvent(region)
-        if not inner * self.unsolved < 1:
-            return None
-        inner /= 1 - inner * self.unsolved
-        # A' - z is block triangular; its corner is at most of the norm of A
-        margin = 1 / (inner + outer + self.size * inner * outer) - 2 * self.residual
-        margin = min(margin, float(region.distance(self.values).min(initial=np.inf)))
-        if not margin > 0:
-            return None
-        note = f"{len(self.values)} eigenvalues deflated, of the rest the norm of power {power} is under 1"
-        return Deflated(int(region.has(self.values).sum()), margin, note)
-
-    def _resolvent(self, region: Region) -> float:
+    def resolvent(self, region: Region) -> float:
         """An upper bound of |(T - z)^-1| over the boundary."""
         reach = 2 * float(np.abs(self.values).max(initial=0.0))
         if reach == 0:
@@ -222,34 +255,57 @@ class _Inner:
         half = length / POINTS / 2
         nearest = region.distance(self.values)
         most = float(self.conditions.sum()) / (reach / 2)  # beyond the reach
-        for z in point(half * (2 * np.arange(POINTS) + 1)):
+        points = point(half * (2 * np.arange(POINTS) + 1))
+        for start in range(0, POINTS, POINTS_AT_ONCE):
+            z = points[start : start + POINTS_AT_ONCE, None]
             with np.errstate(divide="ignore"):
                 away = np.maximum(np.abs(self.values - z) - half, nearest)
-                most = max(most, float((self.conditions / away).sum()))
+                most = max(most, float((1 / away @ self.conditions).max()))
         return most
 
-    def _powers(self, a: Operator, centre: float, radius: float, rng: np.random.Generator) -> tuple[float, int] | None:
-        """An upper bound of |(C - z)^-1| beyond the circle, and the power whose norm shows it."""
-        q, factor = self.q, _overlooked()
-        # what a step may be off by, relative to what it starts from: its product, its projection, and sums
-        longer = max(1.0, (self.size + abs(centre)) / radius)
-        off = a.rounding * a.norm / radius + longer * (4 * self.tilt + EPS * (8 + 2 * a.k * math.sqrt(q.shape[1])))
-        x = complement(rng.standard_normal((a.k, PROBES)), q)
-        seen, bounds = [float(np.linalg.norm(x, axis=0).max())], [1.0]
-        with np.errstate(over="ignore", invalid="ignore"):  # where powers grow, that is seen
-            while len(bounds) <= MOST_POWERS:
-                x = complement((a.apply(x) - centre * x) / radius, q)
-                seen.append(float(np.linalg.norm(x, axis=0).max()))
-                lost = off * float(np.dot(bounds[::-1], seen[:-1]))
-                bounds.append(factor * (seen[-1] + lost))
-                if not math.isfinite(bounds[-1]):
-                    return None
-                if bounds[-1] <= ENOUGH:
-                    return sum(bounds[:-1]) / (1 - bounds[-1]) / radius, len(bounds) - 1
-                if not seen[-1] > 0:
-                    return None
-                if len(seen) % LOOKED_AT == 0:
-                    rate = (seen[-1] / seen[-LOOKED_AT // 2]) ** (2 / LOOKED_AT)
-                    if len(seen) + _powers_needed(rate, seen[-1]) > MOST_POWERS:
-                        return None
-        return None
+
+def _solved(t: Array, rounding: float) -> tuple[Array, Array, Array, float]:
+    """Eigenvalues and vectors of T, condition numbers, and an upper bound of |T - X L X^-1|; see `Inner`."""
+    values, vectors = np.linalg.eig(t)
+    if not np.linalg.cond(vectors) * len(t) * EPS < 1e-3:
+        raise np.linalg.LinAlgError("its eigenvectors are no basis")
+    inverse = 1.01 * np.linalg.inv(vectors)  # by far more than it is off
+    left = float(np.linalg.norm(t @ vectors - vectors * values)) + rounding
+    unsolved = left * float(np.linalg.norm(inverse, 2))
+    return values, vectors, np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1), unsolved
+
+
+@dataclass(frozen=True)
+class Enclosure:
+    """All eigenvalues of A: those of T, and others within an ellipse.
+
+    Attributes:
+        inner: Q and T.
+        ellipse: what holds the others; None where Q spans everything.
+        decay: what proves that.
+    """
+
+    inner: Inner
+    ellipse: Ellipse | None
+    decay: Decay | None
+
+    def count(self, region: Region) -> Deflated | None:
+        """The count, where the ellipse is beside the region and no eigenvalue meets the boundary."""
+        t, outer = self.inner, 0.0
+        if self.ellipse is not None and self.decay is not None:
+            if not region.beside(self.ellipse):
+                return None
+            outer = self.decay.resolvent
+        inner = t.resolvent(region)
+        if not inner * t.unsolved < 1:
+            return None
+        inner /= 1 - inner * t.unsolved
+        # A' - z is block triangular; its corner is at most of the norm of A
+        margin = 1 / (inner + outer + t.size * inner * outer) - 2 * t.residual
+        margin = min(margin, float(region.distance(t.values).min(initial=np.inf)))
+        if not margin > 0:
+            return None
+        note = f"{len(t.values)} eigenvalues deflated"
+        if self.decay is not None:
+            note += f", of the rest the norm of power {self.decay.power} is under 1"
+        return Deflated(int(region.has(t.values).sum()), margin, note)
