@@ -77,6 +77,9 @@ class Ends:
             only for the eigenvalues.
         range_right: right end: the logarithmic norm of the matrix solved, shifted.
         note: how the ends were found.
+        left_lines: counts of the k left of lines near to the left end, at most one between eigenvalues that were found
+            and one beyond them all: what proves that none was missed. Empty where that is not proved.
+        right_lines: the same at the right end, counts of those right of the lines.
     """
 
     left_of_zero: Count
@@ -85,6 +88,8 @@ class Ends:
     range_left: float
     range_right: float
     note: str
+    left_lines: tuple[Count, ...] = ()
+    right_lines: tuple[Count, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, infinities as strings."""
@@ -96,7 +101,8 @@ class Ends:
         plain = unspelled(fields)
         outside = plain["outside_disc"]
         counts = {"left_of_zero": Count(**plain["left_of_zero"]), "outside_disc": outside and Count(**outside)}
-        return cls(**(plain | counts))
+        lines = {name: tuple(Count(**c) for c in plain.get(name, ())) for name in ("left_lines", "right_lines")}
+        return cls(**(plain | counts | lines))
 
     @property
     def basis(self) -> str:

@@ -318,8 +318,8 @@ def test_resolvents_are_bounded_on_the_whole_boundary(region):
     left = np.linalg.norm(a @ q - q @ t, 2)
     assert left <= inner.residual <= 1e-8
     ellipse, rate = region.ellipse(np.linalg.eigvals(c), 1.0)
-    found = deflation._enclosed(operator, inner.q, ellipse, rate, 600, rng)
-    outer = found.decay.resolvent
+    found = deflation._enclosed(operator, inner, ellipse, rate, 600, rng)
+    outer = found.decay.resolvent()
     length, point = region.boundary(3.0)
     for z in point(np.linspace(0, length, 40)):
         assert 1 / scipy.linalg.svdvals(t - z * np.eye(len(t)))[-1] <= inner.resolvent(region)

@@ -11,15 +11,27 @@ The ellipse holds all eigenvalues but those found, so that both ends of a spectr
 """
 
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse as sp
+from scipy.sparse.linalg import LinearOperator
 
-from stiffcore.eigen.powers import Decay, Ellipse, Operator, decay, norm_from_above, powers_needed, roomiest
+from stiffcore.eigen.powers import (
+    Decay,
+    Ellipse,
+    Operator,
+    decay,
+    ellipse_right_of,
+    norm_from_above,
+    powers_needed,
+    roomiest,
+)
 from stiffcore.eigen.regions import Region
-from stiffcore.eigen.sparse import EPS, Arnoldi, Array, complement
+from stiffcore.eigen.sparse import DENSE_ORDER, EPS, Arnoldi, Array, Product, complement, host_matrix, norm_bound
 
 # Steps of Arnoldi after which it is looked whether they are enough, doubled until they are the most.
 FIRST_STEPS = 150
@@ -45,7 +57,11 @@ POINTS_AT_ONCE = 250
 COLUMNS = 32
 # Ellipses that are tried: centres between both ends, and how tall, relative to how wide.
 CENTRES = np.linspace(0.05, 0.95, 37)
-ASPECTS = np.geomspace(0.05, 200, 50)
+HEIGHTS = np.geomspace(0.05, 200, 50)
+# A dense matrix of this order at most is solved whole, where all else fails. Squares of smaller norms than this, and of
+# larger than its inverse, vanish or overflow.
+MOST_WHOLE = 3000
+LEAST_NORM = 1e-140
 
 
 @dataclass(frozen=True)
@@ -102,69 +118,122 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
         steps *= 2
     basis = space.schur_vectors(values, found)
     del space
-    enclosure = _enclosed(a, basis, ellipse, rate, MOST_POWERS, rng)
+    size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
+    enclosure = _enclosed(a, Inner.of(a, basis, size), ellipse, rate, MOST_POWERS, rng)
     return None if enclosure is None else enclosure.count(region)
 
 
-def enclose(a: Operator, memory_bytes: int | None, rng: np.random.Generator) -> "Enclosure | None":
-    """Find the outermost eigenvalues, and an ellipse between both ends that holds all others.
+def enclosures_of(a: sp.csc_array | LinearOperator, memory_bytes: int | None) -> "tuple[Enclosure, ...]":
+    """Find the outermost eigenvalues, and what holds all others: an ellipse between both ends, or one beside each.
+
+    Where there is none, and the order allows for it, everything is found, densely.
 
     Args:
-        a: what is multiplied with; its order is over 100.
+        a: (k, k), sparse, or with products by it and its transpose.
         memory_bytes: as for `count_beyond`.
-        rng: draws the starts.
 
     Returns:
-        What was found and proved; None where nothing was.
-
-    Raises:
-        LinAlgError: as `count_beyond`.
+        Any of them holds all eigenvalues; none where nothing was proved.
     """
+    k, host = a.shape[0], host_matrix(a)
+    found: tuple[Enclosure, ...] = ()
+    if host is not None and not LEAST_NORM < norm_bound(host) < 1 / LEAST_NORM:
+        return found
+    with suppress(np.linalg.LinAlgError):
+        if k > DENSE_ORDER:
+            found = _enclosures(Operator.of(a, np.random.default_rng(0)), memory_bytes, np.random.default_rng(2))
+    if found or host is None or k > MOST_WHOLE or (memory_bytes is not None and 96 * k * k > memory_bytes):
+        return found
+    with suppress(np.linalg.LinAlgError):
+        return (Enclosure(Inner.whole(host.toarray()), None, None),)
+    return ()
+
+
+def pairs_of(
+    enclosure: "Enclosure", values: Array, transposed: Product, memory_bytes: int | None
+) -> tuple[Array, Array]:
+    """Right and left eigenvectors, (k, m) complex, of eigenvalues that were deflated; nan where none is found.
+
+    Args:
+        enclosure: with its vectors.
+        values: (m,), some of its own.
+        transposed: the product with the transpose of A.
+        memory_bytes: as for `count_beyond`.
+    """
+    inner = enclosure.inner
+    nearest = np.argmin(np.abs(inner.values[:, None] - values[None, :]), axis=0)
+    right, k = inner.q @ inner.vectors[:, nearest], len(inner.q)
+    most = _steps(k, memory_bytes)
+    space, steps = Arnoldi(transposed, k, most, np.random.default_rng(3)), FIRST_STEPS
+    scale = float(np.abs(inner.values).max())
+    while True:
+        space.extend(min(steps, most))
+        left, off = space.vectors(values)
+        good = off <= 10 * FOUND * scale
+        if good.all() or space.size == most or space.exhausted:
+            return right, np.where(good, left, np.nan).conj()
+        steps *= 2
+
+
+def _enclosures(a: Operator, memory_bytes: int | None, rng: np.random.Generator) -> "tuple[Enclosure, ...]":
     most = _steps(a.k, memory_bytes)
     space = Arnoldi(a.apply, a.k, most, rng)
     steps = FIRST_STEPS
     while True:
         space.extend(min(steps, most))
         values, residuals = space.ritz()
-        scale = float(np.abs(values).max(initial=0.0))
-        found = _smallest(residuals, FOUND * scale)
+        found = _smallest(residuals, FOUND * float(np.abs(values).max(initial=0.0)))
         done = space.size == most or space.exhausted
-        ellipse, rate = _between(values, found)
-        needed = powers_needed(rate, a.k)
-        if needed <= (a.affordable if done else POWERS_SHARE * space.size):
+        tried = [_between(values, found)]
+        needed = powers_needed(tried[0][1], a.k)
+        if needed <= POWERS_SHARE * space.size:
             break
         if done:
-            return None
+            if needed > a.affordable:
+                tried = [_beside(values, found, sign) for sign in (1, -1)]
+                if all(powers_needed(rate, a.k) > a.affordable for _, rate in tried):
+                    return ()
+            break
         steps *= 2
     basis = space.schur_vectors(values, found)
     del space
-    return _enclosed(a, basis, ellipse, rate, max(MOST_POWERS, a.affordable), rng)
+    size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
+    inner, most = Inner.of(a, basis, size), max(MOST_POWERS, a.affordable)
+    proved = [_enclosed(a, inner, ellipse, rate, most, rng) for ellipse, rate in tried]
+    return tuple(enclosure for enclosure in proved if enclosure is not None)
+
+
+def _lowest(values: Array, found: Array) -> float:
+    """Where an ellipse of all values that were not found may begin, from the left; nan where that is no end."""
+    real, others = np.unique(values[found].real), values[~found].real
+    if not len(real) or (len(others) and not real[0] < others.min()):
+        return math.nan
+    # right of the second eigenvalue, or the third, where that leaves as much room: a line fits between them
+    half = (real[0] + others.min()) / 2 if len(others) else -math.inf
+    return float([real[0], *(x for x in real[1:3] if x < half)][-1])
 
 
 def _between(values: Array, found: Array) -> tuple[Ellipse, float]:
     """An ellipse inside of both ends of the values found, that holds all others with most room, and its level."""
-    others, real = values[~found], np.sort(np.unique(values[found].real))
-    if not len(real) or (len(others) and not real[0] < others.real.min() <= others.real.max() < real[-1]):
+    low, high = _lowest(values, found), -_lowest(-values, found)
+    if not low < high:  # nor where one is nan
         return Ellipse(0.0, 1.0, 1.0), math.inf
-    # inside of the second eigenvalue, too, where that leaves as much room: a line fits between both
-    inner = [x for x in real[1:3] if not len(others) or x < (real[0] + others.real.min()) / 2]
-    low = inner[-1] if inner else real[0]
-    inner = [x for x in real[-3:-1] if not len(others) or x > (real[-1] + others.real.max()) / 2]
-    high = inner[0] if inner else real[-1]
-    width = max(high - low, EPS * abs(high))
-    tried = [
-        Ellipse(low + share * width, min(share, 1 - share) * width, min(share, 1 - share) * width * aspect)
-        for share in CENTRES
-        for aspect in ASPECTS
-    ]
-    return roomiest(tried, others)
+    halves = [(low + share * (high - low), min(share, 1 - share) * (high - low)) for share in CENTRES]
+    return roomiest([Ellipse(s, half, half * aspect) for s, half in halves for aspect in HEIGHTS], values[~found])
+
+
+def _beside(values: Array, found: Array, sign: int) -> tuple[Ellipse, float]:
+    """The same, beside the left end (1) or the right one (-1) alone."""
+    low = _lowest(sign * values, found)
+    if math.isnan(low):
+        return Ellipse(0.0, 1.0, 1.0), math.inf
+    ellipse, rate = ellipse_right_of(low, sign * values[~found])
+    return Ellipse(sign * ellipse.centre, ellipse.along, ellipse.across), rate
 
 
 def _enclosed(
-    a: Operator, basis: Array, ellipse: Ellipse, rate: float, most: int, rng: np.random.Generator
+    a: Operator, inner: "Inner", ellipse: Ellipse, rate: float, most: int, rng: np.random.Generator
 ) -> "Enclosure | None":
-    size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
-    inner = Inner.of(a, basis, size)
     q = inner.q
     off = 4 * inner.tilt + 2 * a.k * math.sqrt(q.shape[1]) * EPS
     found = decay(a, ellipse, rng, min(rate, 1 - EPS), most, partial(complement, q=q), off)
@@ -204,6 +273,7 @@ class Inner:
         values: (p,) complex, the eigenvalues of T.
         vectors: (p, p) complex, its eigenvectors.
         conditions: (p,), of the values, rounded up.
+        skew: |X| |X^-1|, rounded up: |(T - z)^-1| is at most that over the distance to the nearest value, too.
         residual: an upper bound of |R|, with all roundings.
         unsolved: an upper bound of |T - X L X^-1|.
         tilt: an upper bound of |Q - Q'|, Q' orthonormal exactly; long sums are off by sqrt(k) eps (Higham & Mary 2019).
@@ -214,6 +284,7 @@ class Inner:
     values: Array
     vectors: Array
     conditions: Array
+    skew: float
     residual: float
     unsolved: float
     tilt: float
@@ -231,7 +302,7 @@ class Inner:
         q = basis
         p = q.shape[1]
         if p == 0:
-            return cls(q, np.zeros(0), np.zeros((0, 0)), np.zeros(0), 0.0, 0.0, 0.0, size)
+            return cls(q, np.zeros(0), np.zeros((0, 0)), np.zeros(0), 1.0, 0.0, 0.0, 0.0, size)
         t, square = np.zeros((p, p)), 0.0
         for start in range(0, p, COLUMNS):
             at = slice(start, start + COLUMNS)
@@ -242,8 +313,19 @@ class Inner:
         # of sums of p products, whose factors have norms of sqrt(p) and of T
         small = (p + 4) * math.sqrt(p) * EPS * float(np.linalg.norm(t))
         residual = math.sqrt(square) + a.rounding * a.norm * math.sqrt(p) + small + 2 * tilt * size
-        values, vectors, conditions, unsolved = _solved(t, small)
-        return cls(q, values, vectors, conditions, residual, unsolved, tilt, size)
+        values, vectors, conditions, skew, unsolved = _solved(t, small)
+        return cls(q, values, vectors, conditions, skew, residual, unsolved, tilt, size)
+
+    @classmethod
+    def whole(cls, a: Array) -> "Inner":
+        """Of all of a dense (k, k) matrix.
+
+        Raises:
+            LinAlgError: as `of`.
+        """
+        values, vectors, conditions, skew, unsolved = _solved(a, 0.0)
+        nothing, size = np.zeros((len(a), 0)), float(np.linalg.norm(a))
+        return cls(nothing, values, vectors, conditions, skew, 0.0, unsolved, 0.0, size)
 
     def resolvent(self, region: Region) -> float:
         """An upper bound of |(T - z)^-1| over the boundary."""
@@ -260,19 +342,24 @@ class Inner:
             z = points[start : start + POINTS_AT_ONCE, None]
             with np.errstate(divide="ignore"):
                 away = np.maximum(np.abs(self.values - z) - half, nearest)
-                most = max(most, float((1 / away @ self.conditions).max()))
+                bounds = np.minimum(1 / away @ self.conditions, self.skew / away.min(axis=1))
+            most = max(most, float(bounds.max()))
         return most
 
 
-def _solved(t: Array, rounding: float) -> tuple[Array, Array, Array, float]:
-    """Eigenvalues and vectors of T, condition numbers, and an upper bound of |T - X L X^-1|; see `Inner`."""
+def _solved(t: Array, rounding: float) -> tuple[Array, Array, Array, float, float]:
+    """Values, vectors, conditions, skew, and an upper bound of |T - X L X^-1|, `rounding` of T in it; see `Inner`."""
+    p = len(t)
     values, vectors = np.linalg.eig(t)
-    if not np.linalg.cond(vectors) * len(t) * EPS < 1e-3:
+    inverse = np.linalg.inv(vectors)
+    skew = 1.01 * float(np.linalg.norm(vectors, 2) * np.linalg.norm(inverse, 2))
+    if not skew * p * EPS < 1e-3:  # or the inverse is off by more than a hundredth
         raise np.linalg.LinAlgError("its eigenvectors are no basis")
-    inverse = 1.01 * np.linalg.inv(vectors)  # by far more than it is off
-    left = float(np.linalg.norm(t @ vectors - vectors * values)) + rounding
-    unsolved = left * float(np.linalg.norm(inverse, 2))
-    return values, vectors, np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1), unsolved
+    product = (p + 4) * EPS * (float(np.linalg.norm(t)) + float(np.abs(values).max())) * math.sqrt(p)
+    left = float(np.linalg.norm(t @ vectors - vectors * values)) + product + rounding
+    unsolved = 1.01 * left * float(np.linalg.norm(inverse, 2))
+    conditions = 1.01 * np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1)
+    return values, vectors, conditions, skew, unsolved
 
 
 @dataclass(frozen=True)
@@ -289,13 +376,36 @@ class Enclosure:
     ellipse: Ellipse | None
     decay: Decay | None
 
+    def light(self) -> "Enclosure":
+        """Without vectors, which counts do not need."""
+        inner = replace(self.inner, q=self.inner.q[:, :0], vectors=np.zeros((0, 0)))
+        return replace(self, inner=inner)
+
+    def negative(self) -> "Enclosure":
+        """Of -A."""
+        ellipse = self.ellipse and replace(self.ellipse, centre=-self.ellipse.centre)
+        return replace(self, inner=replace(self.inner, values=-self.inner.values), ellipse=ellipse)
+
+    def edge(self, sign: int) -> float:
+        """The left end of the ellipse (1), or the negative of the right one (-1); inf where there is none."""
+        return math.inf if self.ellipse is None else sign * self.ellipse.centre - self.ellipse.along
+
+    def radius(self, shift: float) -> float:
+        """The largest |lambda + shift|; nan where it may be inside of the ellipse."""
+        found = float(np.abs(self.inner.values + shift).max(initial=0.0))
+        if self.ellipse is None:
+            return found
+        reach = math.hypot(abs(self.ellipse.centre + shift) + self.ellipse.along, self.ellipse.across)
+        return found if found >= reach else math.nan
+
     def count(self, region: Region) -> Deflated | None:
         """The count, where the ellipse is beside the region and no eigenvalue meets the boundary."""
         t, outer = self.inner, 0.0
         if self.ellipse is not None and self.decay is not None:
-            if not region.beside(self.ellipse):
+            level = region.level(self.ellipse)
+            if level < 1:
                 return None
-            outer = self.decay.resolvent
+            outer = self.decay.resolvent(level)
         inner = t.resolvent(region)
         if not inner * t.unsolved < 1:
             return None

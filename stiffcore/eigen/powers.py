@@ -198,18 +198,28 @@ class Decay:
 
     Attributes:
         margin: all eigenvalues keep this distance from the ellipse.
-        resolvent: an upper bound of |(A - z)^-1| on the ellipse and outside of it.
         power: the one whose norm is under 1.
+        radius: of the ellipse.
+        terms: (power,), the sum in the bound of the resolvent; see the module.
+        least: what it is divided by.
     """
 
     margin: float
-    resolvent: float
     power: int
+    radius: float
+    terms: Array
+    least: float
+
+    def resolvent(self, level: float = 1.0) -> float:
+        """An upper bound of |(A - z)^-1| where the level is at least so large, from 1 on."""
+        with np.errstate(under="ignore"):
+            weights = level ** -np.arange(1.0, self.power + 1)
+        return float(self.terms @ weights) / self.least / self.radius * (1 + 1e-6)
 
     @property
     def tolerated(self) -> float:
         """A matrix within this distance of A, in the 2-norm, has no eigenvalue on the ellipse or outside of it."""
-        return (1 - 1e-6) / self.resolvent
+        return 1 / self.resolvent()
 
 
 def margin_right_of(a: Operator, line: float, rng: np.random.Generator) -> Decay | None:
@@ -288,8 +298,8 @@ def _decayed(ellipse: Ellipse, bounds: Array, q: float) -> Decay:
     m = len(bounds) - 1
     with np.errstate(under="ignore"):
         sums = (1 - q ** np.arange(m, 0, -1.0)) / (1 - q)
-    resolvent = float(sums @ bounds[:m]) / (1 - q**m - bounds[m]) / ellipse.radius * (1 + 1e-6)
     last = float(bounds[m])
     level = max(((last + math.sqrt(last**2 + 4 * q**m)) / 2) ** (1 / m), math.sqrt(q))
     inside = ellipse.radius * ((1 - level) - q * (1 / level - 1)) if level > 0 else ellipse.radius
-    return Decay(max(inside * (1 - 1e-6), 1 / resolvent), resolvent, m)
+    found = Decay(inside * (1 - 1e-6), m, ellipse.radius, sums * bounds[:m], 1 - q**m - last)
+    return replace(found, margin=max(found.margin, found.tolerated))

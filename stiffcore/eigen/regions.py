@@ -45,8 +45,8 @@ class Region(Protocol):
             The ellipse, and the largest level of a value.
         """
 
-    def beside(self, ellipse: Ellipse) -> bool:
-        """Whether an ellipse has nothing of the counted side in it."""
+    def level(self, ellipse: Ellipse) -> float:
+        """A lower bound of the ellipse's levels on the counted side; 0 where a part of that is in the ellipse."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,12 @@ class LeftOf:
         c = scale or 1.0
         return Ellipse(self.threshold + c, c, c), 0.0
 
-    def beside(self, ellipse: Ellipse) -> bool:
+    def level(self, ellipse: Ellipse) -> float:
         """See `Region`."""
-        size = abs(ellipse.centre) + ellipse.along
-        return ellipse.centre - ellipse.along >= self.threshold - 4 * EPS * size
+        away = ellipse.centre - ellipse.along - self.threshold
+        if away < -4 * EPS * (abs(ellipse.centre) + ellipse.along):
+            return 0.0
+        return max(1.0, float(ellipse.level(np.array(self.threshold))))
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,11 @@ class OutsideOf:
         ellipse = Ellipse(self.centre, self.radius, self.radius)
         return ellipse, float(ellipse.level(values).max(initial=0.0))
 
-    def beside(self, ellipse: Ellipse) -> bool:
+    def level(self, ellipse: Ellipse) -> float:
         """See `Region`; from the box around the ellipse, unless it is the circle itself."""
         if ellipse == Ellipse(self.centre, self.radius, self.radius):
-            return True
-        return math.hypot(abs(ellipse.centre - self.centre) + ellipse.along, ellipse.across) <= self.radius
+            return 1.0
+        return float(math.hypot(abs(ellipse.centre - self.centre) + ellipse.along, ellipse.across) <= self.radius)
 
 
 def clipped(piece: Array, normal: complex, height: float) -> Array:

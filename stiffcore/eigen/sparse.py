@@ -331,6 +331,17 @@ class Arnoldi:
         last = self._h[self.size, self.size - 1] if self.size else 0.0
         return values, last * np.abs(vectors[-1:]).sum(axis=0)
 
+    def vectors(self, wanted: Array) -> tuple[Array, Array]:
+        """(k, m) complex, of the Ritz values nearest to (m,) wanted ones; and how far they are off, or their residuals.
+
+        The larger of both.
+        """
+        values, vectors = scipy.linalg.eig(self._h[: self.size, : self.size])
+        nearest = np.argmin(np.abs(values[:, None] - wanted[None, :]), axis=0)
+        residuals = self._h[self.size, self.size - 1] * np.abs(vectors[-1, nearest])
+        off = np.maximum(np.abs(values[nearest] - wanted), residuals)
+        return (vectors[:, nearest].T @ self._basis[: self.size]).T, off
+
     def schur_vectors(self, values: Array, chosen: Array) -> Array:
         """(k, p), by columns: an orthonormal basis of what belongs to some of the Ritz values; of pairs, both.
 
