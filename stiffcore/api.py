@@ -1,6 +1,5 @@
 """stiffcore from Python: one spectrum of any torch function, or a run over the blocks of a network."""
 
-import copy
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +15,9 @@ from stiffcore.cluster import Event, InProcess, workers_at
 from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
+from stiffcore.networks.copying import copy_module
 from stiffcore.networks.images import images_in_memory
+from stiffcore.networks.zoo import check_tensors, settle
 from stiffcore.plan import Machine, check_budget, make_plan
 from stiffcore.run import Run
 from stiffcore.session import as_planned, carry_out_plan, check_free, prepare
@@ -75,10 +76,9 @@ def spectrum(
     call: Callable[[Tensor], Tensor] = f
     if isinstance(f, nn.Module):
         torch_dtype = getattr(torch, study.dtype)
-        try:
-            module = copy.deepcopy(f).to(torch_dtype).eval().requires_grad_(False)
-        except RuntimeError as error:  # ScriptModule, for one
-            raise InputError(f"{type(f).__name__} cannot be copied and cast: {error}; pass a function of it") from error
+        check_tensors(f, type(f).__name__)
+        module = copy_module(f)
+        settle(module, torch_dtype, type(f).__name__)
         call, x = module, x.detach().to(torch_dtype)
     elif x.dtype in (torch.float32, torch.float64):
         study = study.with_options({"dtype": str(x.dtype).removeprefix("torch.")})

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapse
 
 from stiffcore.cluster import Event, tls_security, workers_at
 from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.metrics import spell_share
 from stiffcore.plan import Plan
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
@@ -40,7 +41,10 @@ err = Terminal(stderr=True)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Network = Annotated[
-    str | None, typer.Option(help="resnet18 | resnet34 | resnet50 | package.module:factory; a new run needs it")
+    str | None,
+    typer.Option(
+        help="resnet18 | 34 | 50, CIFAR-10's resnet20 | 32 | 44 | 56 | 110, package.module:factory; a new run needs it"
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -430,7 +434,7 @@ def _announce(prepared: Prepared) -> None:
     if prepared.survey:
         _say(out, f"network: {prepared.study.network}, {prepared.survey.description}")
         _say(out, f"weights: {prepared.study.weights}")
-        _say(out, f"images: {len(prepared.survey.images['x'])} of {prepared.survey.source}")
+        _say(out, f"images: {len(prepared.survey.images['y'])} of {prepared.survey.source}")
         _say(out, f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
 
 
@@ -545,7 +549,7 @@ class _Progress:
             err,
             f"{image}{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, "
             f"S active {m['S_active']:.7g} +- {spectrum.certificate.s_active_error:.1e}, "
-            f"Re<0 {tables.percent(m['negative'])} %, {spectrum.verdict}",
+            f"Re<0 {spell_share(m, 'negative')} %, {spectrum.verdict}",
         )
 
 

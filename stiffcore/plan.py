@@ -250,6 +250,7 @@ def make_plan(
     *,
     workers: int | None = None,
     recorded: Mapping[str, UnitPlan] | None = None,
+    inputs_bytes: int = 0,
 ) -> Plan:
     """Plan all units: each one's solver, chunk and bytes, and how many run side by side.
 
@@ -263,6 +264,7 @@ def make_plan(
             that is divided is shared by all that are asked for, or that a cluster has: on one machine, one worker with
             all threads holds wider blocks.
         recorded: by key, earlier plans, which stay where they fit: a chunk's width can decide a result's last bits.
+        inputs_bytes: of the images that are to be stored.
     """
     units = list(units)
     allowed = study.memory or machine.free_bytes or default_allowed_bytes()
@@ -285,8 +287,6 @@ def make_plan(
         threads = max(1, min(machine.cores // count, machine.most_threads or machine.cores))
     else:
         count, threads = max(1, min(machine.separate, workers or machine.separate)), max(1, machine.cores)
-    kept = sum(p.kept_bytes for p in plans)
-    largest = sorted((p.disk_bytes - p.kept_bytes for p in plans), reverse=True)
     return Plan(
         units=tuple(plans),
         allowed_bytes=allowed,
@@ -298,7 +298,7 @@ def make_plan(
         gpus=machine.gpus if device is not None else 0,
         separate=machine.separate is not None,
         threads=threads,
-        disk_bytes=kept + sum(largest[:count]),
+        disk_bytes=inputs_bytes + _grown_bytes(plans, count, {}),
     )
 
 
@@ -912,12 +912,12 @@ def _chunks_and_shards(
 def _open_bytes(unit: Unit, column_bytes: int, itemsize: int) -> int:
     """The stage before all others.
 
-    The network and its checkpoint, the probes of the reduction (three tangents through it, in and out), three copies of
-    the largest kernel, and what libraries touch:
-        network_bytes + 2 * 3 * column_bytes + 3 * kernel_items * itemsize + 24 MiB.
+    The network and its checkpoint, its image, the probes of the reduction (three tangents through it, in and out),
+    three copies of the largest kernel, and what libraries touch:
+        network_bytes + image_bytes + 2 * 3 * column_bytes + 3 * kernel_items * itemsize + 24 MiB.
     """
     kernels = KERNEL_COPIES * unit.kernel_items * itemsize
-    return unit.network_bytes + 2 * PROBES * column_bytes + kernels + LIBRARY_BYTES
+    return unit.network_bytes + unit.image_bytes + 2 * PROBES * column_bytes + kernels + LIBRARY_BYTES
 
 
 def _build_bytes(unit: Unit, rows: int, column_bytes: int, itemsize: int, chunk: int, shard: int) -> int:
@@ -1036,15 +1036,37 @@ def _padded(k: int, tile: int) -> int:
     return -(-k // min(tile, max(k, 1))) * min(tile, k)
 
 
-def check_disk(plan: Plan, free_bytes: int | None) -> None:
+def _grown_bytes(units: Iterable[UnitPlan], side_by_side: int, there: Mapping[str, int]) -> int:
+    """Most bytes that the store grows by: what all units keep, and what those side by side need on the way.
+
+    Of each, what is there already counts.
+    """
+    kept, on_the_way = 0, []
+    for plan in units:
+        stored = there.get(plan.unit.key, 0)
+        more = max(0, plan.kept_bytes - stored)
+        kept += more
+        on_the_way.append(max(0, plan.disk_bytes - stored) - more)
+    return kept + sum(sorted(on_the_way, reverse=True)[:side_by_side])
+
+
+def check_disk(plan: Plan, free_bytes: int | None, there: Mapping[str, int] | None = None) -> None:
     """Refuse a run whose store would fill the disk.
+
+    Args:
+        plan: of what is to be done.
+        free_bytes: where the store lies; None: unknown.
+        there: by unit, bytes that are stored of it already.
 
     Raises:
         InputError: with what is needed and what is free.
     """
-    if free_bytes is not None and plan.disk_bytes > free_bytes:
+    saved = _grown_bytes(plan.units, plan.workers, {}) - _grown_bytes(plan.units, plan.workers, there or {})
+    needed = plan.disk_bytes - saved
+    if free_bytes is not None and needed > free_bytes:
+        beside = f" beside the {format_bytes(saved)} that are stored already" if saved else ""
         raise InputError(
-            f"the run needs up to {format_bytes(plan.disk_bytes)} of disk while it works, "
+            f"the run needs up to {format_bytes(needed)} of disk while it works{beside}, "
             f"{format_bytes(free_bytes)} is free there: choose another place, or fewer --blocks"
         )
 

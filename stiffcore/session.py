@@ -6,9 +6,9 @@ import os
 import time
 import timeit
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,21 @@ from threadpoolctl import threadpool_limits
 from stiffcore.cluster import DEATHS, ConnectionLostError, Event, Executor, Worker, WorkerDiedError, spread
 from stiffcore.eigen.panels import one_by_one
 from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
-from stiffcore.memory import PeakMeter, release_free_memory, tree_bytes
+from stiffcore.memory import PeakMeter, default_allowed_bytes, release_free_memory, tree_bytes
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.run import DONE, IMAGE_ARRAYS, Run, state_of
-from stiffcore.store import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
+from stiffcore.store import (
+    DIVISION,
+    HISTOGRAM,
+    IMAGES,
+    PIXELS,
+    SCRATCH,
+    RunStore,
+    images_chunk_bytes,
+    same_images,
+    stored_spectrum,
+    write_images,
+)
 from stiffcore.study import (
     Device,
     Keep,
@@ -31,6 +42,7 @@ from stiffcore.study import (
     Survey,
     Unit,
     fingerprint,
+    image_bytes,
     image_digest,
     merged,
     versions,
@@ -68,6 +80,7 @@ class Prepared:
         damaged: of the run that exists: what is wrong with records of units, by key, and with its images (`IMAGES`);
             these are written again.
         unreadable: what is wrong with the arrays of units that were done, by key; these are computed again.
+        images: `Images`, where they are in memory.
     """
 
     study: Study
@@ -76,6 +89,7 @@ class Prepared:
     survey: Survey | None
     damaged: Mapping[str, str]
     unreadable: Mapping[str, str]
+    images: Any = None
 
 
 def prepare(
@@ -119,10 +133,12 @@ def prepare(
         facts = list(found.units)
     else:
         facts = [Unit(**record) for record in units.values()]
+    chunk_bytes = images_chunk_bytes(store) if store and header and IMAGES not in damaged else 0
+    facts = [_with_image(unit, chunk_bytes) for unit in facts]
     unreadable = _unreadable(store, units) if store else {}
     ended = {key for key, record in units.items() if _ended(record, study.solver)} - unreadable.keys()
     recorded = {
-        u.key: UnitPlan.from_json(u, units[u.key]["plan"])
+        u.key: _counted(UnitPlan.from_json(u, units[u.key]["plan"]), units[u.key])
         for u in facts
         if "made_with" in units.get(u.key, {}) or (u.key in units and not given.keys() & {"device", "solver"})
     }
@@ -131,8 +147,23 @@ def prepare(
     machine = _machine(executor, processes, study, workers, suppose=suppose)
     # this process carries out one unit at a time
     most = workers if processes else 1
-    plan = make_plan(pending, study, machine, workers=most, recorded=recorded)
-    return Prepared(study, plan, machine, found, damaged, unreadable)
+    inputs = found.pixel_bytes if found and (not header or IMAGES in damaged) else 0
+    plan = make_plan(pending, study, machine, workers=most, recorded=recorded, inputs_bytes=inputs)
+    return Prepared(study, plan, machine, found, damaged, unreadable, images)
+
+
+def _with_image(unit: Unit, chunk_bytes: int) -> Unit:
+    """The facts with what its image takes as it is stored: an earlier version wrote all images in one chunk."""
+    return unit.model_copy(update={"image_bytes": max(unit.image_bytes, image_bytes(chunk_bytes, 0))})
+
+
+def _counted(plan: UnitPlan, record: Mapping[str, Any]) -> UnitPlan:
+    """A recorded plan with what its image takes, where the version that made it did not count that."""
+    more = plan.unit.image_bytes - record.get("image_bytes", 0)
+    stages = dict(plan.stages or {})
+    if more <= 0 or "open" not in stages:
+        return plan
+    return replace(plan, stages={**stages, "open": stages["open"] + more})
 
 
 def check_free(url: str) -> None:
@@ -163,14 +194,9 @@ def _trusted(store: RunStore) -> tuple[dict[str, dict[str, Any]], dict[str, str]
     """The records that can be trusted, and what is wrong with the others, and with the images."""
     units, damaged = store.whole_units()
     problems = [f"{part}: {problem}" for part, _, problem in store.read_again(IMAGES, IMAGE_ARRAYS) if problem]
-    if not problems and not same_images(store):
-        problems = [f"{IMAGES}/x: not the images that the run began with"]
+    if not problems and not same_images(store, (store.header or {})["identity"]["images"]):
+        problems = [f"{IMAGES}/{PIXELS}: not the images that the run began with"]
     return units, damaged | ({IMAGES: problems[0]} if problems else {})
-
-
-def same_images(store: RunStore) -> bool:
-    """Whether the stored images have the digests that the header names."""
-    return [image_digest(image) for image in store.get_array(IMAGES, "x")] == (store.header or {})["identity"]["images"]
 
 
 def _unreadable(store: RunStore, units: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -207,21 +233,36 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+# Seconds between two looks at whether the session still holds the run.
+HELD_S = 5.0
 # Images that are worth another worker to look at them.
 IMAGES_A_LOOK = 8
+# What a look takes beside what its worker holds already: the network in float64, its checkpoint, and an image's graphs.
+LOOK_BYTES = 400 << 20
 
 
 def _surveyed(executor: Executor, study: Study, module: Any, images: Any, workers: int | None) -> Survey:
-    """Look at network and images: in one worker, or where there are many images in as many as will work on them."""
+    """Look at network and images: in one worker, or where there are many images in as many as will work on them.
+
+    Of images in memory, each gets its own.
+    """
     asked = len(images) if images is not None else study.count or len(study.index or ()) or 10 * (study.per_label or 0)
-    there = len(executor.workers())
-    cores = there if executor.separate else len(psutil.Process().cpu_affinity())
-    parts = min(workers or cores, asked // IMAGES_A_LOOK) if there else 1
+    parts = min(_lookers(executor, study, workers), asked // IMAGES_A_LOOK)
     if parts <= 1:
         return executor.submit(_survey, study, module, images, 0, 1).result()
     executor.scale(parts)
-    looks = [executor.submit(_survey, study, module, images, part, parts) for part in range(parts)]
+    shares = [None if images is None else images.every(part, parts) for part in range(parts)]
+    looks = [executor.submit(_survey, study, module, share, part, parts) for part, share in enumerate(shares)]
     return merged([look.result() for look in looks])
+
+
+def _lookers(executor: Executor, study: Study, workers: int | None) -> int:
+    """As many workers as may look at the same time, of those that the budget holds."""
+    there = executor.workers()
+    if not there or executor.separate:
+        return min(workers or len(there), len(there))
+    room = (study.memory or default_allowed_bytes()) - tree_bytes() + there[0].reserved_bytes
+    return min(workers or len(psutil.Process().cpu_affinity()), room // (there[0].reserved_bytes + LOOK_BYTES))
 
 
 def _survey(study: Study, module: Any, images: Any, part: int, parts: int, emit: OnEvent) -> Survey:
@@ -308,12 +349,13 @@ def carry_out_plan(
     with store.hold() as token, PeakMeter() as meter:
         start = time.perf_counter()
         store.sweep()
-        check_disk(prepared.plan, store.free_bytes())
+        there = {plan.unit.key: store.stored_bytes(plan.unit.key) for plan in prepared.plan.units}
+        check_disk(prepared.plan, store.free_bytes(), there)
         for key, why in {**prepared.damaged, **prepared.unreadable}.items():
             note = f"{why}: {'read' if key == IMAGES else 'computed'} again"
             on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
-        _write_beginning(store, prepared)
         try:
+            _write_beginning(store, prepared, executor, token)
             executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
             failed = _work(store, prepared, executor, on_event, module, token)
         except BaseException as error:
@@ -326,7 +368,7 @@ def carry_out_plan(
         return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
 
 
-def _write_beginning(store: RunStore, prepared: Prepared) -> None:
+def _write_beginning(store: RunStore, prepared: Prepared, executor: Executor, token: str) -> None:
     """Inputs, then units, then the header, which makes it a run; of one that exists, only what may change."""
     study = prepared.study.model_dump(mode="json")
     found = prepared.survey
@@ -339,7 +381,7 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
         if store.whole_units()[1].keys() - prepared.damaged.keys():
             raise DamagedError(f"{store.url} was damaged while it was being opened: run again")
         if found is not None and IMAGES in prepared.damaged:
-            _write_images(store, found)
+            _write_images(store, prepared, executor, token)
         for plan in prepared.plan.units:
             if plan.unit.key in prepared.damaged:
                 store.clear(f"units/{plan.unit.key}")
@@ -348,7 +390,7 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
         return
     if found is None:
         raise StiffcoreError(f"{store.url} was emptied while it was being opened")
-    _write_images(store, found)
+    _write_images(store, prepared, executor, token)
     for plan in prepared.plan.units:
         store.update(plan.unit.key, **as_planned(plan))
     store.header = {
@@ -363,10 +405,40 @@ def _write_beginning(store: RunStore, prepared: Prepared) -> None:
     }
 
 
-def _write_images(store: RunStore, found: Survey) -> None:
+def _write_images(store: RunStore, prepared: Prepared, executor: Executor, token: str) -> None:
+    """Store the images: a worker reads them from their source again, one at a time; those in memory are here."""
+    found = prepared.survey
+    assert found is not None
     store.clear(IMAGES)
+    digests = found.identity["images"]
+    if prepared.images is not None:
+        write_images(store, prepared.images, len(digests))
+    else:
+        where = str(store.local or store.url)
+        executor.submit(_store_images, where, found.study, digests, token).result()
     for name, values in found.images.items():
-        store.put_array(IMAGES, name, values, ("image", *(f"axis{i}" for i in range(1, values.ndim))))
+        store.put_array(IMAGES, name, values, ("image",))
+
+
+def _store_images(url: str, study: Study, digests: Sequence[str], token: str, emit: OnEvent) -> None:
+    from stiffcore.survey import open_images
+
+    store = RunStore(url, create=True)  # it was begun, and has no header yet
+
+    def unchanged() -> Iterator[np.ndarray]:
+        images, checked = open_images(study), 0.0
+        for i, (image, digest) in enumerate(zip(images, digests, strict=True)):
+            if image_digest(image) != digest:
+                raise InputError(
+                    f"image {images.index[i]} of {images.source} changed while it was looked at: run again"
+                )
+            if time.monotonic() > checked + HELD_S:  # a session that is over writes nothing more
+                store.check_held(token)
+                checked = time.monotonic()
+            yield image
+
+    write_images(store, unchanged(), len(digests))
+    release_free_memory(cycles=True)
 
 
 def as_planned(plan: UnitPlan) -> dict[str, Any]:

@@ -324,6 +324,7 @@ class Unit(BaseModel):
         nonzeros: at most so many of the matrix's entries are not zero; 0 where unknown.
         fill: entries of the triangular factors of the matrix at most; 0 where unknown.
         kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
+        image_bytes: to read the image and make it the network's input, see `image_bytes`; 0: not counted.
         network_bytes: parameters and buffers of the network, and of the checkpoint or module that it is made from.
         fingerprint: sha256 of all that decides the result, for the record: a run goes on by its header and `made_with`.
     """
@@ -353,6 +354,7 @@ class Unit(BaseModel):
     accumulated_flops: int = 0
     nonzeros: int = 0
     fill: int = 0
+    image_bytes: int = 0
     network_bytes: int = 0
     fingerprint: str
 
@@ -366,9 +368,10 @@ class Survey:
         identity: what decides the results; a run refuses to continue with another one.
         description: of the network, one line.
         source: of the images, one line.
-        images: arrays by name, each with one entry an image: `x` (N, H, W, 3) or (N, ...), `y` labels (-1 unknown),
-            `index` in the source, `prediction` (-1 where the network is no classifier), `loss` (cross-entropy, nan
-            where the label is unknown).
+        images: arrays by name, each with one entry an image: `y` labels (-1 unknown), `index` in the source,
+            `prediction` (-1 where the network is no classifier), `loss` (cross-entropy, nan where the label is
+            unknown). Their pixels stay where they are.
+        pixel_bytes: of all images together.
         units: in order of image, block, function.
     """
 
@@ -377,18 +380,39 @@ class Survey:
     description: str
     source: str
     images: dict[str, np.ndarray]
+    pixel_bytes: int
     units: tuple[Unit, ...]
 
 
 def merged(parts: Sequence[Survey]) -> Survey:
     """Put surveys of every so many-th image, the first of them first, together."""
-    images = dict(parts[0].images)
-    for name in ("prediction", "loss"):
-        images[name] = images[name].copy()
-        for i, part in enumerate(parts):
-            images[name][i :: len(parts)] = part.images[name][i :: len(parts)]
+    images = {name: _interleaved([part.images[name] for part in parts]) for name in parts[0].images}
+    digests = _interleaved([np.array(part.identity["images"], dtype=object) for part in parts])
     units = sorted((unit for part in parts for unit in part.units), key=lambda unit: unit.image)
-    return replace(parts[0], images=images, units=tuple(units))
+    return replace(
+        parts[0],
+        identity={**parts[0].identity, "images": digests.tolist()},
+        images=images,
+        pixel_bytes=sum(part.pixel_bytes for part in parts),
+        units=tuple(units),
+    )
+
+
+def _interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
+    found = np.empty(sum(map(len, parts)), parts[0].dtype)
+    for first, part in enumerate(parts):
+        found[first :: len(parts)] = part
+    return found
+
+
+def image_bytes(read: int, as_input: int) -> int:
+    """What one image takes until it is the network's input.
+
+    Args:
+        read: bytes read from the store, which are held as they come, as an array, and as a copy of it.
+        as_input: bytes of the input, which is normalised in three arrays.
+    """
+    return 3 * read + 3 * as_input
 
 
 def parse_bytes(text: str) -> int:

@@ -26,6 +26,8 @@ from stiffcore.study import (
     Survey,
     Unit,
     fingerprint,
+    image_bytes,
+    image_digest,
     unit_key,
     versions,
 )
@@ -42,17 +44,18 @@ def survey(
     Args:
         study: what was asked.
         module: the network, where the study says `in memory`.
-        images: the images, where the study says `in memory`.
+        images: those of this part, where the study says `in memory`.
         part: look only at every so many-th image from this one on.
         parts: how many there are; `study.merged` puts them together.
+
+    Images are read and made the network's input one at a time, and none is kept.
 
     Raises:
         InputError: whatever is wrong with the request.
     """
     network, images = _open_both(study, module, images)
     settled = study.with_options({"normalize": study.normalize or network.normalize, "weights": network.weights})
-    inputs = [image_input(images.x[i], settled) for i in range(len(images))]
-    found = residual_blocks(network.module, inputs[0], is_residual)
+    found = residual_blocks(network.module, image_input(images.x[0], settled), is_residual)
     blocks = choose_blocks(study.blocks, found, network.module)
     made_of = {
         "network": network.name,
@@ -62,31 +65,36 @@ def survey(
         "dtype": str(study.dtype),
         "reduce": str(study.reduce),
     }
-    digests = [images.digest(i) for i in range(len(images))]
     checkpoint = Path(network.weights)
     # what it is made from: a file, or a module, in float32 as they mostly are
     source_bytes = checkpoint.stat().st_size if checkpoint.is_file() else _bytes_of(network.module, 4)
     network_bytes = _bytes_of(network.module) + source_bytes
     units: list[Unit] = []
     seconds: dict[tuple[str, BlockFunction], float] = {}
-    predictions, losses = [], []
-    for i in range(part, len(inputs), parts):
-        x = inputs[i]
+    of_part = range(len(images)) if study.images == IN_MEMORY else range(part, len(images), parts)
+    digests, predictions, losses, pixel_bytes = [], [], [], 0
+    for j, at in enumerate(of_part):
+        i, pixels = part + j * parts, images.x[at]
+        x = image_input(pixels, settled)
+        digest = image_digest(pixels)
+        digests.append(digest)
+        pixel_bytes += pixels.nbytes
         calls, output = capture(network.module, x, blocks)
-        loss, prediction = loss_and_prediction(output, int(images.y[i]))
+        loss, prediction = loss_and_prediction(output, int(images.y[at]))
         predictions.append(prediction)
         losses.append(loss)
         for block, function, kind in product(blocks, study.functions, study.kinds):
-            asked = {"image": digests[i], "block": block, "function": function, "kind": kind}
+            asked = {"image": digest, "block": block, "function": function, "kind": kind}
             common = {
                 "key": unit_key(i, block, function, kind),
                 "image": i,
-                "label": int(images.y[i]),
+                "label": int(images.y[at]),
                 "number": found.index(block) + 1 if block in found else 0,
                 "block": block,
                 "function": function,
                 "kind": kind,
                 "network_bytes": network_bytes,
+                "image_bytes": image_bytes(pixels.nbytes, pixels.size * x.element_size()),
                 "fingerprint": fingerprint(made_of | asked | {"versions": versions()}),
             }
             units.append(_look(calls[block], function, study.reduce, common, seconds))
@@ -102,20 +110,14 @@ def survey(
         description=network.description,
         source=images.source,
         images={
-            "x": images.x,
-            "y": images.y,
-            "index": images.index,
-            "prediction": _spread(predictions, -1, len(images), part, parts),
-            "loss": _spread(losses, np.nan, len(images), part, parts),
+            "y": images.y[of_part],
+            "index": images.index[of_part],
+            "prediction": np.array(predictions, dtype=np.int64),
+            "loss": np.array(losses, dtype=np.float64),
         },
+        pixel_bytes=pixel_bytes,
         units=tuple(units),
     )
-
-
-def _spread(values: list[Any], absent: Any, total: int, part: int, parts: int) -> np.ndarray:
-    found = np.full(total, absent)
-    found[part::parts] = values
-    return found
 
 
 def _open_both(study: Study, module: nn.Module | None, images: Images | None) -> tuple[Network, Images]:
@@ -149,7 +151,7 @@ def open_network(study: Study, module: nn.Module | None = None) -> Network:
             )
         return wrap_network(module, dtype)
     weights = None if study.weights in (None, IN_MEMORY) else Path(study.weights)
-    return load_network(study.network, weights, dtype, study.pool)
+    return load_network(study.network, weights, dtype, study.pool, study.memory)
 
 
 def open_images(study: Study) -> Images:

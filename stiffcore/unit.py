@@ -39,11 +39,11 @@ from stiffcore.spectra import Ends, certified_choice, spelled
 from stiffcore.store import (
     DIVISION,
     HISTOGRAM,
-    IMAGES,
     SCRATCH,
     RunStore,
     StoredWorkspace,
     TiledMatrix,
+    read_image,
     stored_spectrum,
 )
 from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, format_bytes, versions
@@ -75,7 +75,8 @@ def open_operator(
     network = open_network(study, module)
     if network.weights_digest != header["identity"]["weights"]:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
-    x = image_input(store.get_array(IMAGES, "x")[record["image"]], study)
+    image = record["image"]
+    x = image_input(read_image(store, image, header["identity"]["images"][image]), study)
     function, kind = BlockFunction(record["function"]), Kind(record["kind"])
     return operator_of(network.module, x, record["block"], function, kind, study.reduce, device)
 

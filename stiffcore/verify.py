@@ -12,9 +12,8 @@ import numpy as np
 
 from stiffcore.errors import DamagedError, StiffcoreError
 from stiffcore.run import IMAGE_ARRAYS, Run
-from stiffcore.session import same_images
 from stiffcore.spectra import Ends, certified_choice
-from stiffcore.store import IMAGES, RunStore, stored_spectrum
+from stiffcore.store import IMAGES, PIXELS, RunStore, same_images, stored_spectrum
 from stiffcore.study import Kind, Solver
 
 # An error estimate made again may be so many times the stored one, and so much more, relative to the Frobenius norm:
@@ -102,8 +101,8 @@ def _verify(run: Run, found: Verification, certificates: bool, module: Any, tell
     for path in ("", "units"):
         _add(found, "", path or "zarr.json", *store.read_metadata(path))
     _read_again(store, IMAGES, IMAGES, IMAGE_ARRAYS, found)
-    if not found.findings and not same_images(store):
-        found.findings.append(Finding(IMAGES, f"{IMAGES}/x", "not the images that the run began with"))
+    if not found.findings and not same_images(store, run.header["identity"]["images"]):
+        found.findings.append(Finding(IMAGES, f"{IMAGES}/{PIXELS}", "not the images that the run began with"))
     records, _ = store.whole_units()
     keys = run.header["units"]
     for done, key in enumerate(keys):

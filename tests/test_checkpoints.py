@@ -1,18 +1,31 @@
 """Checkpoints and networks: what is read, what is refused and how it says so, and which network comes out."""
 
+import argparse
 import copy
 import os
 import pickle
+import threading
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from stiffcore.errors import InputError
-from stiffcore.networks.checkpoint import common_prefix, fit_state, read_checkpoint, weights_digest
+from stiffcore.networks.checkpoint import (
+    NESTS,
+    WRAPPERS,
+    aligned,
+    common_prefix,
+    fit_state,
+    read_checkpoint,
+    weights_digest,
+)
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import RESNETS, bundled_weights, load_network, wrap_network
 
@@ -150,6 +163,120 @@ def test_text_under_a_checkpoint_name_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     path.write_text("hello world, this is text")
     assert str(path) in refused(path)
+
+
+@pytest.mark.parametrize("name", ["a.th", "a.pth.tar", "a.t7", "a.pkl", "a", "a.safetensors"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_the_content_of_a_file_and_not_its_name_decides(tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "safetensors":
+        save_file(STATE, path)
+    else:
+        saved(path, STATE, _use_new_zipfile_serialization=kind == "zip")
+    assert same(read_checkpoint(path), STATE)
+
+
+def test_a_compressed_archive_gives_its_tensors(tmp_path):
+    state = {"zeros": torch.zeros(5000), "random": torch.randn(5000)}
+    with (
+        zipfile.ZipFile(saved(tmp_path / "a.pt", state)) as source,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in source.infolist():
+            packed.writestr(member.filename, source.read(member))
+    assert same(read_checkpoint(tmp_path / "b.pt"), state)
+    with pytest.raises(InputError, match="unpacks to"):
+        read_checkpoint(tmp_path / "b.pt", allowed=30_000)
+
+
+# as trainers store it, to draw the same numbers again
+LEGACY_RANDOM = np.random.RandomState(0).get_state()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        *(np.float64(0.93), np.float32(1), np.int64(3), np.bool_(True), np.ones(3), np.dtype("f4"), LEGACY_RANDOM),
+        *(argparse.Namespace(lr=0.1, acc=np.float32(2)), [np.float64(1)], {"best": np.float64(1)}),
+    ],
+)
+def test_numbers_of_numpy_beside_the_state_are_ignored(tmp_path, beside, zipped):
+    path = saved(tmp_path / "a.pt", {"state_dict": STATE, "best": beside}, _use_new_zipfile_serialization=zipped)
+    assert same(read_checkpoint(path), STATE)
+
+
+def test_nothing_of_numpy_is_made_while_a_checkpoint_is_read(tmp_path):
+    # a dtype whose state claims that bytes are objects would have numpy follow any address
+    class Forged:
+        def __reduce__(self):
+            return np.core.multiarray.scalar if hasattr(np, "core") else np._core.multiarray.scalar, (
+                np.dtype([("a", "O")]),
+                b"A" * 8,
+            )
+
+    path = saved(tmp_path / "a.pt", {"state_dict": STATE, "x": Forged()})
+    assert same(read_checkpoint(path), STATE)
+    message = refused(saved(tmp_path / "b.pt", {"w": np.ones(3), "v": torch.ones(1)}))
+    assert "'w'" in message
+
+
+@pytest.mark.parametrize("key", [*NESTS, "weights_of_mine"])
+def test_a_state_is_found_by_what_it_holds(tmp_path, key):
+    beside = {"optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}, "epoch": 3}
+    assert same(read_checkpoint(saved(tmp_path / "a.pt", {**beside, key: STATE})), STATE)
+
+
+def test_the_plain_state_is_taken_before_its_average_and_two_unknown_ones_are_refused(tmp_path):
+    other = {name: tensor + 1 for name, tensor in STATE.items()}
+    for key in ("state_dict", "model", "net"):
+        assert same(read_checkpoint(saved(tmp_path / "a.pt", {"model_ema": other, key: STATE})), STATE)
+    assert "'teacher' (a dict)" in refused(saved(tmp_path / "a.pt", {"teacher": STATE, "student": other}))
+
+
+class Amount:
+    def __init__(self, bytes_: int):
+        self.bytes = bytes_
+
+    def __reduce__(self):
+        return bytearray, (self.bytes,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_asks_for_memory_is_refused_before_it_has_any(tmp_path, zipped):
+    path = saved(tmp_path / "a.pt", {"w": torch.ones(1), "x": Amount(10)}, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    assert b"bytearray" in whole
+    assert "it refers to bytearray" in refused(path)
+
+
+def test_shapes_that_the_file_does_not_hold_are_refused_by_their_size(tmp_path):
+    path = saved(tmp_path / "a.pt", {"w": torch.ones(1).expand(10**13)})
+    assert path.stat().st_size < 10_000
+    message = refused(path)
+    assert "declares tensors of" in message
+    many = {str(i): torch.ones(1000) for i in range(50)}
+    one = torch.ones(1000)
+    shared = saved(tmp_path / "b.pt", dict.fromkeys(many, one))
+    with pytest.raises(InputError, match="declares"):
+        read_checkpoint(shared, allowed=100_000)
+    assert len(read_checkpoint(saved(tmp_path / "c.pt", many), allowed=0)) == 50
+
+
+def test_a_safetensors_header_of_another_length_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for size in (1 << 40, 10**8, 5000):
+        path.write_bytes(size.to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}')
+        assert "damaged" in refused(path)
+    header = b'{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(36))
+    assert "damaged" in refused(path)
+
+
+def test_tensors_without_values_and_programs_are_refused(tmp_path):
+    assert "'w' (a Tensor)" in refused(saved(tmp_path / "a.pt", {"w": torch.ones(3, device="meta")}))
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "b.pt")
+    assert "TorchScript" in refused(tmp_path / "b.pt")
 
 
 def test_a_missing_file_a_folder_and_an_unknown_suffix_are_told_apart(tmp_path):
@@ -332,6 +459,26 @@ def test_a_meta_buffer_that_no_state_can_fill_is_refused():
     fit_state(WithBuffer(), WithBuffer().state_dict(), torch.float64, "a.pt")
 
 
+@pytest.mark.parametrize("prefix", ["", *WRAPPERS, "_module.module.", "model.backbone.", "module.resnet."])
+@pytest.mark.parametrize("own", ["", "backbone.", "net."])
+def test_wrappers_of_either_side_do_not_count(prefix, own):
+    state = {prefix + name: tensor for name, tensor in STATE.items()}
+    found = aligned(state, [own + name for name in STATE])
+    assert same(found, {own + name: tensor for name, tensor in STATE.items()})
+
+
+def test_what_a_profiler_left_behind_is_passed_over(tmp_path):
+    source = small()
+    state = {f"module.{name}": tensor for name, tensor in source.state_dict().items()}
+    profiled = {
+        f"module.{name}{key}": torch.zeros(1) for name in ("", "0.", "1.") for key in ("total_ops", "total_params")
+    }
+    path = saved(tmp_path / "a.pt", state | profiled)
+    module = small()
+    fit_state(module, aligned(read_checkpoint(path), module.state_dict()), torch.float32, str(path))
+    assert same(dict(module.state_dict()), dict(source.state_dict()))
+
+
 # ---------------------------------------------------------------------------------------------- resnets
 
 
@@ -484,6 +631,71 @@ def test_the_bundled_resnet18_knows_most_of_the_twenty_samples(dtype):
     assert right >= 15
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_module.", "backbone.", "resnet.", "encoder."])
+def test_a_resnet_s_checkpoint_is_read_under_any_wrapper(tmp_path, resnet18, prefix):
+    state = {prefix + name: tensor for name, tensor in resnet18.state_dict().items()}
+    path = saved(tmp_path / "a.pth.tar", {"state_dict": state, "best_acc": np.float64(0.9)})
+    assert torch.equal(load_network("resnet18", path, torch.float32).module(pixels()), resnet18(pixels()))
+
+
+def option_a(state: dict[str, Tensor], blocks: int, x: Tensor) -> Tensor:
+    """The logits of a ResNet for CIFAR-10, written with operations on its state alone."""
+
+    def norm(name: str, y: Tensor) -> Tensor:
+        mean, var, weight, bias = (
+            state[f"{name}.{key}"].view(1, -1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (y - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    def conv(name: str, y: Tensor, stride: int = 1) -> Tensor:
+        return nn.functional.conv2d(y, state[f"{name}.weight"], stride=stride, padding=1)
+
+    x = norm("bn1", conv("conv1", x)).relu()
+    for stage in (1, 2, 3):
+        for i in range(blocks):
+            name, stride = f"layer{stage}.{i}", 2 if stage > 1 and i == 0 else 1
+            out = norm(
+                f"{name}.bn2", conv(f"{name}.conv2", norm(f"{name}.bn1", conv(f"{name}.conv1", x, stride)).relu())
+            )
+            if stride == 2:
+                none = torch.zeros_like(out[:, : x.shape[1] // 2])
+                x = torch.cat([none, x[:, :, ::2, ::2], none], dim=1)
+            x = (out + x).relu()
+    return x.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+
+def test_a_resnet20_with_shortcuts_without_weights_is_the_function_of_its_checkpoint(tmp_path):
+    made = load_network("resnet20", Path("random"), torch.float64)
+    assert (made.weights, made.normalize) == ("random", "imagenet")
+    generator = torch.Generator().manual_seed(4)
+    state = {
+        name: torch.rand(tensor.shape, generator=generator) + 0.5 if "bn" in name else tensor.float()
+        for name, tensor in made.module.state_dict().items()
+        if "num_batches" not in name
+    }
+    path = saved(
+        tmp_path / "resnet20.th",
+        {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}, "best_prec1": 91.0},
+        _use_new_zipfile_serialization=False,
+    )
+    network = load_network("resnet20", path, torch.float64)
+    x = pixels().double()
+    expected = option_a({name: tensor.double() for name, tensor in state.items()}, 3, x)
+    assert torch.allclose(network.module(x), expected, rtol=1e-10)
+    assert network.weights_digest == weights_digest(state)
+    assert network.description.startswith("resnet20: three stages, shortcuts without weights, 10 classes, 269,722")
+
+
+def test_a_cifar_resnet_needs_a_checkpoint_of_its_depth_and_has_no_pool(tmp_path):
+    with pytest.raises(InputError, match="resnet56: give one with --weights"):
+        load_network("resnet56", None, torch.float32)
+    with pytest.raises(InputError, match="has no max-pool"):
+        load_network("resnet56", Path("random"), torch.float32, pool="max")
+    path = saved(tmp_path / "a.th", load_network("resnet20", Path("random"), torch.float32).module.state_dict())
+    with pytest.raises(InputError, match=r"first layer1\.3\.conv1\.weight: the network needs \(16, 16, 3, 3\)"):
+        load_network("resnet32", path, torch.float32)
+
+
 def test_an_unknown_name_pool_and_dtype_are_reported_together():
     with pytest.raises(InputError) as caught:
         load_network("vgg16", None, torch.int32, pool="avg")
@@ -602,11 +814,128 @@ def test_modules_that_cannot_be_used_are_refused():
         hollow = small()
     with pytest.raises(InputError, match=r"0\.weight is on the meta device"):
         wrap_network(hollow, torch.float32)
-    with pytest.raises(InputError, match="complex"):
-        wrap_network(nn.Linear(2, 2, dtype=torch.complex64), torch.float32)
     with pytest.raises(InputError, match="found a dict"):
         wrap_network({}, torch.float32)
-    derived = nn.Linear(2, 2)
-    derived.product = derived.weight * 2
-    with pytest.raises(InputError, match="cannot be copied"):
-        wrap_network(derived, torch.float32)
+    with pytest.raises(InputError, match="weight is not made yet"):
+        wrap_network(nn.LazyLinear(2), torch.float32)
+
+
+def test_a_module_that_only_its_own_code_could_copy_is_refused():
+    class Unique(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise ValueError("there is only one")
+
+    with pytest.raises(InputError, match=r"Unique cannot be copied \(ValueError: there is only one\)"):
+        wrap_network(nn.Sequential(Unique(2, 2)), torch.float32)
+
+
+class Holder(nn.Module):
+    """Holds what `copy.deepcopy` refuses, beside what must be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.inner = nn.Sequential(nn.Linear(3, 3))
+        self.inner[0].lock = threading.Lock()
+        self.inner[0].library = torch
+        self.operator = torch.ops.aten.relu.default
+        self.kept = {"weight": self.linear.weight * 2, "module": self.linear, "lock": threading.Lock()}
+        self.pair = [self.linear.weight, self.linear.bias]
+        self.linear.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.activation = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.inner[0].lock:
+            return x + self.operator(self.inner(self.linear(x)))
+
+
+def test_what_cannot_be_copied_is_shared_and_all_else_copied():
+    module = Holder()
+    x = torch.ones(1, 3)
+    expected = module(x)  # keeps an activation with its history
+    found = wrap_network(module, torch.float32).module
+    assert torch.equal(found(x), expected)
+    assert found.inner[0].lock is module.inner[0].lock
+    mine = {t.data_ptr() for t in [*module.parameters(), module.activation, module.kept["weight"]]}
+    assert not mine & {t.data_ptr() for t in [*found.parameters(), found.activation, found.kept["weight"]]}
+    assert found.kept["module"] is found.linear
+    assert found.pair[0] is found.linear.weight
+    assert all(p.requires_grad for p in module.parameters())
+    kept = module.activation
+    found(2 * x)
+    assert module.activation is kept
+
+
+@pytest.mark.parametrize(
+    "reparametrise",
+    [
+        lambda m: torch.nn.utils.weight_norm(m),
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m),
+        lambda m: torch.nn.utils.spectral_norm(m),
+        lambda m: prune.l1_unstructured(m, "weight", amount=0.5),
+    ],
+)
+def test_weights_that_are_computed_are_computed_in_the_copy_too(reparametrise):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    reparametrise(module[0])
+    x = torch.randn(1, 4)
+    module(x)
+    found = wrap_network(module, torch.float64).module
+    assert found(x.double()).dtype == torch.float64
+    assert torch.allclose(found(x.double()).float(), module.eval()(x), atol=1e-6)
+
+
+def test_infinities_in_a_buffer_are_values_and_in_a_parameter_not():
+    module = nn.Linear(2, 2)
+    module.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    assert torch.equal(wrap_network(module, torch.float64).module.mask, module.mask.double())
+    module.mask[0] = torch.nan
+    with pytest.raises(InputError, match="mask has 2 of 2"):
+        wrap_network(module, torch.float64)
+    module.mask = torch.tensor([0.0, 1e300], dtype=torch.float64)
+    with pytest.raises(InputError, match="float32: mask has 1 of 2"):
+        wrap_network(module, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------- complex
+
+
+class Modes(nn.Module):
+    """A Fourier layer with a complex weight, and a complex buffer outside the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(5, dtype=torch.complex64, generator=generator))
+        self.register_buffer("phase", torch.exp(1j * torch.arange(5.0)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight * self.phase, n=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complex_numbers_take_the_complex_type_of_the_precision(dtype, tmp_path, factories):
+    module = Modes()
+    found = wrap_network(module, dtype).module
+    assert {found.weight.dtype, found.phase.dtype} == {dtype.to_complex()}
+    assert torch.equal(found.weight.to(torch.complex64), module.weight)
+    assert torch.equal(found.phase.to(torch.complex64), module.phase)
+    path = saved(tmp_path / "w.pt", {"weight": module.weight})
+    fit_state(other := Modes(), read_checkpoint(path), dtype, str(path))
+    assert torch.equal(other.weight, module.weight.to(dtype.to_complex()))
+    assert "needs complex64 (5,), found float32" in misfit(Modes(), {"weight": torch.ones(5)})
+    assert "needs float32 (2, 2), found complex64" in misfit(
+        nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2, dtype=torch.complex64)}
+    )
+
+
+def test_integers_that_do_not_fit_are_a_mismatch():
+    module = nn.Linear(1, 1, bias=False)
+    module.register_buffer("places", torch.zeros(2, dtype=torch.int8))
+    state = {"weight": torch.ones(1, 1), "places": torch.tensor([1, 300])}
+    assert "places: the network needs int8 (2,), found int64" in misfit(module, state)
+    fit_state(module, state | {"places": torch.tensor([1, 100])}, torch.float32, "a.pt")
+    assert module.places.tolist() == [1, 100]

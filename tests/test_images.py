@@ -16,6 +16,7 @@ from PIL import Image
 
 from stiffcore.errors import InputError
 from stiffcore.networks.images import NORMALIZE, Images, images_in_memory, load_images, network_input
+from stiffcore.study import image_digest
 
 CIFAR10_FIRST = [3, 8, 8, 0, 6, 6, 1, 6, 3, 1, 0, 9, 5, 7, 9, 8, 5, 7, 8, 6]
 
@@ -169,7 +170,7 @@ def test_a_folder_is_labelled_by_its_sorted_classes(folder):
     assert images.x.shape == (6, 4, 5, 3)
     pixels = some_pixels(6)
     # the lossless ones, in sorted order of their names: bird/a.PNG, bird/b.png, cat/a.bmp, dog/3.png
-    assert np.array_equal(images.x[[0, 1, 2, 5]], pixels[[1, 0, 2, 3]])
+    assert np.array_equal(np.asarray(images.x)[[0, 1, 2, 5]], pixels[[1, 0, 2, 3]])
     assert images.source == f"{folder} (3 classes)"
 
 
@@ -482,11 +483,38 @@ def test_an_npz_that_declares_more_than_it_holds_is_refused_before_anything_is_a
     assert "declares 28.61 GiB" in message
 
 
-def test_an_npz_that_unpacks_to_more_than_memory_holds_is_refused(tmp_path):
+def test_an_npz_of_which_memory_holds_no_image_is_refused_and_of_others_one_image_is_held(tmp_path):
     path = bomb(tmp_path / "a.npz", (40, 500, 500, 3), bytes(40 * 500 * 500 * 3), zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 40_000
-    assert "are allowed" in refused(str(path), allowed=20 << 20)
-    assert load_images(str(path), allowed=40 << 20).x.shape == (1, 500, 500, 3)
+    assert "are allowed" in refused(str(path), allowed=500_000)
+    tracemalloc.start()
+    try:
+        images = load_images(str(path), allowed=20 << 20, count=40)
+        assert [image.sum() for image in images] == [0] * 40
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    assert images.x.shape == (40, 500, 500, 3)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_images_of_an_npz_are_read_one_by_one_in_any_order(tmp_path, save, order):
+    x = np.random.default_rng(0).integers(0, 256, (50, 7, 5, 3), dtype=np.uint8)
+    save(tmp_path / "a.npz", y=np.arange(50), more=np.zeros(9), x=np.asarray(x, order=order))
+    index = [7, 3, 49, 0, 48, 11]
+    images = load_images(str(tmp_path / "a.npz"), index=index)
+    assert np.array_equal(images.x, x[index])
+    assert [images.digest(i) for i in (5, 0)] == [image_digest(x[11]), image_digest(x[7])]
+    assert images.y.tolist() == index
+
+
+def test_a_flipped_bit_of_an_npz_is_found_though_its_image_was_not_asked_for(tmp_path):
+    np.savez(tmp_path / "a.npz", x=some_pixels(6), y=np.arange(6))
+    raw = bytearray((tmp_path / "a.npz").read_bytes())
+    raw[raw.rindex(some_pixels(6)[5].tobytes()) + 3] ^= 1
+    (tmp_path / "a.npz").write_bytes(raw)
+    assert "damaged" in refused(str(tmp_path / "a.npz"), count=1)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from stiffcore.cluster import InProcess, local_workers
 from stiffcore.memory import tree_bytes
 from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
+from stiffcore.store import read_image
+from stiffcore.verify import verify
 from tests.cases import Basic
 
 OPTIONS = {"network": "smallnet:make", "images": "six.npz", "normalize": "cifar10", "functions": "block,branch"}
@@ -135,6 +137,25 @@ def test_too_little_disk_is_refused_with_both_figures(small, monkeypatch):
         execute(small / "run", OPTIONS)
 
 
+def test_what_a_run_has_stored_already_counts_for_the_disk_that_it_needs(small, monkeypatch):
+    def stop(event):
+        if event["stage"] == "built":
+            raise KeyboardInterrupt
+
+    options = OPTIONS | {"blocks": "1", "functions": "block", "keep": "all"}
+    with pytest.raises(KeyboardInterrupt):
+        execute(small / "run", options, stop)
+    plan = prepare(str(small / "run"), {}, InProcess(print)).plan
+    [unit] = plan.units
+    there = stiffcore.store.RunStore(str(small / "run")).stored_bytes(unit.unit.key)
+    assert 0 < there < plan.disk_bytes
+    monkeypatch.setattr(stiffcore.store.RunStore, "free_bytes", lambda self: plan.disk_bytes - there - 1)
+    with pytest.raises(stiffcore.InputError, match="stored already"):
+        execute(small / "run", {})
+    monkeypatch.setattr(stiffcore.store.RunStore, "free_bytes", lambda self: plan.disk_bytes - there)
+    assert execute(small / "run", {})[1].failed == {}
+
+
 def test_a_rectangular_block_has_no_spectrum_and_says_so(small):
     module = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
 
@@ -161,6 +182,8 @@ import stiffcore.preload
 {prelude}
 from stiffcore.cluster import InProcess
 from stiffcore.session import carry_out_plan, prepare
+from stiffcore.store import read_image
+from stiffcore.verify import verify
 
 def session(url, at):
     child = os.fork()
@@ -344,6 +367,50 @@ def test_many_images_are_looked_at_by_all_workers_and_seen_as_by_one(small, monk
     for name, values in one.survey.images.items():
         assert np.array_equal(values, two.survey.images[name]), name
     assert [u.key for u in one.survey.units] == [u.key for u in two.survey.units]
+
+
+def test_images_that_an_earlier_version_stored_in_one_chunk_are_read_counted_and_gone_on_from(small):
+    options = OPTIONS | {"count": 3, "blocks": "1"}
+    run, _ = execute(small / "run", options)
+    assert len(list((small / "run/images/x/c").iterdir())) == 3
+    before, x = spectra_bytes(small / "run"), run.store.get_array("images", "x")
+    run.store.put_array("images", "x", x, ("image", "axis1", "axis2", "axis3"))
+    assert verify(run).findings == []
+    key = next(key for key, record in run.records().items() if record["image"] == 2)
+    run.store.update(key, stage="planned", image_bytes=0)
+    run.store.drop(key, "eigenvalues")
+    prepared = prepare(str(small / "run"), {}, InProcess(print))
+    assert not prepared.damaged
+    [plan] = prepared.plan.units
+    assert plan.unit.image_bytes >= x.nbytes
+    assert plan.stages["open"] >= plan.unit.network_bytes + x.nbytes
+    execute(small / "run", {})
+    assert spectra_bytes(small / "run") == before
+
+
+@pytest.mark.parametrize("fault", ["gone", "another"])
+def test_an_image_that_is_not_the_one_it_was_is_found_and_stored_again(small, fault):
+    run, _ = execute(small / "run", OPTIONS | {"count": 3, "blocks": "1"})
+    before, x = spectra_bytes(small / "run"), run.store.get_array("images", "x")
+    chunk = small / "run/images/x/c/1/0/0/0"
+    if fault == "gone":
+        chunk.unlink()
+    else:
+        chunk.write_bytes((small / "run/images/x/c/2/0/0/0").read_bytes())
+    with pytest.raises(stiffcore.DamagedError):
+        read_image(run.store, 1, run.header["identity"]["images"][1])
+    assert np.array_equal(read_image(run.store, 2, run.header["identity"]["images"][2]), x[2])
+    execute(small / "run", {})
+    assert np.array_equal(run.store.get_array("images", "x"), x)
+    assert spectra_bytes(small / "run") == before
+
+
+def test_a_source_that_changes_between_the_look_and_the_store_is_refused(small):
+    executor = InProcess(print)
+    prepared = prepare(str(small / "run"), OPTIONS, executor)
+    np.savez(small / "six.npz", x=np.zeros((6, 6, 6, 3), dtype=np.uint8), y=np.arange(6))
+    with pytest.raises(stiffcore.InputError, match="changed while it was looked at"):
+        carry_out_plan(str(small / "run"), prepared, executor, print)
 
 
 def test_a_second_process_is_told_who_holds_the_run(small):

@@ -393,3 +393,17 @@ def test_a_zero_jacobian_has_zeros_only():
 def test_solvers_of_singular_values_are_refused_for_other_kinds():
     with pytest.raises(InputError, match="--kind singular alone"):
         Study.ask({"network": "resnet18", "solver": "svd", "kinds": "matrix,singular"})
+
+
+@pytest.mark.parametrize("power", [-500, -300, 300, 500])
+def test_singular_values_of_any_size_are_found(power):
+    """Squares of numbers below 1e-162 are zero: J is scaled by a power of two, which rounds nothing."""
+    layers = randomised(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)))
+    found = []
+    for scale in (1.0, 2.0**power):
+        factors = open_factors(lambda x, scale=scale: layers(x) * scale, seeded((1, 2, 5, 5), 1))
+        of, matrices = ways(factors)
+        found.append(of)
+        assert all(singular.certify(factors, way, factors.difference(matrices)).passed for way in of)
+    for plain, scaled in zip(*found, strict=True):
+        assert np.allclose(whole(scaled) * 2.0**-power, whole(plain), rtol=1e-14, atol=1e-15)

@@ -15,7 +15,7 @@ sqrt(eps) |J|, which `errors` says. Values near 1 that come through W are right 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,19 +63,35 @@ class SingularValues:
     sum_error: float
     fourth_error: float
 
+    def times(self, power: int) -> "SingularValues":
+        """Those of 2^power J."""
+        return replace(self, values=np.ldexp(self.values, power), errors=np.ldexp(self.errors, power))
+
+
+def _scaled(matrix: sp.csc_array) -> tuple[sp.csc_array, int]:
+    """A matrix in float64 with its largest entry in [1/2, 1), and the power of two that it has to be multiplied with.
+
+    Squares of numbers below 1e-162 are zero, and those above 1e154 infinite.
+    """
+    exactly = matrix.astype(np.float64)  # a copy
+    power = int(np.frexp(np.abs(exactly.data).max(initial=0))[1])
+    exactly.data = np.ldexp(exactly.data, -power)
+    return exactly, power
+
 
 def by_svd(factors: Factors, j: sp.csc_array) -> SingularValues:
     """The singular values of J, by LAPACK's gesdd on its nonzero rows and columns.
 
     Memory: one dense copy, and the workspace that gesdd asks for (a few vectors and blocks of them).
     """
-    dense = np.asfortranarray(j.toarray().astype(np.float64))
+    exactly, power = _scaled(j)
+    dense = np.asfortranarray(exactly.toarray())
+    del exactly
     squares = float(np.einsum("ij,ij->", dense, dense))
     values = np.sort(scipy.linalg.svdvals(dense, overwrite_a=True)) if dense.size else np.zeros(0)
     errors = np.full(len(values), SQUARE_ROUNDING * _eps(factors) * values.max(initial=0))
-    return SingularValues(
-        values, 0, factors.count - len(values), errors, _relative(float((values**2).sum()), squares), np.nan
-    )
+    missed = _relative(float((values**2).sum()), squares)
+    return SingularValues(values, 0, factors.count - len(values), errors, missed, np.nan).times(power)
 
 
 def by_gram(factors: Factors, j: sp.csc_array) -> SingularValues:
@@ -83,15 +99,15 @@ def by_gram(factors: Factors, j: sp.csc_array) -> SingularValues:
 
     Memory: that matrix, dense, twice.
     """
-    rows = _of_smaller_side(j)
+    rows, power = _of_smaller_side(j)
     gram = rows @ rows.T
-    return _from_squares(factors, gram.toarray(), 0, factors.count - gram.shape[0])
+    return _from_squares(factors, gram.toarray(), 0, factors.count - gram.shape[0]).times(power)
 
 
-def _of_smaller_side(j: sp.csc_array) -> sp.sparray:
-    """J or its transpose, in float64, with no more rows than columns."""
-    exactly = j.astype(np.float64)
-    return exactly if j.shape[0] <= j.shape[1] else exactly.T
+def _of_smaller_side(j: sp.csc_array) -> tuple[sp.sparray, int]:
+    """J or its transpose, in float64, with no more rows than columns, and scaled as `_scaled` does."""
+    exactly, power = _scaled(j)
+    return (exactly if j.shape[0] <= j.shape[1] else exactly.T), power
 
 
 def by_division(
@@ -122,13 +138,14 @@ def by_division(
         DivisionError: where no curve divides the matrix, or a part of it, or rounding leaves W^T W + d I indefinite.
     """
     kernels: dict[str, Any] = {"at_once": at_once, "each": each}
-    order, shift, uncertainty = factors.order, 0, (0.0, 0.0)
+    order, shift, uncertainty, power = factors.order, 0, (0.0, 0.0), 0
     whole = partial(space.matrix, "whole", order, order)
     if factors.reduction is None:
-        rows = _of_smaller_side(*matrices)
+        rows, power = _of_smaller_side(*matrices)
         _write_gram(sp.csc_array(rows.T), whole())
     else:
         shift = factors.reduction.shift
+        matrices, power = _scaled_factors(factors, *matrices)
 
         def told(what: str) -> dict[str, Any]:
             return kernels | {"tell": partial(tell, f"{what} of order {order:,}")}
@@ -157,7 +174,7 @@ def by_division(
     exact = factors.ones, factors.count - order - factors.ones
     squares = found.values.real
     roots = _roots(factors, squares, trace, norm**2, exact, shift, most=uncertainty, neglected=found.error)
-    return roots, found
+    return roots.times(power), found
 
 
 def _write_gram(w: sp.csc_array, out: Panels) -> None:
@@ -185,6 +202,14 @@ def _inner_columns(v: sp.csc_array, shift: int, turned: Panels, start: int, stop
 
 def _symmetric_eigenvalues(a: Array) -> Array:
     return scipy.linalg.eigvalsh((a + a.T) / 2, overwrite_a=True)
+
+
+def _scaled_factors(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> tuple[list[sp.csc_array], int]:
+    """U and V as `_scaled` has them, where no identity stands beside their product."""
+    if factors.reduction is not None and factors.reduction.shift:
+        return [u, v], 0
+    (u, of_u), (v, of_v) = _scaled(u), _scaled(v)
+    return [u, v], of_u + of_v
 
 
 def _sides(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> tuple[sp.csc_array, sp.csc_array]:
@@ -236,6 +261,7 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
     Memory: three dense matrices of order 2 k (s = 1) or k.
     """
     assert factors.reduction is not None
+    (u, v), power = _scaled_factors(factors, u, v)
     shift, (w, v) = factors.reduction.shift, _sides(factors, u, v)
     size, weight = _norms(w, v, shift)
     gram, order = sp.csc_array(w.T @ w), w.shape[1]
@@ -253,7 +279,7 @@ def by_waist(factors: Factors, u: sp.csc_array, v: sp.csc_array) -> SingularValu
     # pstrf drops what is below `order` times the rounding of W^T W
     most = _uncertainty(size, weight, order if rank < order else 1)
     zeros = factors.count - order - factors.ones
-    return _from_squares(factors, t, factors.ones, zeros, shift, missing=order - rank, most=most)
+    return _from_squares(factors, t, factors.ones, zeros, shift, missing=order - rank, most=most).times(power)
 
 
 def _norm(product: Callable[[Array], Array], order: int, most: float) -> float:
@@ -328,10 +354,11 @@ def certify(factors: Factors, found: SingularValues, difference: float) -> Certi
     """
     dtype = factors.jacobian.dtype
     largest = max(float(found.values.max(initial=0)), 1.0 if found.ones else 0.0)
+    found = replace(found, errors=found.errors + factors.rounding)  # Weyl: so far does the rounding of J move any value
     failures, certified = [], []
     if largest > 0:
-        top = _largest(factors.jacobian)
-        certified.append(top)
+        top = _largest(factors.jacobian, int(np.frexp(largest)[1]))
+        certified.append(replace(top, error=top.error + factors.rounding))
         if not abs(top.value.real - largest) <= RESIDUAL_TOLERANCE[dtype] * largest:
             failures.append(f"the largest is {largest:.9g}, but Lanczos finds {top.value.real:.9g}")
     for name, error in (("squares", found.sum_error), ("squares' squares", found.fourth_error)):
@@ -362,26 +389,28 @@ def certify(factors: Factors, found: SingularValues, difference: float) -> Certi
     )
 
 
-def _largest(jacobian: Linearisation) -> Certified:
-    """The largest singular value, by Lanczos (ARPACK) on products with J and its transpose."""
+def _largest(jacobian: Linearisation, power: int) -> Certified:
+    """The largest singular value, near 2^power, by Lanczos (ARPACK) on products with J and its transpose."""
     x = jacobian.x
 
     def applied(product: Callable[[torch.Tensor], torch.Tensor], v: Array) -> Array:
-        return product(torch.as_tensor(v.reshape(1, -1), dtype=x.dtype, device=x.device))[0].cpu().double().numpy()
+        done = product(torch.as_tensor(v.reshape(1, -1), dtype=x.dtype, device=x.device))[0].cpu().double().numpy()
+        return np.ldexp(done, -power)  # ARPACK squares them
 
     forward, reverse = partial(applied, jacobian.jvp), partial(applied, jacobian.vjp)
     shape = jacobian.m, jacobian.n
     if min(shape) < 3:
         value = np.linalg.norm(np.stack([forward(row) for row in np.eye(jacobian.n)], axis=1), 2)
-        return Certified(complex(value), 0.0, 1.0, 0.0, True)
+        return Certified(complex(np.ldexp(value, power)), 0.0, 1.0, 0.0, True)
     operator = LinearOperator(shape, forward, rmatvec=reverse, dtype=np.dtype(np.float64))
     start = np.random.default_rng(0).standard_normal(min(shape))
     try:
         left, value, right = svds(operator, k=1, v0=start, tol=0 if x.dtype == torch.float64 else 1e-5)
     except ArpackError:
         return Certified(complex("nan"), float("inf"), 1.0, float("inf"), False)
-    residual = float(np.linalg.norm(forward(right[0]) - value[0] * left[:, 0]))
-    return Certified(complex(value[0]), residual, 1.0, residual + torch.finfo(x.dtype).eps * float(value[0]), True)
+    residual = float(np.ldexp(np.linalg.norm(forward(right[0]) - value[0] * left[:, 0]), power))
+    top = float(np.ldexp(value[0], power))
+    return Certified(complex(top), residual, 1.0, residual + torch.finfo(x.dtype).eps * top, True)
 
 
 def _eps(factors: Factors) -> float:

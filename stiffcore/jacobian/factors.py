@@ -6,6 +6,7 @@ through (`stiffcore.jacobian.reduction`), and U (|S| x k) and V (k x n) are smal
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from stiffcore.jacobian.reduction import (
     open_function,
     reduce_opened,
     relative_difference,
+    rounding_of_function,
     structure,
 )
 from stiffcore.study import PROBES, BlockFunction
@@ -41,6 +43,7 @@ class Factors:
         column_items: as `Reduction.column_items`.
         kernel_items: as `Reduction.kernel_items`.
         reason: one line for people.
+        traced: the graph of J's function; None where it has none, or the graph lacks something of J.
     """
 
     jacobian: Linearisation
@@ -51,6 +54,7 @@ class Factors:
     column_items: int
     kernel_items: int
     reason: str
+    traced: fx.GraphModule | None = None
 
     @property
     def count(self) -> int:
@@ -91,6 +95,14 @@ class Factors:
             tell(start + len(at), len(self.columns))
         return [_hstacked(blocks, len(self.rows))]
 
+    @cached_property
+    def rounding(self) -> float:
+        """How far J, as it is computed, is from that of exact arithmetic: see `Reduction.rounding`.
+
+        So far may a singular value be off (Weyl: none moves by more than the 2-norm of what is added).
+        """
+        return rounding_of_function(self.jacobian, self.traced)
+
     def difference(self, matrices: list[csc_array]) -> float:
         """Compare J J^T, on random vectors, with products of the function; the largest relative difference."""
         x = self.jacobian.x
@@ -98,18 +110,22 @@ class Factors:
         inside = torch.zeros(PROBES, self.jacobian.m, dtype=x.dtype)
         inside[:, self.rows] = torch.randn(PROBES, len(self.rows), generator=generator, dtype=x.dtype)
         pulled = self.jacobian.vjp(inside.to(x.device))
+        # squares of numbers below 1e-162 are zero: J^T r is scaled, by a power of two
+        scale = 2.0 ** -np.clip(np.frexp(float(pulled.abs().max()))[1], -1000, 1000)
+        pulled *= scale
         expected = self.jacobian.jvp(pulled).cpu().double().numpy()
         r = inside[:, self.rows].double().numpy().T
         wide = [m.astype(np.float64) for m in matrices]
         if self.reduction is None:
             back = np.zeros((self.jacobian.n, PROBES))
-            back[self.columns] = wide[0].T @ r
+            back[self.columns] = wide[0].T @ r * scale
             found = wide[0] @ back[self.columns]
         else:
             u, v = wide
             back = v.T @ (u.T @ r)
             if self.reduction.shift:
                 back[self.rows] += r
+            back *= scale
             found = u @ (v @ back) + (back[self.rows] if self.reduction.shift else 0)
         everywhere = np.zeros_like(expected)
         everywhere[:, self.rows] = found.T
@@ -140,14 +156,15 @@ def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction
     rows, columns = np.arange(jacobian.m), np.arange(jacobian.n)
     if steps is None:
         why = f"not traced ({untraced})" if graph is None else "an operation is not known"
-        return Factors(jacobian, rows, columns, None, (), items, kernels, f"J itself, by products: {why}")
+        reason = f"J itself, by products: {why}"
+        return Factors(jacobian, rows, columns, None, (), items, kernels, reason, known.module)
     rows = by_position(torch.from_numpy(rows), (1, *steps.destination)).numpy()
     columns = by_position(torch.from_numpy(columns), (1, *steps.source)).numpy()
     everything = Accumulation(steps, columns, rows)
     used = everything.used_rows
     part = Accumulation(steps, columns, used)
     reason = f"J itself: {len(used)} of {jacobian.m} rows are not zero"
-    return Factors(jacobian, used, columns, None, (part,), items, kernels, reason)
+    return Factors(jacobian, used, columns, None, (part,), items, kernels, reason, known.module)
 
 
 def _by_waist(reduction: Reduction, items: int, kernels: int) -> Factors | None:
@@ -165,7 +182,7 @@ def _by_waist(reduction: Reduction, items: int, kernels: int) -> Factors | None:
     index = reduction.index.numpy()
     parts = (Accumulation(tail, index, rows), Accumulation(head, columns, index))
     reason = f"U ({len(rows)} x {len(index)}) and V ({len(index)} x {n}) of the {reduction.reason}"
-    found = Factors(reduction.jacobian, rows, columns, reduction, parts, items, kernels, reason)
+    found = Factors(reduction.jacobian, rows, columns, reduction, parts, items, kernels, reason, reduction.traced)
     return found if 2 * found.order <= len(rows) else None
 
 

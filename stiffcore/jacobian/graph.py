@@ -66,7 +66,10 @@ class FunctionGraph:
         """
         # without cuDNN the operations are the same ones on a device as on the host
         with differentiable_kernels(), torch.backends.cudnn.flags(enabled=False):
-            trace = make_fx(torch.func.functionalize(f), tracing_mode="real", _error_on_data_dependent_ops=False)
+            # of one argument: make_fx would ask for those that f has defaults for
+            trace = make_fx(
+                torch.func.functionalize(lambda v: f(v)), tracing_mode="real", _error_on_data_dependent_ops=False
+            )
             self.module = trace(x.clone())
         nodes = list(self.module.graph.nodes)
         self.input = next(n for n in nodes if n.op == "placeholder")

@@ -7,31 +7,49 @@ derivative from the waist to the sum, and s = 1 where the skip is the identity (
     eig(J) = {s + eig(V[a,S] U[S,a])}, |S| - k ones (where s = 1), and zeros for the rest.
 
 Without a waist, `eig(J) = eig(J[S,S])` and n - |S| zeros. Every reduction is compared with J itself on random
-tangents before it is used, and the next one is taken where it disagrees. Units of the waist that nothing reaches, or
-that reach nothing, are left out: their rows or columns of M are zero, and so are their eigenvalues.
+tangents before it is used, and the next one is taken where they differ by more than their rounding, which is measured
+(`stiffcore.jacobian.rounding`): what a function hides from autograd (`detach`) is in J and not in its graph. Units of
+the waist that nothing reaches, or that reach nothing, are left out: their rows or columns of M are zero, and so are
+their eigenvalues.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
 from scipy.sparse import csc_array
-from torch import Tensor
+from torch import Tensor, fx
 
 from stiffcore.errors import InputError
 from stiffcore.jacobian.accumulation import Accumulation, Steps
 from stiffcore.jacobian.colouring import Colouring, Integers, Reach, ReachError
 from stiffcore.jacobian.graph import FunctionGraph, Waist, by_position, live_items, reach_of
 from stiffcore.jacobian.linearise import Function, Linearisation, complex_product
+from stiffcore.jacobian.rounding import (
+    BEYOND,
+    Comparison,
+    Probes,
+    Rows,
+    few_at_once,
+    is_of_one_precision,
+    length,
+    noise_of,
+    recast,
+    rounding_of,
+    tangents,
+    with_sums,
+)
 from stiffcore.study import PROBES, BlockFunction, Build
 
 # What random tangents may disagree by, relative to the largest entry of J t; rounding stays far below it.
 PROBE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
-# What `r (J t)` and `(r J) t` may differ by; looser in float64, for functions that are less precise inside.
-ADJOINT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+# What an operation raises that knows one precision alone.
+NO_TWIN = (RuntimeError, TypeError, InputError)
 
 
 class NoSpectrumError(InputError):
@@ -73,6 +91,7 @@ class Reduction:
         zeros: exact eigenvalues 0.
         reason: one line for people: why this route, and what it rests on.
         check: largest relative difference from J on random tangents.
+        loss: a size (2-norm) of what the reduction lacks of J, beyond rounding, measured on random tangents.
         column_items: numbers alive at once while one column is computed.
         kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
         head: V, input to waist (waist route only).
@@ -80,6 +99,7 @@ class Reduction:
         mask: (n,) bool, S (waist route with shift only).
         coloured: which columns of M share products; None where that saves none, or the function is not local.
         accumulation: M from the function's kernels; None where it has other operations than those known there.
+        traced: the graph of J's function; None where it has none, or the graph lacks something of J.
     """
 
     jacobian: Linearisation
@@ -97,6 +117,8 @@ class Reduction:
     mask: Tensor | None = None
     coloured: Colouring | None = None
     accumulation: Accumulation | None = None
+    loss: float = 0.0
+    traced: fx.GraphModule | None = None
 
     @property
     def n(self) -> int:
@@ -107,6 +129,66 @@ class Reduction:
     def k(self) -> int:
         """The order of M."""
         return len(self.index)
+
+    @cached_property
+    def exact(self) -> "Reduction | None":
+        """This reduction in float64, of the function with the weights as they are, nothing in it of lower precision.
+
+        Itself, where it is that already; None where the function was not traced, or its graph cannot be run so.
+        Memory: the function's numbers again, in float64.
+        """
+        if self.jacobian.x.dtype == torch.float64 and all(
+            is_of_one_precision(module, torch.float64) for module in self._modules
+        ):
+            return self if self._modules else None
+        return self._in(torch.float64)
+
+    @cached_property
+    def rounding(self) -> float:
+        """How far M, as it is built, is from that of exact arithmetic with the weights as they are, in the 2-norm.
+
+        Measured, no bound, see `stiffcore.jacobian.rounding`: of a float32 run, or of lower precision inside, against
+        `exact`; of float64 from a twin in float32, or, where there is none, from the lack of linearity.
+        """
+        if not self.k:
+            return 0.0
+        exact = None if self.exact is None or self.exact is self else self.exact.rows
+        below = None if self.exact is None else self._below
+        return rounding_of(self.rows, self.jacobian.x, self.k, exact, below)
+
+    def _below(self, stretch: float) -> tuple[Rows, Rows] | None:
+        low = self._in(torch.float32, stretch)
+        high = None if low is None else low._in(torch.float64)
+        return None if low is None or high is None else (low.rows, high.rows)
+
+    @property
+    def _modules(self) -> tuple[fx.GraphModule, ...]:
+        """The graphs that products with M go through; empty where the function was not traced."""
+        parts = [self.traced] if self.head is None or self.tail is None else [self.traced, self.head.f, self.tail.f]
+        return tuple(part for part in parts if isinstance(part, fx.GraphModule))
+
+    def _in(self, dtype: torch.dtype, stretch: float = 1.0) -> "Reduction | None":
+        """This reduction with all numbers and all arithmetic in another precision, at a point stretched by little."""
+        if self.traced is None:
+            return None
+        try:
+            x = (self.jacobian.x * stretch).to(dtype)
+            found = replace(
+                self,
+                jacobian=Linearisation(recast(self.traced, dtype), x, self.jacobian.name),
+                traced=recast(self.traced, dtype),
+                coloured=None,
+                accumulation=None,
+            )
+            if self.head is None or self.tail is None:
+                return found
+            head = Linearisation(recast(cast(fx.GraphModule, self.head.f), dtype), x, self.head.name)
+            tail = Linearisation(recast(cast(fx.GraphModule, self.tail.f), dtype), head.value, self.tail.name)
+            return replace(found, head=head, tail=tail)
+        except torch.OutOfMemoryError:
+            raise
+        except NO_TWIN:
+            return None
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start..stop-1 of M, by one forward-mode product each.
@@ -326,7 +408,7 @@ def reduce_opened(
     """As `reduce_jacobian`, of a square Jacobian from `open_function`."""
     if graph is None:
         return _active(jacobian, graph, untraced)
-    return _smallest(jacobian, graph, split_skip=function is BlockFunction.BLOCK)
+    return _smallest(jacobian, graph, Probes(jacobian), split_skip=function is BlockFunction.BLOCK)
 
 
 def open_function(
@@ -402,13 +484,13 @@ def _branch(graph: FunctionGraph, whole: Linearisation) -> Linearisation:
     branch = Linearisation(graph.between(graph.input, terms, fast=False), whole.x, f"the branch of {whole.name}")
     rest = Linearisation(graph.between(graph.input, [shortcut]), whole.x, f"the shortcut of {whole.name}")
     with _derivatives_of(whole):
-        tangents = _probes(whole.x, whole.n)
-        summed = _chain_slope(graph, end).reshape(-1) * (branch.jvp(tangents) + rest.jvp(tangents))
-        check = relative_difference(summed, whole.jvp(tangents))
-    if not check <= PROBE_TOLERANCE[whole.x.dtype]:
+        probes, slope = Probes(whole), _chain_slope(graph, end).reshape(-1)
+        parts = (few_at_once(part.jvp, probes.tangents) for part in (branch, rest))
+        check = probes.compare(slope * sum(parts))
+    if not check.same:
         raise NoSpectrumError(
             f"the branch of {whole.name}, as read from its graph, and its shortcut do not add up to it (relative "
-            f"difference {check:.1e}): does it hide anything from autograd, as detach() does?",
+            f"difference {check.relative:.1e}): does it hide anything from autograd, as detach() does?",
             whole.n,
             whole.m,
         )
@@ -416,17 +498,25 @@ def _branch(graph: FunctionGraph, whole: Linearisation) -> Linearisation:
 
 
 def _check_derivatives(jacobian: Linearisation) -> None:
+    """Compare C (J T^T) with (C J) T^T, for a few random rows C and T, by their rounding.
+
+    Raises:
+        InputError: where these disagree, or are not finite.
+    """
+    x = jacobian.x
+    inside, outside = with_sums(tangents(x, jacobian.n, 2)), with_sums(tangents(x, jacobian.m, 2, seed=1))
     with _derivatives_of(jacobian):
-        tangent = _probes(jacobian.x, jacobian.n)[:1]
-        cotangent = _probes(jacobian.x, jacobian.m)[-1:]
-        forward, reverse = jacobian.jvp(tangent), jacobian.vjp(cotangent)
+        forward, reverse = jacobian.jvp(inside).double(), jacobian.vjp(outside).double()
     if not bool(torch.isfinite(forward).all() and torch.isfinite(reverse).all()):
         raise InputError(f"{jacobian.name}: its derivative at this input is not finite")
-    a, b = cotangent * forward, reverse * tangent
-    gap = float((a.sum() - b.sum()).abs()) / max(float(a.abs().sum()), float(b.abs().sum()), 1e-30)
-    if not gap <= ADJOINT_TOLERANCE[jacobian.x.dtype]:
+    a, b = outside.double() @ forward.T, reverse @ inside.double().T
+    gap, noise = length((a - b).reshape(-1, 1)), length(noise_of(forward)) + length(noise_of(reverse))
+    # the rounding of entries, of which a number a or b is a random sum
+    noise += torch.finfo(x.dtype).eps * (length(forward) + length(reverse))
+    if not gap <= BEYOND * noise:
+        relative = gap / max(length(a.reshape(-1, 1)), length(b.reshape(-1, 1)))
         raise InputError(
-            f"{jacobian.name}: its forward and reverse derivatives disagree (by {gap:.1e}): is there a "
+            f"{jacobian.name}: its forward and reverse derivatives disagree (by {relative:.1e}): is there a "
             "torch.no_grad() inside, a custom autograd.Function with a wrong jvp, or low precision?"
         )
 
@@ -442,12 +532,12 @@ def _derivatives_of(jacobian: Linearisation) -> Iterator[None]:
         raise InputError(f"{jacobian.name} cannot be differentiated: {reason}") from error
 
 
-def _smallest(jacobian: Linearisation, graph: FunctionGraph, *, split_skip: bool) -> Reduction:
+def _smallest(jacobian: Linearisation, graph: FunctionGraph, probes: Probes, *, split_skip: bool) -> Reduction:
     end = graph.activation_start(graph.output)
     try:
         slope = _chain_slope(graph, end)
     except InputError as error:
-        return _active(jacobian, graph, str(error))
+        return _active(jacobian, graph, str(error), probes=probes)
     identity, others = graph.residual_sum(end)
     active = int(torch.count_nonzero(slope))
     shift, ends, why_not = 0, [graph.output], ""
@@ -463,38 +553,44 @@ def _smallest(jacobian: Linearisation, graph: FunctionGraph, *, split_skip: bool
             if len(waist.active) >= active:
                 break
             try:
-                found = _from_waist(jacobian, graph, waist, ends, slope, shift)
+                found, check = _from_waist(jacobian, graph, probes, waist, ends, slope, shift)
             except torch.OutOfMemoryError:
                 raise
             except (ValueError, RuntimeError) as error:  # costs the reduction, never the result
                 why_not = f"the waist {waist.node.name} cannot be used ({str(error).splitlines()[0][:80]})"
                 continue
-            if found.check <= PROBE_TOLERANCE[jacobian.x.dtype]:
+            if check.same:
                 return found
-            why_not = f"the waist failed its check on random tangents ({found.check:.1e})"
-    return _active(jacobian, graph, why_not or "no waist smaller than the active outputs", slope)
+            why_not = f"the waist failed its check on random tangents ({check.relative:.1e})"
+    return _active(jacobian, graph, why_not or "no waist smaller than the active outputs", slope, probes)
 
 
 def _from_waist(
-    jacobian: Linearisation, graph: FunctionGraph, waist: Waist, ends: list, slope: Tensor, shift: int
-) -> Reduction:
+    jacobian: Linearisation,
+    graph: FunctionGraph,
+    probes: Probes,
+    waist: Waist,
+    ends: list,
+    slope: Tensor,
+    shift: int,
+) -> tuple[Reduction, Comparison]:
     n, x = jacobian.n, jacobian.x
     into, out = graph.between(graph.input, [waist.node]), graph.between(waist.node, ends)
     head = Linearisation(into, x, "input to waist")
     tail = Linearisation(out, head.value, "waist to sum")
     mask = (slope != 0).reshape(-1) if shift else None
-    tangents = _probes(x, n)
-    interior = head.jvp(tangents)
-    pulled = tail.vjp(tangents if mask is None else tangents * mask)
+    interior = few_at_once(head.jvp, probes.tangents)
+    pulled = tail.vjp(_probes(x, n) if mask is None else _probes(x, n) * mask)
     live = (interior != 0).any(dim=0) & (pulled != 0).any(dim=0)
     index = waist.active.to(x.device)
     index = index[live[index]]
     k = len(index)
     dropped = torch.ones_like(live).index_fill_(0, index, False)
     interior[:, dropped] = 0
-    reduced = tail.jvp(interior) + shift * tangents
+    reduced = few_at_once(tail.jvp, interior) + shift * probes.tangents
     if mask is not None:
         reduced = reduced * mask
+    check = probes.compare(reduced)
     ones = int(mask.sum()) - k if mask is not None else 0
     skip = "identity skip split off" if shift else "no skip to split off"
     found = Reduction(
@@ -505,12 +601,14 @@ def _from_waist(
         ones=ones,
         zeros=n - k - ones,
         reason=f"waist of {waist.size} units ({waist.node.name}), {k} active; {skip}",
-        check=relative_difference(reduced, jacobian.jvp(tangents)),
+        check=check.relative,
         column_items=max(live_items(into), live_items(out)) + waist.size + n,
         kernel_items=graph.kernel_items,
         head=head,
         tail=tail,
         mask=mask,
+        loss=check.loss,
+        traced=graph.between(graph.input, [graph.output]),
     )
     before, after = Steps.of(out, head.value), Steps.of(into, x)
     if before is not None and after is not None and before.destination == after.source:
@@ -519,48 +617,57 @@ def _from_waist(
         found = _accumulated(found, before.then(after))
     first, second = reach_of(out), reach_of(into)
     if first is None or second is None or first.destination != second.source:
-        return found
-    return _coloured(found, first.then(second))
+        return found, check
+    return _coloured(found, first.then(second)), check
 
 
-def _active(jacobian: Linearisation, graph: FunctionGraph | None, why: str, slope: Tensor | None = None) -> Reduction:
+def _active(
+    jacobian: Linearisation,
+    graph: FunctionGraph | None,
+    why: str,
+    slope: Tensor | None = None,
+    probes: Probes | None = None,
+) -> Reduction:
     if slope is None or bool((slope != 0).all()):
-        return _full(jacobian, f"full matrix: {why}", graph)
+        return _full(jacobian, f"full matrix: {why}", graph, probes)
     mask = (slope != 0).reshape(-1)
-    products = jacobian.jvp(_probes(jacobian.x, jacobian.n))
-    check = relative_difference(products * mask, products)
-    if not check <= PROBE_TOLERANCE[jacobian.x.dtype]:
-        return _full(jacobian, f"full matrix: {why}; rows of inactive outputs are not zero ({check:.1e})", graph)
-    known = structure(jacobian, graph)
-    index = by_position(torch.nonzero(mask).reshape(-1), known.shape)
-    found = Reduction(
-        jacobian=jacobian,
-        route=Route.ACTIVE,
-        shift=0,
-        index=index,
-        ones=0,
-        zeros=jacobian.n - len(index),
-        reason=f"active outputs, {len(index)} of {jacobian.n}: {why}",
-        check=check,
-        column_items=known.column_items,
-        kernel_items=known.kernel_items,
-    )
-    return _coloured(_accumulated(found, known.steps), known.reach)
+    probes = probes or Probes(jacobian)
+    check = probes.compare(probes.products * mask)
+    if not check.same:
+        note = f"{why}; rows of inactive outputs are not zero ({check.relative:.1e})"
+        return _full(jacobian, f"full matrix: {note}", graph, probes)
+    units = torch.nonzero(mask).reshape(-1)
+    reason = f"active outputs, {len(units)} of {jacobian.n}: {why}"
+    return _direct(jacobian, Route.ACTIVE, units, reason, structure(jacobian, graph, probes), check)
 
 
-def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None) -> Reduction:
-    known = structure(jacobian, graph)
+def _full(jacobian: Linearisation, reason: str, graph: FunctionGraph | None, probes: Probes | None = None) -> Reduction:
+    units = torch.arange(jacobian.n, device=jacobian.x.device)
+    return _direct(jacobian, Route.FULL, units, reason, structure(jacobian, graph, probes))
+
+
+def _direct(
+    jacobian: Linearisation,
+    route: Route,
+    units: Tensor,
+    reason: str,
+    known: "Structure",
+    check: Comparison | None = None,
+) -> Reduction:
+    """J itself, at some of its rows and columns; all others are zero."""
     found = Reduction(
         jacobian=jacobian,
-        route=Route.FULL,
+        route=route,
         shift=0,
-        index=by_position(torch.arange(jacobian.n, device=jacobian.x.device), known.shape),
+        index=by_position(units, known.shape),
         ones=0,
-        zeros=0,
+        zeros=jacobian.n - len(units),
         reason=reason,
-        check=0.0,
+        check=0.0 if check is None else check.relative,
         column_items=known.column_items,
         kernel_items=known.kernel_items,
+        loss=0.0 if check is None else check.loss,
+        traced=known.module,
     )
     return _coloured(_accumulated(found, known.steps), known.reach)
 
@@ -574,7 +681,8 @@ class Structure:
         kernel_items: numbers in its largest kernel.
         shape: of its output, or of the feature map that its output is a view of: what orders its units.
         reach: from its input to its output; None where that is not known.
-        steps: the same, for accumulation.
+        steps: the same, for accumulation; None, too, where the graph lacks something of J.
+        module: the function, as traced; None where it was not, or the graph lacks something of J.
     """
 
     column_items: int
@@ -582,19 +690,59 @@ class Structure:
     shape: tuple[int, ...]
     reach: Reach | None
     steps: Steps | None
+    module: fx.GraphModule | None
 
 
-def structure(jacobian: Linearisation, graph: FunctionGraph | None) -> Structure:
+def structure(jacobian: Linearisation, graph: FunctionGraph | None, probes: Probes | None = None) -> Structure:
     """Read the structure of a function from its graph, where there is one."""
     shape = tuple(jacobian.value.shape)
     if graph is None:  # nothing to count: eight copies of input and output hold any block seen so far
-        return Structure(8 * (jacobian.n + jacobian.m), 0, shape, None, None)
+        return Structure(8 * (jacobian.n + jacobian.m), 0, shape, None, None, None)
     module = graph.between(graph.input, [graph.output])
     items = live_items(module) + jacobian.n + jacobian.m
     reach, steps = reach_of(module), Steps.of(module, jacobian.x)
     if (local := steps or reach) is not None:
         shape = (1, *local.destination)
-    return Structure(items, graph.kernel_items, shape, reach, steps)
+    whole = _is_graph_of(module, jacobian, probes or Probes(jacobian))
+    return Structure(items, graph.kernel_items, shape, reach, steps if whole else None, module if whole else None)
+
+
+def rounding_of_function(jacobian: Linearisation, traced: fx.GraphModule | None) -> float:
+    """How far products with J are from those of exact arithmetic, in the 2-norm; see `Reduction.rounding`."""
+    x = jacobian.x
+    if traced is None:
+        return rounding_of(jacobian.jvp, x, jacobian.n)
+
+    def twin(dtype: torch.dtype, at: Tensor, module: fx.GraphModule) -> Linearisation | None:
+        try:
+            return Linearisation(recast(module, dtype), at.to(dtype), jacobian.name)
+        except torch.OutOfMemoryError:
+            raise
+        except NO_TWIN:
+            return None
+
+    def below(stretch: float) -> tuple[Rows, Rows] | None:
+        low = twin(torch.float32, x * stretch, traced)
+        high = None if low is None else twin(torch.float64, low.x, cast(fx.GraphModule, low.f))
+        return None if low is None or high is None else (low.jvp, high.jvp)
+
+    if x.dtype == torch.float64 and is_of_one_precision(traced, torch.float64):
+        return rounding_of(jacobian.jvp, x, jacobian.n, None, below)
+    exact = twin(torch.float64, x, traced)
+    if exact is None:
+        return rounding_of(jacobian.jvp, x, jacobian.n)
+    return rounding_of(jacobian.jvp, x, jacobian.n, exact.jvp, below)
+
+
+def _is_graph_of(module: fx.GraphModule, jacobian: Linearisation, probes: Probes) -> bool:
+    """Whether a graph has the derivative J: what is hidden from autograd is in no graph."""
+    products = Linearisation(module, jacobian.x, f"the graph of {jacobian.name}")
+    try:
+        return probes.compare(few_at_once(products.jvp, probes.tangents)).same
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operation of the graph that has no forward derivative
+        return False
 
 
 def _accumulated(reduction: Reduction, steps: Steps | None) -> Reduction:

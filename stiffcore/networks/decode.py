@@ -25,9 +25,7 @@ _PIXEL_BYTES = 12
 _SIXTEEN_BITS = 65535 // 255
 
 
-def read_image(
-    path: Path, allowed: int, images: int = 1, prepare: Callable[[Image.Image], Image.Image] | None = None
-) -> np.ndarray:
+def read_image(path: Path, allowed: int, prepare: Callable[[Image.Image], Image.Image] | None = None) -> np.ndarray:
     """The pixels of an image file, upright as its EXIF orientation says.
 
     Grey images of 16 bits are scaled to 8 (`v // 257`); of colours with 16 bits the high byte is taken. Palettes, grey,
@@ -35,8 +33,7 @@ def read_image(
 
     Args:
         path: the file; its content, not its name, decides how it is read.
-        allowed: bytes that all images may take while they are decoded.
-        images: how many of this size there will be.
+        allowed: bytes that it may take while it is decoded.
         prepare: what is done to the RGB image, if anything.
 
     Returns:
@@ -49,7 +46,7 @@ def read_image(
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            problem = _too_large(image, allowed, images) or _problem(image)
+            problem = _too_large(image, allowed) or _problem(image)
             if not problem:
                 upright = ImageOps.exif_transpose(image)
                 rgb = _from_sixteen_bits(upright) if _is_deep(image) else upright.convert("RGB")
@@ -62,14 +59,14 @@ def read_image(
     raise InputError(f"{path} {problem}")
 
 
-def _too_large(image: Image.Image, allowed: int, images: int) -> str:
+def _too_large(image: Image.Image, allowed: int) -> str:
     pixels = image.width * image.height
-    needed = pixels * (_PIXEL_BYTES + 3 * (images - 1))
+    needed = pixels * _PIXEL_BYTES
     if needed <= allowed:
         return ""
     return (
-        f"has {image.width} x {image.height} pixels: to decode {images} of this size takes {format_bytes(needed)}, "
-        f"{format_bytes(allowed)} are allowed: make it smaller, choose fewer images, or give more --memory"
+        f"has {image.width} x {image.height} pixels: to decode it takes {format_bytes(needed)}, "
+        f"{format_bytes(allowed)} are allowed: make it smaller, or give more --memory"
     )
 
 

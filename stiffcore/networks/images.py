@@ -2,10 +2,9 @@
 
 import importlib.metadata
 import importlib.util
-import math
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from stiffcore.errors import InputError, refuse
 from stiffcore.memory import default_allowed_bytes
+from stiffcore.networks import archive
 from stiffcore.networks.decode import OTHER_SUFFIXES, SUFFIXES, read_image
 from stiffcore.study import format_bytes, image_digest
 
@@ -32,8 +32,34 @@ NORMALIZE: dict[str, tuple[_Triple, _Triple]] = {
 SOURCES = "samples, imagenet-samples, cifar10, a .npz file with x and y, or a folder of class folders"
 
 _LISTED = 5
-# what deflate makes of its input at most, and a header of numpy's
-_MOST_INFLATED, _HEADER_BYTES = 1032, 16384
+
+
+class Pixels:
+    """Images of a source, read one at a time when they are asked for; otherwise as an array of them.
+
+    Attributes:
+        shape: (N, H, W, 3).
+        dtype: uint8.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, shape: Sequence[int], read: Callable[[int], np.ndarray]) -> None:
+        """Of so many images; `read` gives the one at a position, (H, W, 3) uint8."""
+        self.shape = tuple(shape)
+        self.ndim = len(self.shape)
+        self._read = read
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._read(i)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.stack([self[i] for i in range(len(self))]).astype(dtype or self.dtype, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +67,8 @@ class Images:
     """A few images, their labels, and where each lies in its source; checked on construction.
 
     Attributes:
-        x: (N, H, W, 3) uint8; or floating (N, ...) where given from Python, already as the network takes
-            them.
+        x: (N, H, W, 3) uint8, of a source read one at a time (`x[i]`); or floating (N, ...) where given from Python,
+            already as the network takes them.
         y: (N,) int64, -1 where unknown.
         index: (N,) int64, index in the source.
         source: one line for people.
@@ -51,7 +77,7 @@ class Images:
         InputError: an array of the wrong dtype or shape, or values that are not finite.
     """
 
-    x: np.ndarray
+    x: np.ndarray | Pixels
     y: NDArray[np.int64]
     index: NDArray[np.int64]
     source: str
@@ -68,6 +94,14 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.x[i] for i in range(len(self)))
+
+    def every(self, first: int, step: int) -> "Images":
+        """Every so many-th image of an array, from one on; no image is copied."""
+        assert isinstance(self.x, np.ndarray)
+        return Images(self.x[first::step], self.y[first::step], self.index[first::step], self.source)
 
     def digest(self, i: int) -> str:
         """SHA-256, in hexadecimal, of the dtype, shape and bytes of one image.
@@ -117,7 +151,9 @@ def load_images(
     per_label: int | None = None,
     allowed: int | None = None,
 ) -> Images:
-    """The asked-for images of a source, and no others: only those are decoded.
+    """The asked-for images of a source, and no others: only those are decoded, one at a time, and none is kept.
+
+    Each is decoded here once, so that what is wrong is known at once, and again where it is asked for.
 
     Args:
         source: "samples" (the first twenty CIFAR-10 test images, from foolbox); "imagenet-samples" (its photographs
@@ -130,8 +166,8 @@ def load_images(
         count: the first so many; 1 where nothing is asked for.
         index: these, in this order.
         per_label: the first so many of each known label in the source, in source order.
-        allowed: bytes that they may take; None: 80 % of what is free. A file that declares more is refused before
-            anything is allocated.
+        allowed: bytes that an image may take while it is decoded; None: 80 % of what is free. A file that declares
+            more is refused before anything is allocated.
 
     Raises:
         InputError: more than one of `count`, `index` and `per_label`; a source that is unknown, not there or
@@ -148,11 +184,11 @@ def load_images(
 
 @dataclass(frozen=True)
 class _Source:
-    """Labels (N,) int64 of everything there is, and how to read the images at some positions."""
+    """Labels (N,) int64 of everything there is, and how to read the images at some positions, which are checked."""
 
     name: str
     labels: NDArray[np.int64]
-    read: Callable[[NDArray[np.int64]], np.ndarray]
+    read: Callable[[NDArray[np.int64]], Pixels]
 
 
 def _open(source: str, data_root: Path | None, download: bool, allowed: int) -> _Source:
@@ -212,65 +248,54 @@ def _open_cifar10(data_root: Path | None, download: bool) -> _Source:
             f"CIFAR-10 is not (or not intact) in {data_root} ({type(error).__name__}: {error}): {wish} "
             f"the files of cifar-10-python.tar.gz in {Path(data_root, CIFAR10.base_folder)}"
         ) from error
-    return _Source("cifar10 test set", np.asarray(data.targets, dtype=np.int64), lambda chosen: data.data[chosen])
+    return _Source("cifar10 test set", np.asarray(data.targets, dtype=np.int64), partial(_chosen, data.data))
+
+
+def _chosen(x: np.ndarray | archive.Member, chosen: NDArray[np.int64]) -> Pixels:
+    return Pixels((len(chosen), *x.shape[1:]), lambda i: x[int(chosen[i])])
 
 
 def _open_npz(path: Path, allowed: int) -> _Source:
     if not path.is_file():
         raise InputError(f"there is no file {path}: check the path")
-    arrays, problems = _read_npz(path, allowed)
-    refuse(problems or _npz_problems(arrays), f"{path} is not usable:")
-    x, y = arrays["x"], arrays["y"].astype(np.int64)
-    return _Source(str(path), y, lambda chosen: x[chosen])
-
-
-def _read_npz(path: Path, allowed: int) -> tuple[dict[str, np.ndarray], list[str]]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            wanted = [key for key in ("x", "y") if key in names]
-            there = f"it has {', '.join(map(repr, names)) or 'none'}"
-            problems = [
-                f"{path} has no array {key!r} ({there}): save x (N, H, W, 3) uint8 and y (N,)"
-                for key in ("x", "y")
-                if key not in names
-            ]
-            problems += [text for key in wanted if (text := _oversized(path, archive, key, allowed))]
-        if problems:
-            return {}, problems
-        with np.load(path, allow_pickle=False) as stored:
-            return {key: stored[key] for key in wanted}, []
+        x, y, problems = _read_npz(path, allowed)
     except Exception as error:  # a damaged archive raises nearly anything
-        return {}, [f"{path} is damaged, or holds Python objects, which are not read ({error}): save plain arrays"]
+        raise InputError(
+            f"{path} is damaged, or holds Python objects, which are not read ({error}): save plain arrays"
+        ) from error
+    refuse(problems, f"{path} is not usable:")
+    return _Source(str(path), y.astype(np.int64), partial(_chosen, x))
 
 
-def _oversized(path: Path, archive: zipfile.ZipFile, key: str, allowed: int) -> str:
-    """Why an array of an archive is not read: it declares more than its bytes can be, or than is allowed."""
-    member = archive.getinfo(f"{key}.npy")
-    with archive.open(member) as stream:
-        major, _ = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-    declared = math.prod(shape) * dtype.itemsize
-    held = min(member.file_size, _MOST_INFLATED * min(member.compress_size, path.stat().st_size) + _HEADER_BYTES)
-    if dtype.hasobject:
-        raise ValueError(f"{key} is an array of objects")
-    if declared > held:
-        return f"{path}: {key} declares {format_bytes(declared)}, the file holds {format_bytes(held)} at most: damaged"
-    if declared > allowed:
-        return (
-            f"{path}: {key} takes {format_bytes(declared)}, {format_bytes(allowed)} are allowed: "
-            "save fewer images, or give more --memory"
-        )
-    return ""
+def _read_npz(path: Path, allowed: int) -> tuple[Any, np.ndarray, list[str]]:
+    """x, which is read entry by entry where it can be; y; and what is wrong with them."""
+    names, nothing = archive.names(path), np.zeros(0)
+    absent = [key for key in ("x", "y") if key not in names]
+    if absent:
+        there = f"it has {', '.join(map(repr, names)) or 'none'}"
+        shown = [f"{path} has no array {key!r} ({there}): save x (N, H, W, 3) uint8 and y (N,)" for key in absent]
+        return None, nothing, shown
+    x, labels = (archive.Member(path, key) for key in ("x", "y"))
+    problems = [problem for member in (x, labels) if (problem := member.problem())]
+    held = labels.nbytes + (x.nbytes if x.fortran else x.nbytes // max([1, *x.shape[:1]]))
+    if not problems and held > allowed:
+        taken = f"{'x, column-major, takes' if x.fortran else 'an image and y take'} {format_bytes(held)}"
+        problems = [f"{path}: {taken}, {format_bytes(allowed)} are allowed: save less, or give more --memory"]
+    if problems:
+        return None, nothing, problems
+    problems = _npz_problems(x, labels)
+    if problems:
+        return None, nothing, problems
+    x.check()
+    return archive.whole(path, "x") if x.fortran else x, archive.whole(path, "y"), []
 
 
-def _npz_problems(arrays: dict[str, np.ndarray]) -> list[str]:
-    x, y = arrays["x"], arrays["y"]
+def _npz_problems(x: archive.Member, y: archive.Member) -> list[str]:
     problems = []
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
+    if x.dtype != np.uint8 or len(x.shape) != 4 or x.shape[-1] != 3 or 0 in x.shape:
         problems.append(f"x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3)")
-    if y.dtype.kind not in "iu" or y.ndim != 1:
+    if y.dtype.kind not in "iu" or len(y.shape) != 1:
         problems.append(f"y is {y.dtype} {y.shape}, it must be integers (N,)")
     elif y.shape != x.shape[:1]:
         problems.append(f"y has {y.shape[0]} labels for an x of shape {x.shape}: one label an image")
@@ -313,20 +338,27 @@ def _files_source(
     allowed: int,
     prepare: Callable[[Image.Image], Image.Image] | None = None,
 ) -> _Source:
-    def read(chosen: NDArray[np.int64]) -> np.ndarray:
-        return _decode([files[i] for i in chosen], allowed, prepare)
+    def read(chosen: NDArray[np.int64]) -> Pixels:
+        paths = [files[i] for i in chosen]
+        shape = _shape_of_all(paths, allowed, prepare)
+        return Pixels((len(paths), *shape), lambda i: read_image(paths[i], allowed, prepare))
 
     return _Source(name, np.asarray(labels, dtype=np.int64), read)
 
 
-def _decode(paths: list[Path], allowed: int, prepare: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
-    images = [read_image(path, allowed, len(paths), prepare) for path in paths]
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape:
+def _shape_of_all(
+    paths: list[Path], allowed: int, prepare: Callable[[Image.Image], Image.Image] | None
+) -> tuple[int, ...]:
+    first = None
+    for path in paths:
+        image = read_image(path, allowed, prepare)
+        first = image if first is None else first
+        if image.shape != first.shape:
             raise InputError(
-                f"{path} is {_size(image)} but {paths[0]} is {_size(images[0])}: all images must have one size"
+                f"{path} is {_size(image)} but {paths[0]} is {_size(first)}: all images must have one size"
             )
-    return np.stack(images)
+    assert first is not None
+    return first.shape
 
 
 def _size(image: np.ndarray) -> str:
@@ -436,7 +468,7 @@ def _whole(labels: np.ndarray) -> NDArray[np.int64]:
     return labels.astype(np.int64)
 
 
-def _pixel_problems(array: np.ndarray, axis: int, what: str) -> list[str]:
+def _pixel_problems(array: np.ndarray | Pixels, axis: int, what: str) -> list[str]:
     """What keeps `array` from being images, whose own axes begin at `axis`."""
     shape = "(N, H, W, 3)" if axis else "(H, W, 3)"
     if array.dtype == np.uint8:
@@ -448,7 +480,8 @@ def _pixel_problems(array: np.ndarray, axis: int, what: str) -> list[str]:
     if array.dtype not in (np.float16, np.float32, np.float64):
         hint = ": scale its numbers to 0..255 as uint8" if array.dtype.kind in "iu" else ""
         return [f"{what} is {array.dtype} {array.shape}, it must be uint8 {shape} or floating{hint}"]
-    bad = int(array.size - np.isfinite(array).sum())
+    assert isinstance(array, np.ndarray)
+    bad = sum(int(values.size - np.isfinite(values).sum()) for values in (array if axis else array[None]))
     return [f"{what} has {bad} values that are NaN or infinite"] if bad else []
 
 

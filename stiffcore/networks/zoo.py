@@ -10,23 +10,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from stiffcore.errors import InputError, refuse
 from stiffcore.networks.checkpoint import (
-    common_prefix,
+    aligned,
     fit_state,
+    precision,
     read_checkpoint,
     refuse_nonfinite,
     weights_digest,
 )
+from stiffcore.networks.cifar import CifarResNet
+from stiffcore.networks.copying import copy_module
 from stiffcore.study import Pool
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
+CIFAR_RESNETS = {f"resnet{6 * blocks + 2}": blocks for blocks in (3, 5, 7, 9, 18)}
+"""Those with three stages, of 16, 32 and 64 channels, by blocks a stage: see `CifarResNet`."""
 
 _FACTORY_FORM = "package.module:factory"
 _RANDOM = "random"
@@ -79,7 +86,9 @@ def bundled_weights(network: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def load_network(network: str, weights: Path | None, dtype: torch.dtype, pool: str = "auto") -> Network:
+def load_network(
+    network: str, weights: Path | None, dtype: torch.dtype, pool: str = "auto", allowed: int | None = None
+) -> Network:
     """A name and a checkpoint become a network; equal arguments give equal weights, random ones included.
 
     A ResNet's stem (3x3 or 7x7) and number of classes come from the checkpoint's shapes. The key names of
@@ -88,11 +97,12 @@ def load_network(network: str, weights: Path | None, dtype: torch.dtype, pool: s
     gets the same network. The current folder is importable for it, as under `python -m`.
 
     Args:
-        network: one of `RESNETS`, or `package.module:factory`.
+        network: one of `RESNETS` or `CIFAR_RESNETS`, or `package.module:factory`.
         weights: a checkpoint (`checkpoint.read_checkpoint`); None for the bundled one, or for a factory's
             own; the word "random" for a ResNet with random weights of seed 0, a 3x3 stem and ten classes.
         dtype: floating dtype of the result.
         pool: "max" or "none" forces a ResNet's max-pool; "auto" keeps it but for pytorch-cifar checkpoints.
+        allowed: bytes, see `checkpoint.read_checkpoint`.
 
     Raises:
         InputError: an unknown name or option, a checkpoint that cannot be read or does not fit, or a factory
@@ -103,22 +113,23 @@ def load_network(network: str, weights: Path | None, dtype: torch.dtype, pool: s
     is_factory, is_random = ":" in network, weights is not None and str(weights) == _RANDOM
     _check_request(network, dtype, pool, is_factory, is_random)
     if is_factory:
-        return _load_factory(network, weights, dtype)
+        return _load_factory(network, weights, dtype, allowed)
+    if network in CIFAR_RESNETS:
+        return _load_cifar_resnet(network, weights, dtype, allowed)
     if is_random:
         return _random_resnet(network, dtype, pool)
-    return _load_resnet(network, weights or _bundled(network), dtype, pool)
+    return _load_resnet(network, weights or _bundled(network), dtype, pool, allowed)
 
 
 def wrap_network(module: nn.Module, dtype: torch.dtype) -> Network:
     """A module given from Python becomes a network; the module itself is copied and never changed.
 
     Args:
-        module: any module whose parameters are real and finite.
-        dtype: floating dtype of the copy.
+        module: any module whose parameters are finite.
+        dtype: floating dtype of the copy; complex parameters and buffers take the complex type of that precision.
 
     Raises:
-        InputError: not a module, not copyable, on the meta device, complex, or with values that are not
-            finite.
+        InputError: not a module, not copyable, on the meta device, or with values that are not finite.
 
     Memory: one copy of the module in its own dtype, cast tensor by tensor.
     """
@@ -126,16 +137,10 @@ def wrap_network(module: nn.Module, dtype: torch.dtype) -> Network:
     if not isinstance(module, nn.Module):
         raise InputError(f"a network must be a torch.nn.Module, found a {name}")
     refuse(_dtype_problems(dtype))
-    _check_tensors(module, name)
+    check_tensors(module, name)
     digest = weights_digest(_tensors(module))
-    try:
-        copied = copy.deepcopy(module)
-    except Exception as error:  # what a user's module raises on copying is anything
-        raise InputError(
-            f"{name} cannot be copied ({type(error).__name__}: {error}): give it with plain parameters, "
-            "or by name as package.module:factory"
-        ) from error
-    _settle(copied, dtype, name)
+    copied = copy_module(module)
+    settle(copied, dtype, name)
     return Network(copied, name, "in memory", digest, "none", _describe(copied, name))
 
 
@@ -144,10 +149,13 @@ def wrap_network(module: nn.Module, dtype: torch.dtype) -> Network:
 
 def _check_request(network: str, dtype: torch.dtype, pool: str, is_factory: bool, is_random: bool) -> None:
     problems = _dtype_problems(dtype)
-    if not is_factory and network not in RESNETS:
-        problems.append(f"unknown network {network!r}: use one of {', '.join(RESNETS)}, or {_FACTORY_FORM}")
+    if not is_factory and network not in (*RESNETS, *CIFAR_RESNETS):
+        known = ", ".join((*RESNETS, *CIFAR_RESNETS))
+        problems.append(f"unknown network {network!r}: use one of {known}, or {_FACTORY_FORM}")
     if pool not in list(Pool):
         problems.append(f"unknown pool {pool!r}: use one of {', '.join(Pool)}")
+    elif network in CIFAR_RESNETS and pool == "max":
+        problems.append(f"pool 'max' is for {', '.join(RESNETS)} only: {network} has no max-pool")
     elif is_factory and pool != "auto":
         problems.append(f"pool {pool!r} is for {', '.join(RESNETS)} only: let {network} build its own pooling")
     if is_factory and is_random:
@@ -173,11 +181,11 @@ def _bundled(network: str) -> Path:
 # ----------------------------------------------------------------------------------------------- resnets
 
 
-def _load_resnet(network: str, path: Path, dtype: torch.dtype, pool: str) -> Network:
-    original = read_checkpoint(path)
+def _load_resnet(network: str, path: Path, dtype: torch.dtype, pool: str, allowed: int | None) -> Network:
+    original = read_checkpoint(path, allowed)
     # The digest is of the names as found: they decide on the max-pool, so they are part of what was given.
     digest = weights_digest(original)
-    state, is_renamed = _from_pytorch_cifar(original, path)
+    state, is_renamed = _from_pytorch_cifar(aligned(original, ()), path)
     kernel, classes = _stem_and_classes(state, path)
     pooled = pool == "max" or (pool == "auto" and not is_renamed)
     module = copy.deepcopy(_empty(network, kernel, classes, pooled))
@@ -192,8 +200,26 @@ def _random_resnet(network: str, dtype: torch.dtype, pool: str) -> Network:
     with _seeded():
         module = _build(network, 3, _RANDOM_CLASSES, pooled=pool != "none")
     digest = weights_digest(module.state_dict())
-    _settle(module, dtype, network)
+    settle(module, dtype, network)
     return _resnet(module, network, _RANDOM, digest, 3)
+
+
+def _load_cifar_resnet(network: str, path: Path | None, dtype: torch.dtype, allowed: int | None) -> Network:
+    if path is None:
+        raise InputError(f"stiffcore ships no checkpoint for {network}: give one with --weights, or --weights random")
+    state = None if str(path) == _RANDOM else read_checkpoint(path, allowed)
+    given = {} if state is None else aligned(state, ())
+    head = given.get("linear.weight")
+    classes = _RANDOM_CLASSES if head is None or head.ndim != 2 else len(head)
+    with _seeded():
+        module = CifarResNet(CIFAR_RESNETS[network], classes)
+    digest = weights_digest(module.state_dict() if state is None else state)
+    if state is not None:
+        fit_state(module, given, dtype, str(path))
+    settle(module, dtype, network)
+    # as pytorch_resnet_cifar10, whose checkpoints are in use, has normalised its images
+    details = _describe(module, f"{network}: three stages, shortcuts without weights, {classes} classes")
+    return Network(module, network, str(path), digest, "imagenet", details)
 
 
 def _resnet(module: nn.Module, network: str, weights: str, digest: str, kernel: int) -> Network:
@@ -264,19 +290,17 @@ def _hint(network: str, state: Mapping[str, Tensor]) -> str:
 # --------------------------------------------------------------------------------------------- factories
 
 
-def _load_factory(name: str, path: Path | None, dtype: torch.dtype) -> Network:
+def _load_factory(name: str, path: Path | None, dtype: torch.dtype, allowed: int | None) -> Network:
     with _seeded():
         module = _call_factory(name)
     if path is None:
-        _check_tensors(module, name)
+        check_tensors(module, name)
         digest = weights_digest(_tensors(module))
     else:
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, allowed)
         digest = weights_digest(state)
-        # A module that itself keeps everything under `model.` lost that prefix on reading; give it back.
-        own = common_prefix(module.state_dict())
-        fit_state(module, {own + key: tensor for key, tensor in state.items()}, dtype, str(path))
-    _settle(module, dtype, name)
+        fit_state(module, aligned(state, module.state_dict()), dtype, str(path))
+    settle(module, dtype, name)
     details = f"{type(module).__name__} from {name}"
     return Network(module, name, str(path or "in memory"), digest, "none", _describe(module, details))
 
@@ -324,10 +348,44 @@ def _seeded() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ common
 
 
-def _settle(module: nn.Module, dtype: torch.dtype, name: str) -> None:
-    module.to(device="cpu", dtype=dtype)
+def settle(module: nn.Module, dtype: torch.dtype, name: str) -> None:
+    """Put a module on the CPU, in eval mode, in one precision and without gradients, in place.
+
+    Args:
+        module: with values (see `check_tensors`).
+        dtype: floating; complex parameters and buffers take the complex type of that precision.
+        name: how messages call it.
+
+    Raises:
+        InputError: where a value overflows in `dtype`.
+    """
+    infinite = _infinite_buffers(module)
+    # not module.to(dtype), which drops imaginary parts
+    module._apply(lambda t: t.to(device="cpu", dtype=precision(t, dtype)))
     module.requires_grad_(False).eval()
-    refuse_nonfinite(_tensors(module), f"{name} in {str(dtype).removeprefix('torch.')}")
+    finite = {key: tensor for key, tensor in _tensors(module).items() if key not in infinite}
+    refuse_nonfinite(finite, f"{name} in {str(dtype).removeprefix('torch.')}")
+
+
+def check_tensors(module: nn.Module, name: str) -> None:
+    """Refuse a module whose parameters or buffers have no values, or none that a spectrum follows from.
+
+    Args:
+        module: any. Infinities in a buffer, as masks of attention hold them, are values like others.
+        name: how messages call it.
+
+    Raises:
+        InputError: where some are on the meta device, not made yet (`LazyLinear`), or not finite.
+    """
+    lazy = [key for key, tensor in chain(module.named_parameters(), module.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise InputError(f"{name}: {lazy[0]} is not made yet: run {name} once on an image")
+    tensors = _tensors(module)
+    meta = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise InputError(f"{name}: {meta[0]} is on the meta device ({len(meta)} such tensors): give it values first")
+    infinite = _infinite_buffers(module)
+    refuse_nonfinite({key: tensor for key, tensor in tensors.items() if key not in infinite}, name)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -336,20 +394,10 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return state | {name: buffer.detach() for name, buffer in module.named_buffers()}
 
 
-def _check_tensors(module: nn.Module, name: str) -> None:
-    tensors = _tensors(module)
-    meta = [key for key, tensor in tensors.items() if tensor.is_meta]
-    imaginary = [key for key, tensor in tensors.items() if tensor.is_complex()]
-    problems = [
-        f"{name}: {names[0]} is {word} ({len(names)} such tensors): {remedy}"
-        for names, word, remedy in (
-            (meta, "on the meta device", "give it values first"),
-            (imaginary, "complex", "only real networks are supported"),
-        )
-        if names
-    ]
-    refuse(problems)
-    refuse_nonfinite(tensors, name)
+def _infinite_buffers(module: nn.Module) -> set[str]:
+    """The buffers with infinities, and nothing else that is not a number."""
+    floating = [(name, b) for name, b in module.named_buffers() if b.is_floating_point() and b.element_size() > 1]
+    return {name for name, b in floating if bool(torch.isinf(b).any()) and not bool(torch.isnan(b).any())}
 
 
 def _describe(module: nn.Module, details: str) -> str:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from stiffcore.errors import InputError
-from stiffcore.metrics import spell
+from stiffcore.metrics import spell, spell_share
 from stiffcore.report import figures
 from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations, labelled
 from stiffcore.report.tables import mean_cells, means_of, percent
@@ -170,7 +170,7 @@ def _unit(row: dict[str, Any]) -> dict[str, Any]:
         "S": spell(row["S"]),
         "S_active": spell(row["S_active"], 7),
         "error": spell(row["S_active_error"], 2),
-        "negative": percent(row["negative"]),
+        "negative": spell_share(row, "negative"),
         "zero": percent(row["zero"]),
         "abscissa": spell(row["abscissa"]),
         "min_re_active": spell(row["min_re_active"]),

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
-from stiffcore.metrics import spell
+from stiffcore.metrics import spell, spell_share
 from stiffcore.plan import Plan, UnitPlan
 from stiffcore.report.statistics import SIGNIFICANT, certified, correlations, labelled
 from stiffcore.run import DONE, Run, state_of
@@ -128,7 +128,7 @@ COLUMNS: tuple[tuple[str, int, Callable[[pd.Series], str]], ...] = (
     ("S", 120, lambda row: spell(row["S"])),
     ("S active", 0, lambda row: spell(row["S_active"], 7)),
     ("+-", 0, lambda row: spell(row["S_active_error"], 2)),
-    ("Re<0 %", 0, lambda row: percent(row["negative"])),
+    ("Re<0 %", 0, lambda row: spell_share(row, "negative")),
     ("Re=0 %", 140, lambda row: percent(row["zero"])),
     ("near axis", 100, lambda row: f"{int(row['near_axis'])}"),
     ("max Re", 140, lambda row: spell(row["abscissa"])),
@@ -240,8 +240,20 @@ def means_table(rows: pd.DataFrame, by: str = "block") -> Table:
 
 
 def mean_cells(rows: pd.DataFrame) -> list[str]:
-    """Of each of `means_of`: mean (standard deviation) over rows, and how many of them are infinite or open."""
-    return [_mean(rows[name].to_numpy(float) * factor) for _, name, factor in means_of(rows)]
+    """Of each of `means_of`: mean (standard deviation) over rows, and how many of them are infinite or open.
+
+    Where single values are open within an interval, what the mean is between.
+    """
+    return [
+        _mean(rows[name].to_numpy(float) * factor) + _between(rows, name, factor) for _, name, factor in means_of(rows)
+    ]
+
+
+def _between(rows: pd.DataFrame, name: str, factor: int) -> str:
+    if f"{name}_low" not in rows:
+        return ""
+    low, high = (rows[f"{name}_{end}"].to_numpy(float).mean() * factor for end in ("low", "high"))
+    return f" [{low:.5g} to {high:.5g}]" if low < high else ""
 
 
 def correlations_table(rows: pd.DataFrame, function: str) -> Table:

@@ -4,7 +4,7 @@ Layout:
 
     RUN/zarr.json                      attributes: format, study, identity, versions
     RUN/holder.json                    who works on it now
-    RUN/images/{x,y,index,...}         the inputs
+    RUN/images/{x,y,index,...}         the inputs: pixels, an image a chunk; labels, places in the source, outcomes
     RUN/units/UNIT/zarr.json           attributes: the unit's record, its stage among it
     RUN/units/UNIT/{matrix,hessenberg} (k, k), while needed; beside each, NAME_tiles says what is written
     RUN/units/UNIT/division            what a matrix is divided into, by `--solver divide`, while needed
@@ -19,6 +19,7 @@ attributes. What makes the run stands twice, in the root and in RUN/units/zarr.j
 
 import zarr
 
+from stiffcore.store.inputs import PIXELS, images_chunk_bytes, read_image, same_images, write_images
 from stiffcore.store.metadata import FORMAT, is_there
 from stiffcore.store.remote import StoreError
 from stiffcore.store.runs import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
@@ -30,14 +31,19 @@ __all__ = [
     "FORMAT",
     "HISTOGRAM",
     "IMAGES",
+    "PIXELS",
     "SCRATCH",
     "RunStore",
     "StoreError",
     "StoredWorkspace",
     "TiledMatrix",
     "file_rows",
+    "images_chunk_bytes",
     "is_there",
+    "read_image",
+    "same_images",
     "stored_spectrum",
+    "write_images",
 ]
 
 # Zarr's own pools would multiply under several workers on one machine.

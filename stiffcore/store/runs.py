@@ -330,10 +330,26 @@ class RunStore:
                     whole = zarr.open_group(store=self._store, path=group, mode="r", zarr_format=3)
                     size += TiledMatrix(whole, name).check(complete=name in expected)
                 else:
-                    size += self.get_array(group, name).nbytes
+                    size += self._read_through(f"{group}/{name}")
             except (*UNREADABLE, DamagedError) as error:
                 problem = problem or str(error)
             yield f"{group}/{name}", size, problem
+
+    def _read_through(self, path: str) -> int:
+        """Read an array against its checksums, a chunk's rows at a time.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            DamagedError: where some are not there; zarr reads these as zeros.
+        """
+        array = open_array(self.root, path)
+        if array.nchunks_initialized < array.nchunks:
+            raise DamagedError(f"{self.url}/{path}: its numbers are not there")
+        for first in range(0, array.shape[0], max(1, array.chunks[0])):
+            np.asarray(array[first : first + array.chunks[0]])
+        return array.nbytes
 
     def read_metadata(self, path: str) -> tuple[int, str]:
         """Bytes of the zarr.json of a group or array, and what is wrong with it, or nothing; white space counts, too.
@@ -389,6 +405,11 @@ class RunStore:
     def free_bytes(self) -> int | None:
         """Free space where the run lies; None where it cannot be known."""
         return None if self.local is None else shutil.disk_usage(self.local).free
+
+    def stored_bytes(self, key: str) -> int:
+        """Bytes of the files of a unit; 0 on a URL, of which no free space is known either."""
+        folder = None if self.local is None else self.local / "units" / key
+        return 0 if folder is None else sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
 
     @contextmanager
     def hold(self) -> Iterator[str]:
