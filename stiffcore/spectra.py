@@ -104,6 +104,19 @@ class Ends:
         lines = {name: tuple(Count(**c) for c in plain.get(name, ())) for name in ("left_lines", "right_lines")}
         return cls(**(plain | counts | lines))
 
+    def open_ends(self, unproved: tuple[str, ...]) -> list[tuple[str, str]]:
+        """The ends that are not proved, and how far out the numerical range is there.
+
+        Args:
+            unproved: of the certificate; of a run of an older version, which tried no proof, there are no lines.
+        """
+        ends = (("smallest", self.left_lines, self.range_left), ("largest", self.right_lines, self.range_right))
+        return [
+            (name, f"the numerical range reaches {reach:.6g}")
+            for name, lines, reach in ends
+            if name in unproved or not lines
+        ]
+
     @property
     def basis(self) -> str:
         """What the share of negative real parts rests on."""
@@ -150,6 +163,8 @@ class Certificate:
         negative: how many of the k eigenvalues computed have a negative real part, at least and at most; None of other
             kinds, and of runs of an older version.
         outside: how many of them have |1 + l| > 1, at least and at most; None where not asked, or not known.
+        unproved: of a spectrum of which only the ends were computed, those (`smallest`, `largest`) that were found, but
+            without a proof that nothing lies further out: `error` and the errors of S reach to the numerical range.
     """
 
     certified: tuple[Certified, ...]
@@ -164,6 +179,7 @@ class Certificate:
     failures: tuple[str, ...]
     negative: tuple[int, int] | None = None
     outside: tuple[int, int] | None = None
+    unproved: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -183,7 +199,7 @@ class Certificate:
         plain["certified"] = tuple(Certified(**{**c, "value": complex(*c["value"])}) for c in plain["certified"])
         for name in ("failures", "negative", "outside"):
             plain[name] = plain[name] and tuple(plain[name]) if name in plain and plain[name] is not None else None
-        return cls(**{**plain, "failures": plain["failures"] or ()})
+        return cls(**{**plain, "failures": plain["failures"] or (), "unproved": tuple(plain.get("unproved", ()))})
 
 
 @dataclass(frozen=True)
@@ -332,7 +348,9 @@ class Spectrum:
             within = f"{certificate.near_axis} singular values are within their error of 0"
             return (within,) if certificate.near_axis else ()
         if self.ends is not None and self.ends.left_of_zero.count is None:
-            lines.append("how many have negative real part is open: needs the spectrum")
+            between = self.negative_between
+            low, high = (f"{100 * share:.4g}" for share in self._shares(between or (0, self.k)))
+            lines.append(f"how many have negative real part is open, {low} to {high} %: needs the spectrum")
         elif certificate.near_axis:
             without = ", and they are left out of the decay ratio" if self.metrics["decay_ratio"] > 0 else ""
             between = self.negative_between
@@ -340,6 +358,8 @@ class Spectrum:
             low, high = (f"{100 * share:.4g}" for share in self._shares(between))
             count = f"{certificate.near_axis:,} eigenvalue{'s' if certificate.near_axis > 1 else ''}"
             lines.append(f"the sign of {count} is open: {low} to {high} % are negative{without}")
+        for name, bounds in () if self.ends is None else self.ends.open_ends(certificate.unproved):
+            lines.append(f"the {name} real part is found, not proved: {bounds}")
         s = abs(self.metrics["S_active"])
         if not (certificate.s_active_error <= DOUBTFUL * s or np.isnan(s)):
             lines.append("S active is within its error")

@@ -23,6 +23,7 @@ from torch import nn
 
 from stiffcore.eigen import certificate, dense, device, divide, panels, singular
 from stiffcore.eigen.counting import ends_of
+from stiffcore.eigen.deflation import Enclosure
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.numerical_range import logarithmic_norm
 from stiffcore.eigen.panels import Each
@@ -108,6 +109,7 @@ class UnitRun:
         self.record = self.store.record(self.key)
         self.solver = Solver(self.record["plan"]["solver"])
         self.device = CUDA if self.record["plan"]["device_bytes"] else "cpu"
+        self.enclosures: tuple[Enclosure, ...] | None = None
 
     @cached_property
     def reduction(self) -> Reduction:
@@ -717,6 +719,7 @@ def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
 
 def _find_ends(run: UnitRun) -> dict[str, Any]:
     found = extremes(run.sparse, memory_bytes=run.record["plan"]["factor_bytes"])
+    run.enclosures = found.enclosures  # made again where the next stage is another session's
     where, moments = f"units/{run.key}", certificate.sparse_moments(run.sparse)
     for name, vectors in (("right", found.vectors.right), ("left", found.vectors.left)):
         run.store.put_array(where, f"{name}_vectors", vectors, ("row", "eigenvalue"))
@@ -745,6 +748,8 @@ def _count(run: UnitRun) -> dict[str, Any]:
         disc=run.record["function"] == BlockFunction.BRANCH,
         memory_bytes=run.record["plan"]["factor_bytes"],
         note=run.record["how"],
+        rounding=certificate.distance_of(run.reduction),
+        enclosures=run.enclosures,
     )
     run.drop("sparse")
     return {"ends": ends.to_json()}

@@ -314,7 +314,8 @@ def _lines(
         return found
 
     middles = (parts[:-1] + parts[1:])[:EACH_END] / 2
-    between = [count for count in map(counted, middles) if count is not None]
+    # of no use where one of those counted was not found
+    between = [count for count in map(counted, middles) if count and count.count == (real < count.threshold).sum()]
     found = [max(between, key=lambda count: count.tolerated)] if between else []
     tried = (counted(float(parts[0]) - share * scale) for share in BEYOND)
     beyond = next((count for count in tried if count is not None and count.count == 0), None)

@@ -61,6 +61,10 @@ HEIGHTS = np.geomspace(0.05, 200, 50)
 # A dense matrix of this order at most is solved whole, where all else fails. Squares of smaller norms than this, and of
 # larger than its inverse, vanish or overflow.
 MOST_WHOLE = 3000
+WHOLE_BYTES = 96
+# Of this order at once, and of this one rather than by more than the usual number of powers.
+QUICK_WHOLE = 250
+CHEAP_WHOLE = 1000
 LEAST_NORM = 1e-140
 
 
@@ -139,13 +143,24 @@ def enclosures_of(a: sp.csc_array | LinearOperator, memory_bytes: int | None) ->
     found: tuple[Enclosure, ...] = ()
     if host is not None and not LEAST_NORM < norm_bound(host) < 1 / LEAST_NORM:
         return found
-    with suppress(np.linalg.LinAlgError):
-        if k > DENSE_ORDER:
-            found = _enclosures(Operator.of(a, np.random.default_rng(0)), memory_bytes, np.random.default_rng(2))
-    if found or host is None or k > MOST_WHOLE or (memory_bytes is not None and 96 * k * k > memory_bytes):
+    whole = host is not None and k <= MOST_WHOLE
+    whole &= memory_bytes is None or WHOLE_BYTES * k * k <= memory_bytes
+    if whole and k <= QUICK_WHOLE:
+        found = _whole(host)
+    if not found and k > DENSE_ORDER:
+        with suppress(np.linalg.LinAlgError):
+            operator = Operator.of(a, np.random.default_rng(0))
+            if whole and k <= CHEAP_WHOLE:
+                operator = replace(operator, affordable=MOST_POWERS)
+            found = _enclosures(operator, memory_bytes, np.random.default_rng(2))
+    if all(any(enclosure.holds(sign) for enclosure in found) for sign in (1, -1)):
         return found
+    return (_whole(host) if whole and k > QUICK_WHOLE else ()) or found
+
+
+def _whole(a: sp.csc_array) -> "tuple[Enclosure, ...]":
     with suppress(np.linalg.LinAlgError):
-        return (Enclosure(Inner.whole(host.toarray()), None, None),)
+        return (Enclosure(Inner.whole(a.toarray()), None, None),)
     return ()
 
 
@@ -199,6 +214,8 @@ def _enclosures(a: Operator, memory_bytes: int | None, rng: np.random.Generator)
     del space
     size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
     inner, most = Inner.of(a, basis, size), max(MOST_POWERS, a.affordable)
+    if basis.shape[1] == a.k:
+        return (Enclosure(inner, None, None),)
     proved = [_enclosed(a, inner, ellipse, rate, most, rng) for ellipse, rate in tried]
     return tuple(enclosure for enclosure in proved if enclosure is not None)
 
@@ -389,6 +406,10 @@ class Enclosure:
     def edge(self, sign: int) -> float:
         """The left end of the ellipse (1), or the negative of the right one (-1); inf where there is none."""
         return math.inf if self.ellipse is None else sign * self.ellipse.centre - self.ellipse.along
+
+    def holds(self, sign: int) -> bool:
+        """Whether it says how far out the left end (1), or the right one (-1), is."""
+        return self.ellipse is None or bool((sign * self.inner.values.real < self.edge(sign)).any())
 
     def radius(self, shift: float) -> float:
         """The largest |lambda + shift|; nan where it may be inside of the ellipse."""

@@ -127,7 +127,8 @@ def extremes(a: Any, *, memory_bytes: int | None = None) -> Extremes:
     sides = {}
     for which in ("SR", "LR"):
         rng = np.random.default_rng([0, which == "LR"])
-        side = _search(products, matrix, which, rng, memory_bytes)
+        held = any(enclosure.holds(1 if which == "SR" else -1) for enclosure in enclosures)
+        side = _search(products, matrix, which, rng, memory_bytes, quick=held)
         sides[which] = _taken_up(side, which, enclosures, products, memory_bytes)
     left, right = sides["SR"], sides["LR"]
     found = _assembled(
@@ -305,11 +306,13 @@ def _search(
     which: str,
     rng: np.random.Generator,
     memory_bytes: int | None,
+    *,
+    quick: bool,
 ) -> _Side:
-    """Arnoldi, in a larger space where that does not converge, and then shift-invert where an LU fits."""
+    """Arnoldi; unless that is to be quick, in a larger space where it does not converge, and by shift-invert then."""
     for spaces, restarts in TRIES:
         side = _arnoldi_side(products, matrix.shape[0], which, spaces, restarts, rng)
-        if side.converged:
+        if side.converged or quick:
             return side
     host = host_matrix(matrix)
     if host is None:
