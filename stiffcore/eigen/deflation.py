@@ -164,29 +164,24 @@ def _whole(a: sp.csc_array) -> "tuple[Enclosure, ...]":
     return ()
 
 
-def pairs_of(
-    enclosure: "Enclosure", values: Array, transposed: Product, memory_bytes: int | None
-) -> tuple[Array, Array]:
-    """Right and left eigenvectors, (k, m) complex, of eigenvalues that were deflated; nan where none is found.
+def left_vectors(values: Array, transposed: Product, k: int, memory_bytes: int | None, scale: float) -> Array:
+    """Left eigenvectors, (k, m) complex, by Arnoldi with the transpose; nan where none is found.
 
     Args:
-        enclosure: with its vectors.
-        values: (m,), some of its own.
-        transposed: the product with the transpose of A.
+        values: (m,) complex, outermost eigenvalues.
+        transposed: the product with the transpose.
+        k: the order.
         memory_bytes: as for `count_beyond`.
+        scale: the largest eigenvalue's modulus.
     """
-    inner = enclosure.inner
-    nearest = np.argmin(np.abs(inner.values[:, None] - values[None, :]), axis=0)
-    right, k = inner.q @ inner.vectors[:, nearest], len(inner.q)
     most = _steps(k, memory_bytes)
     space, steps = Arnoldi(transposed, k, most, np.random.default_rng(3)), FIRST_STEPS
-    scale = float(np.abs(inner.values).max())
     while True:
         space.extend(min(steps, most))
         left, off = space.vectors(values)
         good = off <= 10 * FOUND * scale
         if good.all() or space.size == most or space.exhausted:
-            return right, np.where(good, left, np.nan).conj()
+            return np.where(good, left, np.nan).conj()
         steps *= 2
 
 
@@ -410,6 +405,10 @@ class Enclosure:
     def holds(self, sign: int) -> bool:
         """Whether it says how far out the left end (1), or the right one (-1), is."""
         return self.ellipse is None or bool((sign * self.inner.values.real < self.edge(sign)).any())
+
+    def pairs(self, which: Array) -> tuple[Array, Array]:
+        """(m,) of the eigenvalues found, by their indices, and their right eigenvectors (k, m)."""
+        return self.inner.values[which], self.inner.q @ self.inner.vectors[:, which]
 
     def radius(self, shift: float) -> float:
         """The largest |lambda + shift|; nan where it may be inside of the ellipse."""

@@ -17,7 +17,7 @@ import scipy.linalg
 import scipy.sparse as sp
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 
-from stiffcore.eigen.deflation import Enclosure, enclosures_of, pairs_of
+from stiffcore.eigen.deflation import Enclosure, enclosures_of, left_vectors
 from stiffcore.eigen.dense import Eigenvectors, sort_eigenvalues
 from stiffcore.eigen.numerical_range import logarithmic_norm
 from stiffcore.eigen.sparse import (
@@ -127,9 +127,11 @@ def extremes(a: Any, *, memory_bytes: int | None = None) -> Extremes:
     sides = {}
     for which in ("SR", "LR"):
         rng = np.random.default_rng([0, which == "LR"])
-        held = any(enclosure.holds(1 if which == "SR" else -1) for enclosure in enclosures)
-        side = _search(products, matrix, which, rng, memory_bytes, quick=held)
-        sides[which] = _taken_up(side, which, enclosures, products, memory_bytes)
+        held = next((e for e in enclosures if e.holds(1 if which == "SR" else -1)), None)
+        if held is None:
+            sides[which] = _search(products, matrix, which, rng, memory_bytes)
+        else:
+            sides[which] = _held_side(held, which, products, rng, memory_bytes)
     left, right = sides["SR"], sides["LR"]
     found = _assembled(
         products,
@@ -145,31 +147,27 @@ def extremes(a: Any, *, memory_bytes: int | None = None) -> Extremes:
     return replace(found, enclosures=tuple(enclosure.light() for enclosure in enclosures))
 
 
-def _taken_up(
-    side: _Side,
+def _held_side(
+    enclosure: Enclosure,
     which: str,
-    enclosures: tuple[Enclosure, ...],
     products: tuple[Product, Product | None],
+    rng: np.random.Generator,
     memory_bytes: int | None,
 ) -> _Side:
-    """The end that an enclosure has, where the search found another one."""
-    sign = 1 if which == "SR" else -1
-    for enclosure in enclosures:
-        edge = enclosure.edge(sign)
-        found = _upper(enclosure.inner.values, np.zeros((0, len(enclosure.inner.values))), True)
-        outer = found.values[_outermost(found, which)]
-        ends = outer[sign * outer.real < edge]  # all others lie further in
-        transposed = products[1]
-        if not len(ends) or transposed is None:
-            continue
-        scale = np.abs(enclosure.inner.values).max()
-        near = np.abs(side.run.values[:, None] - ends[None, :]).min(axis=0, initial=math.inf)
-        if side.converged and (near <= WORST_AGREEMENT * scale).all():
-            return side
-        right, left = pairs_of(enclosure, outer, transposed, memory_bytes)
-        note = f"{side.note}; found by deflation"
-        return _Side(_Run(outer, right, True), left, bool(np.isfinite(left[:, : len(ends)]).all()), note)
-    return side
+    """The end that is deflated, so that all others lie further in, with the vectors of A^T that belong to it."""
+    values, transposed = enclosure.inner.values, products[1]
+    assert transposed is not None
+    upper = np.flatnonzero(values.imag >= 0)
+    outer = upper[_outermost(_Run(values[upper], np.zeros((0, 0)), True), which)]
+    run, ((_, space), restarts) = _Run(*enclosure.pairs(outer), True), TRIES[0]
+    k = len(run.vectors)
+    other = _arnoldi(transposed, k, which, EACH_END + SPARE, space, restarts, rng)
+    side = _compared(run, other, which, f"deflation, and Arnoldi of the transpose, {space} vectors", paired=True)
+    if side.converged:
+        return side
+    left = left_vectors(run.values, transposed, k, memory_bytes, float(np.abs(values).max()))
+    note = "deflation, and Arnoldi of the transpose in a space as large"
+    return _Side(run, left, bool(np.isfinite(left).all()), note)
 
 
 def spectral_radius(a: Any) -> float:
@@ -306,13 +304,11 @@ def _search(
     which: str,
     rng: np.random.Generator,
     memory_bytes: int | None,
-    *,
-    quick: bool,
 ) -> _Side:
-    """Arnoldi; unless that is to be quick, in a larger space where it does not converge, and by shift-invert then."""
+    """Arnoldi, in a larger space where that does not converge, and then shift-invert where an LU fits."""
     for spaces, restarts in TRIES:
         side = _arnoldi_side(products, matrix.shape[0], which, spaces, restarts, rng)
-        if side.converged or quick:
+        if side.converged:
             return side
     host = host_matrix(matrix)
     if host is None:
