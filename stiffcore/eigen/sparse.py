@@ -75,7 +75,7 @@ def norm_bound(a: sp.csc_array) -> float:
     if a.shape[0] == 0:
         return 0.0
     sizes = abs(a)
-    return float(np.sqrt(sizes.sum(axis=0).max() * sizes.sum(axis=1).max())) * (1 + 1e-10)
+    return float(np.sqrt(sizes.sum(axis=0).max()) * np.sqrt(sizes.sum(axis=1).max())) * (1 + 1e-10)
 
 
 def estimated_fill(a: sp.csc_array) -> int:
