@@ -601,7 +601,25 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     handle()
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk is said here, not by the interpreter's end
     except StiffcoreError as error:
-        _say(err, f"error: {error}")
-        sys.exit(error.exit_code)
+        _end(f"error: {error}", error.exit_code)
+    except BrokenPipeError:
+        _end("", 1)
+    except OSError as error:
+        _end(f"error: {error}", 1)
+
+
+def _end(text: str, code: int) -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            if stream is sys.stderr and text:
+                _say(err, text)
+            stream.flush()
+        except OSError:  # what waits for a full disk, or a closed pipe, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

@@ -1,6 +1,5 @@
 """A session of a run: it is begun or continued, planned for this machine, and carried out under its budget."""
 
-import errno
 import json
 import os
 import time
@@ -8,6 +7,7 @@ import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,15 @@ from threadpoolctl import threadpool_limits
 
 from stiffcore.cluster import DEATHS, ConnectionLostError, Executor, Worker, WorkerDiedError, spread
 from stiffcore.eigen.panels import one_by_one
-from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
+from stiffcore.errors import (
+    BusyError,
+    DamagedError,
+    DeviceFullError,
+    InputError,
+    NoRunError,
+    StiffcoreError,
+    writing_store,
+)
 from stiffcore.memory import PeakMeter, default_allowed_bytes, release_free_memory, tree_bytes
 from stiffcore.plan import Machine, Plan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Header, Restarted, Stage, UnitPlan, UnitRecord
@@ -188,11 +196,12 @@ def check_free(url: str, tell: Callable[[str], None] = lambda text: None) -> Non
     Raises:
         BusyError: where one does.
     """
-    RunStore.restore(url)
-    store = _existing(url)
-    if store:
-        with store.hold(tell=tell):
-            pass
+    with nullcontext() if "://" in url else writing_store():  # what is wrong on the wire says so itself
+        RunStore.restore(url)
+        store = _existing(url)
+        if store:
+            with store.hold(tell=tell):
+                pass
 
 
 def _existing(url: str) -> RunStore | None:
@@ -359,7 +368,13 @@ def carry_out_plan(
         StiffcoreError: where the store cannot be written.
     """
     check_budget(prepared.plan)
-    store = RunStore(url, create=True)
+    with writing_store():
+        return _carry_out_plan(RunStore(url, create=True), prepared, executor, on_event, module)
+
+
+def _carry_out_plan(
+    store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any
+) -> tuple[Run, Outcome]:
     with store.hold(leased=executor.separate) as token, PeakMeter() as meter:
         start = time.perf_counter()
         store.sweep()
@@ -372,12 +387,10 @@ def carry_out_plan(
             _write_beginning(store, prepared, executor, token)
             executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
             failed = _work(store, prepared, executor, on_event, module, token)
-        except BaseException as error:
+        except BaseException:
             executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes
-            if isinstance(error, OSError):
-                raise _unwritable(error) from error
             raise
-        run = Run(RunStore(url))
+        run = Run(RunStore(store.url))
         done = sum(state_of(r) in DONE for r in run.records().values())
         return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
 
@@ -586,15 +599,8 @@ def _carry_out(
 
 def _failure(error: BaseException) -> str:
     """Why a unit failed; raises where the whole session ends with it."""
-    if isinstance(error, (ConnectionLostError, BusyError)):
+    if isinstance(error, (ConnectionLostError, BusyError, OSError)):
         raise error
-    if isinstance(error, OSError):
-        raise _unwritable(error) from error
     if isinstance(error, (StiffcoreError, MemoryError)):
         return str(error) or type(error).__name__
     return f"{type(error).__name__}: {error}"
-
-
-def _unwritable(error: OSError) -> StiffcoreError:
-    room = "free some space, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return StiffcoreError(f"the store cannot be written: {error}; {room}run again to continue")
