@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from stiffcore.eigen.numerical_range import numerical_range
 from stiffcore.eigen.sparse import smallest_singular_value
-from stiffcore.errors import DamagedError, InputError
+from stiffcore.errors import DamagedError, InputError, writing_store
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.store import RunStore, TiledMatrix, is_there
 from stiffcore.unit import open_operator, sparse_matrix
@@ -21,6 +21,7 @@ from stiffcore.unit import open_operator, sparse_matrix
 # How far beyond the numerical range the grid reaches, relative to its size.
 BORDER = 0.1
 ARRAYS = ("numerical_range", "pseudospectrum_re", "pseudospectrum_im", "pseudospectrum")
+DIMENSIONS = (("angle",), ("re",), ("im",), ("im", "re"))
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def take_picture(
     *,
     memory_bytes: int | None = None,
     module: Any = None,
+    trusted: str = "",
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Picture:
     """Compute the picture of a unit and keep it in the store.
@@ -59,6 +61,7 @@ def take_picture(
         grid: points along the longer side of the numerical range; 0 leaves the pseudospectrum as it is.
         memory_bytes: what a sparse LU may take.
         module: the network, where the run has it in memory.
+        trusted: the network whose code may be imported, see `stiffcore.trust`.
         tell: told of points done and points in all.
 
     Returns:
@@ -67,19 +70,32 @@ def take_picture(
     Raises:
         InputError: where the unit has no matrix.
         FillError: where no LU fits.
+        StiffcoreError: where the store cannot be written.
     """
-    a = shifted_matrix(store, key, module)
+    a = shifted_matrix(store, key, module, trusted)
     _, curve = numerical_range(a)
     before = stored_picture(store, key)
     if not grid and before is not None:
         re, im, smallest = before.re, before.im, before.smallest
     else:
         re, im, smallest = _pseudospectrum(a, curve, grid, memory_bytes, tell)
-    for name, values, dims in zip(
-        ARRAYS, (curve, re, im, smallest), (("angle",), ("re",), ("im",), ("im", "re")), strict=True
-    ):
-        store.put_array(f"units/{key}", name, values, dims)
-    return Picture(curve, re, im, smallest)
+    taken = Picture(curve, re, im, smallest)
+    with writing_store():
+        _keep(store, key, taken, before)
+    return taken
+
+
+def _keep(store: RunStore, key: str, taken: Picture, before: Picture | None) -> None:
+    """Write what is not stored yet; where that fails, of the picture nothing stays."""
+    values = (taken.numerical_range, taken.re, taken.im, taken.smallest)
+    stored = (before.numerical_range, before.re, before.im, before.smallest) if before else (None,) * len(ARRAYS)
+    try:
+        for name, now, old, dims in zip(ARRAYS, values, stored, DIMENSIONS, strict=True):
+            if old is None or not np.array_equal(now, old):
+                store.put_array(f"units/{key}", name, now, dims)
+    except BaseException:
+        store.drop(key, *ARRAYS)
+        raise
 
 
 def _pseudospectrum(
@@ -103,24 +119,24 @@ def stored_picture(store: RunStore, key: str) -> Picture | None:
     return found if whole else None  # it was being written when its process was killed
 
 
-def shifted_matrix(store: RunStore, key: str, module: Any = None) -> sp.csc_array:
+def shifted_matrix(store: RunStore, key: str, module: Any = None, trusted: str = "") -> sp.csc_array:
     """shift I + M of a unit, which has k of the eigenvalues of J: as kept, or built again.
 
     Raises:
         InputError: where the unit has no matrix.
     """
     record = store.record(key)
-    if not record["k"]:
-        raise InputError(f"{key} has no matrix: {record['reason']}")
-    shift = record.get("shift")
-    if record.get("kept") and shift is not None and is_there(store.unit_group(key), "matrix"):
+    if not record.unit.k:
+        raise InputError(f"{key} has no matrix: {record.unit.reason}")
+    shift = record.shift
+    if record.kept and shift is not None and is_there(store.unit_group(key), "matrix"):
         matrix = TiledMatrix(store.unit_group(key), "matrix").read_sparse()
     else:
-        reduction = open_operator(store, record, "cpu", module)
+        reduction = open_operator(store, record, "cpu", module, trusted)
         assert isinstance(reduction, Reduction)
-        shift, matrix = reduction.shift, sparse_matrix(reduction, record["plan"]["chunk"])
+        shift, matrix = reduction.shift, sparse_matrix(reduction, record.plan.chunk)
     exactly = matrix.astype(np.float64)
-    return sp.csc_array(exactly + shift * sp.eye_array(record["k"], format="csc"))
+    return sp.csc_array(exactly + shift * sp.eye_array(record.unit.k, format="csc"))
 
 
 def _axes(curve: np.ndarray, grid: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,15 @@
 """The eigenvalues of one Jacobian, with what is exact about them and how far the rest can be trusted."""
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from html import escape
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from stiffcore.errors import InputError
 from stiffcore.metrics import NAMES, extreme_metrics, singular_metrics, spectrum_metrics, spell, spell_share
@@ -38,6 +42,21 @@ def certified_choice(values: np.ndarray, shift: int) -> np.ndarray:
     zero = len(values) * np.finfo(values.dtype).eps * np.abs(values + shift).max(initial=0.0)
     sides = [nearest[real[nearest] < -zero][:EACH_END], nearest[real[nearest] > zero][:EACH_END]]
     return np.unique(upper[np.concatenate([order[:EACH_END], order[-EACH_END:], nearest[:NEAREST], *sides])])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a matrix M (k x k) before it is overwritten.
+
+    Attributes:
+        trace: of M.
+        trace_square: of M M.
+        frobenius: norm of M.
+    """
+
+    trace: float
+    trace_square: float
+    frobenius: float
 
 
 @dataclass(frozen=True)
@@ -98,11 +117,7 @@ class Ends:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Ends":
         """The inverse of `to_json`."""
-        plain = unspelled(fields)
-        outside = plain["outside_disc"]
-        counts = {"left_of_zero": Count(**plain["left_of_zero"]), "outside_disc": outside and Count(**outside)}
-        lines = {name: tuple(Count(**c) for c in plain.get(name, ())) for name in ("left_lines", "right_lines")}
-        return cls(**(plain | counts | lines))
+        return read_as(cls, unspelled(fields))
 
     def open_ends(self, unproved: tuple[str, ...]) -> list[tuple[str, str]]:
         """The ends that are not proved, and how far out the numerical range is there.
@@ -124,6 +139,13 @@ class Ends:
         return left.basis if left.count is None else f"{left.basis}, margin {left.margin:.2g}"
 
 
+def _from_pair(value: Any) -> Any:
+    """A complex number from [re, im], as JSON has it."""
+    pair = isinstance(value, list) and len(value) == 2
+    numbers = pair and all(isinstance(part, (int, float)) and not isinstance(part, bool) for part in value)
+    return complex(*value) if numbers else value
+
+
 @dataclass(frozen=True)
 class Certified:
     """One eigenvalue that was checked on the original, unreduced function.
@@ -138,7 +160,7 @@ class Certified:
         converged: whether inverse iteration found both eigenvectors.
     """
 
-    value: complex
+    value: Annotated[complex, BeforeValidator(_from_pair)]
     residual: float
     condition: float
     error: float
@@ -158,7 +180,8 @@ class Certificate:
         s_error: error estimate of S; inf where min Re is within its error of zero.
         s_active_error: error estimate of S_active.
         near_axis: of how many computed eigenvalues the sign of the real part is not known: `negative` is open by that.
-        axis_error: none of these has a larger |Re|; 0 where there are none.
+        axis_error: none of these has a larger |Re|; 0 where there are none. At orders that are not located as a whole
+            (`stiffcore.eigen.inclusion`), the largest error among the certified ones that reaches the axis.
         failures: one line for each check that failed; empty where all passed.
         negative: how many of the k eigenvalues computed have a negative real part, at least and at most; None of other
             kinds, and of runs of an older version.
@@ -195,11 +218,7 @@ class Certificate:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Certificate":
         """The inverse of `to_json`."""
-        plain = unspelled(fields)
-        plain["certified"] = tuple(Certified(**{**c, "value": complex(*c["value"])}) for c in plain["certified"])
-        for name in ("failures", "negative", "outside"):
-            plain[name] = plain[name] and tuple(plain[name]) if name in plain and plain[name] is not None else None
-        return cls(**{**plain, "failures": plain["failures"] or (), "unproved": tuple(plain.get("unproved", ()))})
+        return read_as(cls, unspelled(fields))
 
 
 @dataclass(frozen=True)
@@ -220,7 +239,7 @@ class Spectrum:
         solver: which solver computed it.
         reason: which matrix was solved, and why.
         certificate: what was checked.
-        record: image, label and what else made it, where it comes from a run.
+        record: what is recorded of its unit (`stiffcore.record.UnitRecord`), where it comes from a run.
         ends: what is known of the others, where only the ends were computed.
         shift: what was added to the eigenvalues of the matrix M that was solved.
         frobenius: norm of M; nan where unknown.
@@ -240,7 +259,7 @@ class Spectrum:
     solver: str
     reason: str
     certificate: Certificate
-    record: dict[str, Any] = field(default_factory=dict, repr=False)
+    record: Any = field(default=None, repr=False)
     ends: Ends | None = None
     shift: int = 0
     frobenius: float = float("nan")
@@ -294,6 +313,8 @@ class Spectrum:
         share = self._metrics().get("negative", float("nan"))
         if np.isnan(share):
             return (0, self.k) if self.n else None
+        if self.ends is not None:
+            return round(share * self.n), round(share * self.n)  # proved, or it would be nan
         found, near = round(share * self.n), self.certificate.near_axis
         return max(0, found - near), min(self.n, found + near)
 
@@ -420,3 +441,31 @@ def unspelled(value: Any) -> Any:
     if isinstance(value, list):
         return [unspelled(v) for v in value]
     return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+# Half of a surrogate pair, which is no character.
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+@cache
+def _reader(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def read_as(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A value of that type from JSON values, which are what they should be, not only like it: no "5", no 5.0 for 5.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    try:
+        # bytes of a file's name that are no UTF-8 may stand in a message, and are spelled out
+        text = _HALF.sub(lambda half: f"\\\\u{ord(half[0]):04x}", json.dumps(values, ensure_ascii=False))
+        return _reader(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problem(e) for e in error.errors(include_url=False)[:3])) from error
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    return f"{where}: {'not there' if error['type'] == 'missing' else error['msg'].removeprefix('Value error, ')}"

@@ -20,6 +20,7 @@ from stiffcore.study import (
     IN_MEMORY,
     BlockFunction,
     Device,
+    Identity,
     Kind,
     Reduce,
     Study,
@@ -98,12 +99,13 @@ def survey(
                 "fingerprint": fingerprint(made_of | asked | {"versions": versions()}),
             }
             units.append(_look(calls[block], function, study.reduce, common, seconds))
-    identity = made_of | {
-        "images": digests,
-        "blocks": blocks,
-        "functions": [str(f) for f in study.functions],
-        "kinds": [str(k) for k in study.kinds],
-    }
+    identity = Identity(
+        **made_of,
+        images=tuple(digests),
+        blocks=tuple(blocks),
+        functions=tuple(map(str, study.functions)),
+        kinds=tuple(map(str, study.kinds)),
+    )
     return Survey(
         study=settled,
         identity=identity,

@@ -32,9 +32,11 @@ from stiffcore.cluster import (
 )
 from stiffcore.eigen import divide
 from stiffcore.eigen.panels import SingularError, factor, one_by_one
+from stiffcore.record import Stage
 from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace
+from tests.records import key_of, put, said
 from tests.test_run import OPTIONS, execute, spectra_bytes
 
 # slow to certify, so that something can be killed meanwhile
@@ -101,7 +103,7 @@ def test_units_go_to_the_workers_and_give_the_bytes_of_one_process(small, cluste
         assert plan.allowed_bytes == 3 << 30
         _, outcome = carry_out_plan("run", prepared, executor, events.append)
     assert outcome.failed == {}
-    assert {e["stage"] for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
+    assert {said(e) for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
     one = InProcess(lambda event: None)
     prepared = prepare("one", OPTIONS | {"device": "cpu"}, one)
     prepared = replace(prepared, plan=replace(prepared.plan, threads=2))
@@ -218,7 +220,7 @@ def test_a_worker_that_dies_hands_its_unit_to_another(small, cluster):
     killed = []
 
     def kill(event):
-        if event["stage"] == "done" and event["done"] == 0 and not killed:
+        if said(event) == "done" and event.done == 0 and not killed:
             killed.extend(pids)
             os.kill(pids[0], signal.SIGKILL)
             cluster.worker()
@@ -239,7 +241,7 @@ def test_a_scheduler_that_is_gone_ends_the_session_and_the_run_continues(small, 
 
     def kill(event):
         events.append(event)
-        if event["stage"] == "done" and event["done"] == 0:
+        if said(event) == "done" and event.done == 0:
             cluster.scheduler.kill()
 
     with pytest.raises(ConnectionLostError, match="run again to continue"):
@@ -258,7 +260,7 @@ def test_work_of_a_session_that_is_over_stops_at_its_next_step(small):
     execute(small / "run", OPTIONS | {"blocks": "1"})
     store = RunStore(str(small / "run"))
     key = next(iter(store.units()))
-    store.update(key, stage="planned")
+    store.update(key, stage=Stage.PLANNED)
     with store.hold() as token:
         store.check_held(token)
         with pytest.raises(stiffcore.BusyError, match="is over"):
@@ -267,7 +269,51 @@ def test_work_of_a_session_that_is_over_stops_at_its_next_step(small):
             )
     with pytest.raises(stiffcore.BusyError, match="is over"):
         store.check_held(token)
-    assert store.record(key)["stage"] == "planned"
+    assert store.record(key).stage is Stage.PLANNED
+
+
+CLIENT = """
+import sys
+from stiffcore.cluster import workers_at
+from stiffcore.session import carry_out_plan, prepare
+from tests.test_cluster import ONE
+with workers_at(sys.argv[1], lambda event: print(event, flush=True)) as executor:
+    options = ONE | {"network": "smallnet:make_writing", "memory": "3GiB"}
+    carry_out_plan("run", prepare("run", options, executor), executor, print)
+"""
+
+WRITING = """
+class WritingBlock(Block):
+    def forward(self, x):
+        Path("log").write_text(str(time.time()))
+        time.sleep(1)
+        return super().forward(x)
+
+def make_writing():
+    net = make()
+    net.layer1[0].__class__ = WritingBlock
+    return net
+"""
+
+
+@pytest.mark.slow
+def test_within_half_a_minute_of_the_clients_death_no_worker_writes(small, cluster):
+    (small / "smallnet.py").write_text((small / "smallnet.py").read_text() + WRITING)
+    cluster.worker()
+    process = subprocess.Popen([sys.executable, "-c", CLIENT, cluster.file], cwd=small, env=cluster.environment)
+    deadline = time.monotonic() + 120
+    while not list(small.glob("run/units/*/matrix/zarr.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    killed = time.time()
+    with stiffcore.open_run(str(small / "run")).store.hold():  # waits for the lease to lapse
+        held = time.time()
+        assert 5 < held - killed < 40
+        before = {p: p.stat().st_mtime for p in (small / "run").rglob("*") if p.name != "holder.json"}
+        time.sleep(10)
+        assert {p: p.stat().st_mtime for p in (small / "run").rglob("*") if p.name != "holder.json"} == before
+    assert max(t for p, t in before.items() if p.is_file() and p.name != ".writers") - killed < 30
 
 
 # ------------------------------------------------------------------------------- the blocks of one unit, shared
@@ -277,9 +323,9 @@ ORDER, COLUMNS, TILE = 60, 10, 32
 
 def workspace(folder):
     store = RunStore(folder, create=True)
-    if "u" not in store.units():
-        store.update("u", stage="built")
-    return StoredWorkspace(store, "u", TILE, COLUMNS)
+    if key_of("u") not in store.units():
+        put(store)
+    return StoredWorkspace(store, key_of("u"), TILE, COLUMNS)
 
 
 def written(folder, a):
@@ -392,7 +438,7 @@ def test_a_run_shares_a_divided_unit_among_the_workers_asked_for(small):
         prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
         run, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
     assert outcome.failed == {}
-    assert len(run.spectrum(block="layer1.0").record["divided"]["splits"]) >= 1
+    assert len(run.spectrum(block="layer1.0").record.divided.splits) >= 1
     assert abs(run.spectrum(block="layer1.0").values - expected).max() < 1e-10
 
 
@@ -424,8 +470,8 @@ def test_a_worker_with_a_cuda_device_takes_the_units_that_are_planned_for_one(sm
     assert outcome.failed == {}
     assert prepared.plan.gpus == 1
     run = stiffcore.open_run(small / "run")
-    assert {r["plan"]["solver"] for r in run.records().values()} == {"cuda-dense"}
-    assert all(r["measured_device_bytes"] > 0 for r in run.records().values())
+    assert {r.plan.solver for r in run.records().values()} == {"cuda-dense"}
+    assert all(r.measured_device_bytes > 0 for r in run.records().values())
     assert all(run.stored(key).certificate.passed for key in run.records())
 
 

@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # The way of the data; a module may import from its own line and those above it.
 STAGES = [
-    ["version", "errors", "text"],
+    ["version", "errors", "text", "ending"],
     ["memory", "metrics"],
     ["study", "spectra"],
+    ["record"],
     ["jacobian"],
     ["networks"],
     ["eigen"],
-    ["store", "plan", "survey"],
+    ["store", "plan", "survey", "trust"],
     ["unit", "cluster"],
     ["picture", "preload"],
     ["run"],

@@ -254,8 +254,8 @@ def ends_of(
         range_left=shift + range_left,
         range_right=shift + range_right,
         note=note,
-        left_lines=tuple(replace(c, threshold=shift + c.threshold) for c in lines),
-        right_lines=tuple(replace(c, threshold=shift - c.threshold) for c in right_lines),
+        left_lines=tuple(replace(c, threshold=float(shift + c.threshold)) for c in lines),
+        right_lines=tuple(replace(c, threshold=float(shift - c.threshold)) for c in right_lines),
     )
 
 

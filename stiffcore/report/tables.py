@@ -10,6 +10,7 @@ from rich.text import Text
 
 from stiffcore.metrics import spell, spell_share
 from stiffcore.plan import Plan, UnitPlan
+from stiffcore.record import UnitRecord
 from stiffcore.report.statistics import SIGNIFICANT, certified, correlations, labelled
 from stiffcore.run import DONE, Run, state_of
 from stiffcore.study import Kind, Solver, counted, format_bytes
@@ -88,7 +89,7 @@ def _device(plan: Plan) -> str:
     )
 
 
-def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
+def status_table(records: Mapping[str, UnitRecord]) -> Table:
     """The units that are not simply done or planned, and what is known of them."""
     table = _table("", "")
     for name in ("unit", "state", "stage"):
@@ -96,7 +97,7 @@ def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("note", overflow="fold")
     for key, record in records.items():
         if state_of(record) not in ("done", "stored", "planned", "no spectrum"):
-            table.add_row(key, state_of(record), record["stage"], _note(record))
+            table.add_row(key, state_of(record), record.stage, _note(record))
     return table
 
 
@@ -106,19 +107,19 @@ def status_rows(run: Run) -> dict[str, Any]:
     return {
         "run": run.store.url,
         "holder": run.store.holder(),
-        "study": run.header["study"],
+        "study": run.study.model_dump(mode="json"),
         "units": [
-            {"key": key, "state": state_of(r), "stage": r["stage"], "note": _note(r)} for key, r in records.items()
+            {"key": key, "state": state_of(r), "stage": str(r.stage), "note": _note(r)} for key, r in records.items()
         ],
     }
 
 
-def _note(record: Mapping[str, Any]) -> str:
-    if record.get("failure"):
-        return str(record["failure"])
-    if state_of(record) in DONE:
-        return "; ".join(record["certificate"]["failures"])
-    return str(record["reason"])
+def _note(record: UnitRecord) -> str:
+    if record.failure:
+        return record.failure
+    if record.certificate and state_of(record) in DONE:
+        return "; ".join(record.certificate.failures)
+    return record.unit.reason
 
 
 # Columns of the metrics table: header, width from which there is room for it, how a row is shown.

@@ -13,9 +13,9 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from stiffcore.errors import DamagedError
+from stiffcore.record import FORMAT
 from stiffcore.study import fingerprint
 
-FORMAT = 2
 # What zarr raises for stored bytes that are not what they should be: the checksum codec, and JSON, a ValueError;
 # metadata with a key changed or gone, the others.
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
@@ -26,7 +26,7 @@ BEGUN = {"stiffcore_begun": FORMAT}
 ROOT, COPY = "zarr.json", "units/zarr.json"
 GROUP_KEYS = {"attributes", "zarr_format", "node_type"}
 # What a run that was killed before it wrote anything may leave.
-_LEFT = re.compile(r"\.lock|holder\.json|(zarr|holder)\.[0-9a-f]{32}\.partial")
+_LEFT = re.compile(r"\.lock|\.writers|holder\.json|(zarr|holder)\.[0-9a-f]{32}\.partial")
 
 
 def json_buffer(value: Mapping[str, Any]) -> Buffer:
