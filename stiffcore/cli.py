@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapse
 
 from stiffcore.cluster import Event, tls_security, workers_at
 from stiffcore.errors import InputError, StiffcoreError
-from stiffcore.plan import Plan
+from stiffcore.plan import Plan, check_budget
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
 from stiffcore.report.terminal import Terminal
@@ -209,17 +209,22 @@ def plan(
     tls_key: TlsKey = None,
     as_json: Json = False,
 ) -> None:
-    """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing."""
+    """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing.
+
+    Exit code 2 where the budget holds no unit.
+    """
     options = _options(locals())
     security = tls_security(tls_ca, tls_cert, tls_key)
     with workers_at(scheduler, lambda event: None, security=security) as executor, _looking(quiet=as_json):
         prepared = prepare(run, options, executor, workers=workers, suppose=True)
     if as_json:
-        _print_json(tables.plan_rows(prepared.plan))
-        return
-    _announce(prepared)
-    out.print(tables.plan_table(prepared.plan))
-    _say(out, tables.plan_summary(prepared.plan))
+        _print_json(tables.plan_rows(prepared.plan, prepared.left_out))
+    else:
+        _announce(prepared)
+        out.print(tables.plan_table(prepared.plan))
+        _say(out, tables.plan_summary(prepared.plan))
+    if not any(p.works for p in prepared.plan.units):
+        check_budget(prepared.plan)
 
 
 @app.command()
@@ -234,6 +239,8 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     _say(out, f"{run}: {by}")
     records = found.records()
     _say(out, status_summary(records))
+    for line in tables.left_out_lines(found.header.get("left_out", {})):
+        _say(out, line)
     table = tables.status_table(records)
     if table.row_count:
         out.print(table)
@@ -435,6 +442,8 @@ def _announce(prepared: Prepared) -> None:
         _say(out, f"weights: {prepared.study.weights}")
         _say(out, f"images: {len(prepared.survey.images['y'])} of {prepared.survey.source}")
         _say(out, f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
+    for line in tables.left_out_lines(prepared.left_out):
+        _say(out, line)
 
 
 def _print_json(value: Any) -> None:

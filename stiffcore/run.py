@@ -12,7 +12,7 @@ from stiffcore.errors import InputError
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.spectra import Certificate, Count, Spectrum
 from stiffcore.store import IMAGES, RunStore, stored_spectrum
-from stiffcore.study import Kind, Solver, Study, parse_bytes
+from stiffcore.study import FAILED, Kind, Solver, Study, parse_bytes
 from stiffcore.text import encodable
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def _certificate_row(certificate: Certificate) -> tuple[float, ...]:
 def state_of(record: Mapping[str, Any]) -> str:
     """A unit's state: `done`, `not certified`, `stored` (matrix), `failed`, `under way`, `planned` or `no spectrum`."""
     if record["plan"]["solver"] == Solver.NONE:
-        return "no spectrum"
+        return "failed" if record["route"] == FAILED else "no spectrum"
     if record["stage"] == "done" and record["plan"]["solver"] == Solver.MATRIX_ONLY:
         return "stored"
     if record["stage"] == "done":

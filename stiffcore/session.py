@@ -8,7 +8,7 @@ import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from stiffcore.cluster import DEATHS, ConnectionLostError, Event, Executor, Worker, WorkerDiedError, spread
 from stiffcore.eigen.panels import one_by_one
-from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
+from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError, refuse
 from stiffcore.memory import PeakMeter, default_allowed_bytes, release_free_memory, tree_bytes
 from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.run import DONE, IMAGE_ARRAYS, Run, state_of
@@ -35,6 +35,7 @@ from stiffcore.store import (
     write_images,
 )
 from stiffcore.study import (
+    FAILED,
     Device,
     Keep,
     Solver,
@@ -81,6 +82,7 @@ class Prepared:
             these are written again.
         unreadable: what is wrong with the arrays of units that were done, by key; these are computed again.
         images: `Images`, where they are in memory.
+        left_out: see `Survey`.
     """
 
     study: Study
@@ -90,6 +92,7 @@ class Prepared:
     damaged: Mapping[str, str]
     unreadable: Mapping[str, str]
     images: Any = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(
@@ -120,6 +123,8 @@ def prepare(
     store = _existing(url)
     header = store.header if store else None
     units, damaged = _trusted(store) if store else ({}, {})
+    # what could not be had is looked at again: the block, or what it needs, may have changed
+    damaged = {key: r["reason"] for key, r in units.items() if r["route"] == FAILED} | damaged
     given = {name: value for name, value in options.items() if value is not None}
     study = Study.stored(header).with_options(given) if header else Study.ask(given)
     if not header and "network" not in given:
@@ -131,6 +136,7 @@ def prepare(
             _check_same(header["identity"], found.identity, url)
         study = found.study
         facts = list(found.units)
+        _refuse_all_failed(found)
     else:
         facts = [Unit(**record) for record in units.values()]
     chunk_bytes = images_chunk_bytes(store) if store and header and IMAGES not in damaged else 0
@@ -149,7 +155,15 @@ def prepare(
     most = workers if processes else 1
     inputs = found.pixel_bytes if found and (not header or IMAGES in damaged) else 0
     plan = make_plan(pending, study, machine, workers=most, recorded=recorded, inputs_bytes=inputs)
-    return Prepared(study, plan, machine, found, damaged, unreadable, images)
+    left_out = found.left_out if found else (header or {}).get("left_out", {})
+    return Prepared(study, plan, machine, found, damaged, unreadable, images, left_out)
+
+
+def _refuse_all_failed(found: Survey) -> None:
+    """Refuse a study none of whose blocks can be had, before anything is written."""
+    reasons = {unit.block: unit.reason for unit in found.units if unit.route == FAILED}
+    if all(unit.route == FAILED for unit in found.units):
+        refuse(reasons.values(), "no block can be analysed:")
 
 
 def _with_image(unit: Unit, chunk_bytes: int) -> Unit:
@@ -357,7 +371,8 @@ def carry_out_plan(
         try:
             _write_beginning(store, prepared, executor, token)
             executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
-            failed = _work(store, prepared, executor, on_event, module, token)
+            missed = {p.unit.key: p.why for p in prepared.plan.units if p.unit.route == FAILED}
+            failed = missed | _work(store, prepared, executor, on_event, module, token)
         except BaseException as error:
             executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes
             if isinstance(error, OSError):
@@ -399,6 +414,7 @@ def _write_beginning(store: RunStore, prepared: Prepared, executor: Executor, to
         "identity": found.identity,
         "description": found.description,
         "source": found.source,
+        "left_out": dict(found.left_out),
         "versions": versions(),
         "threads": prepared.plan.threads,
         "units": [plan.unit.key for plan in prepared.plan.units],
