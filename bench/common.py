@@ -20,8 +20,9 @@ from stiffcore.networks.blocks import capture, residual_blocks
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
 from stiffcore.plan import DIVIDE_TILE_ROWS
+from stiffcore.record import Stage, UnitPlan, UnitRecord
 from stiffcore.store import RunStore, StoredWorkspace
-from stiffcore.study import versions
+from stiffcore.study import Solver, Unit, unit_key, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -108,9 +109,12 @@ def write(script, figures):
 def workspace(folder, panel):
     """Where the panels of a division are: a unit of a run in a folder."""
     store = RunStore(f"{folder}/run", create=True)
+    names = {"block": "divided", "function": "block", "kind": "matrix"}
+    sizes = {"image": 0, "label": -1, "number": 0, "n": 1, "m": 1, "k": 1}
+    unit = Unit(key=unit_key(0, **names), **names, **sizes, route="full", reason="", fingerprint="")
     if not store.units():
-        store.update("divided", stage="built")
-    return StoredWorkspace(store, "divided", DIVIDE_TILE_ROWS, panel)
+        store.put_record(unit.key, UnitRecord(UnitPlan(unit, Solver.DIVIDE, ""), Stage.BUILT))
+    return StoredWorkspace(store, unit.key, DIVIDE_TILE_ROWS, panel)
 
 
 def stored(space, name, columns, order):

@@ -24,7 +24,7 @@ def blocks_of(network, options, folder):
     _, wall = stiffcore("run", folder, "--network", network, *options, *common, *asked)
     run = open_run(folder)
     found = []
-    for key, record in run.records().items():
+    for key, record in [(key, r.to_json()) for key, r in run.records().items()]:
         if record["plan"]["solver"] == "none":
             continue
         assert record["stage"] == "done", record

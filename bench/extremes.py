@@ -19,7 +19,7 @@ COMMON = ["--images", "samples", "--count", IMAGES, "--memory", "6GiB", "--worke
 def rows(folder, network, solver):
     stiffcore("run", folder, "--network", network, "--solver", solver, *COMMON)
     run = open_run(folder)
-    return {row["key"]: row | run.store.record(row["key"]) for row in keyed(run)}
+    return {row["key"]: row | run.store.record(row["key"]).to_json() for row in keyed(run)}
 
 
 def keyed(run):

@@ -38,7 +38,7 @@ def at_order(n):
     start = time.perf_counter()
     found = stiffcore.spectrum(lambda x: x @ matrix.T, torch.zeros(n, dtype=torch.float64))
     assert found.certificate.passed
-    return {"n": n, "seconds": time.perf_counter() - start, "stages": found.record["seconds"]}
+    return {"n": n, "seconds": time.perf_counter() - start, "stages": found.record.seconds}
 
 
 class Residual(torch.nn.Module):
@@ -57,7 +57,7 @@ def at_waist(n, waist):
     start = time.perf_counter()
     found = stiffcore.spectrum(block, x)
     assert found.certificate.passed
-    return {"n": n, "k": found.k, "seconds": time.perf_counter() - start, "stages": found.record["seconds"]}
+    return {"n": n, "k": found.k, "seconds": time.perf_counter() - start, "stages": found.record.seconds}
 
 
 def session(options, workers=None):
@@ -66,15 +66,15 @@ def session(options, workers=None):
         start = time.perf_counter()
         run, outcome = carry_out_plan(folder + "/run", prepared, executor, lambda event: None)
         assert not outcome.failed, outcome.failed
-        plans = [record["plan"] for record in run.records().values()]
+        plans = [record.plan for record in run.records().values()]
         return {
             "images": options["count"],
             "seconds": time.perf_counter() - start,
             "workers": prepared.plan.workers,
             "peak_bytes": outcome.peak_bytes,
             "allowed_bytes": prepared.plan.allowed_bytes,
-            "moved_bytes": sum(plan["moved_bytes"] for plan in plans),
-            "chunk": plans[0]["chunk"],
+            "moved_bytes": sum(plan.moved_bytes for plan in plans),
+            "chunk": plans[0].chunk,
         }
 
 
@@ -93,10 +93,10 @@ def divided(at_once, leaf):
         return {
             "columns": at_once * unit.panel,
             "leaf": leaf,
-            "held_bytes": max(divide_held_bytes(record["k"], unit.panel, at_once), 8 * leaf**2),
-            "splits": len(record["divided"]["splits"]),
-            "error": record["divided"]["error"],
-            "seconds": record["seconds"],
+            "held_bytes": max(divide_held_bytes(record.unit.k, unit.panel, at_once), 8 * leaf**2),
+            "splits": len(record.divided.splits),
+            "error": record.divided.error,
+            "seconds": record.seconds,
             "read_bytes": read,
             "written_bytes": written,
         }

@@ -32,7 +32,7 @@ SQUARE = [16, 15, 13, 12, 11, 10, 9, 7, 6, 5, 3, 2]
 def figures_of(folder):
     """What a run of one block says."""
     run = open_run(folder)
-    (record,) = run.records().values()
+    (record,) = [r.to_json() for r in run.records().values()]
     (row,) = run.metrics().to_dict("records")
     left = record["ends"]["left_of_zero"]
     return (

@@ -29,7 +29,7 @@ def measured(options):
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory() as folder:
             _, wall = stiffcore("run", folder + "/run", *options, *COMMON)
-            [record] = open_run(folder + "/run").records().values()
+            [record] = [r.to_json() for r in open_run(folder + "/run").records().values()]
             names = ("block", "k", "nonzeros", "seconds", "measured_bytes")
             moved = record["plan"]["moved_bytes"]
             found.append({name: record[name] for name in names} | {"wall_s": wall, "planned_moved_bytes": moved})

@@ -19,7 +19,7 @@ if __name__ == "__main__":
         with PeakMeter() as meter:
             run = analyze(run=f"{folder}/run", memory="1GiB", device="cpu", **OPTIONS)
         seconds = time.perf_counter() - start
-        [(key, record)] = run.records().items()
+        [(key, record)] = [(key, r.to_json()) for key, r in run.records().items()]
         matrix = TiledMatrix(run.store.unit_group(key), "matrix")
         tiles = -(-record["k"] // matrix.tile) * matrix.shards
         write(

@@ -36,7 +36,7 @@ def main(to, quick):
 
     def note(event):
         # of each unit: when each stage was first told of
-        seen.setdefault(event["unit"], {}).setdefault(event["stage"], time.perf_counter())
+        seen.setdefault(event.unit, {}).setdefault(getattr(event, "stage", event.kind), time.perf_counter())
 
     with (
         TemporaryDirectory() as folder,

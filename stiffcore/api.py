@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stiffcore.cluster import Event, InProcess, workers_at
+from stiffcore.cluster import InProcess, workers_at
 from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import tree_bytes
@@ -19,13 +19,15 @@ from stiffcore.networks.copying import copy_module
 from stiffcore.networks.images import images_in_memory
 from stiffcore.networks.zoo import check_tensors, settle
 from stiffcore.plan import Machine, check_budget, make_plan
+from stiffcore.record import Event, Header, Stage, UnitRecord
 from stiffcore.run import Run
-from stiffcore.session import as_planned, carry_out_plan, check_free, prepare
+from stiffcore.session import carry_out_plan, check_free, prepare
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore, stored_spectrum
-from stiffcore.study import IN_MEMORY, BlockFunction, Kind, Solver, Study, unit_key
+from stiffcore.study import IN_MEMORY, BlockFunction, Identity, Kind, Normalize, Solver, Study, unit_key
 from stiffcore.survey import unit_facts
 from stiffcore.unit import carry_out
+from stiffcore.version import __version__
 
 
 def spectrum(
@@ -86,6 +88,18 @@ def spectrum(
     chosen = _choice(BlockFunction, function, "function")
     reduction = reduce_jacobian(call, x, chosen, reduce=reduce, name=label)
     key = unit_key(0, label, function, Kind.MATRIX)
+    identity = Identity(
+        network=IN_MEMORY,
+        weights=IN_MEMORY,
+        normalize=str(Normalize.NONE),
+        pool=str(study.pool),
+        dtype=str(study.dtype),
+        reduce=str(study.reduce),
+        images=(IN_MEMORY,),
+        blocks=(label,),
+        functions=(function,),
+        kinds=(str(Kind.MATRIX),),
+    )
     common: dict[str, Any] = {
         "key": key,
         "image": 0,
@@ -100,8 +114,8 @@ def spectrum(
     check_budget(plan)
     with tempfile.TemporaryDirectory(prefix="stiffcore-", dir=scratch) as folder:
         store = RunStore(folder, create=True)
-        store.update(key, **as_planned(plan.units[0]))
-        store.header = {"version": "", "study": study.model_dump(mode="json"), "identity": {}}
+        store.put_record(key, UnitRecord(plan.units[0], Stage.PLANNED))
+        store.header = Header(__version__, study, identity, threads=plan.threads, units=(key,))
         carry_out(
             folder,
             key,
@@ -136,7 +150,7 @@ def analyze(
             script needs the usual `if __name__ == "__main__":`).
         scheduler: address or scheduler file of a Dask cluster that runs already; `memory` is then each worker's.
         security: `distributed.Security` that the scheduler wants; None: as Dask's configuration says.
-        on_event: told of every step, a dict with `unit`, `stage`, `done`, `total`.
+        on_event: told of every step, by one of the events of `stiffcore.record`.
         options: fields of `stiffcore.Study`: blocks, functions, dtype, memory, normalize, keep, device, ...
 
     Returns:

@@ -15,9 +15,11 @@ import numpy as np
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
-from stiffcore.cluster import Event, tls_security, workers_at
+from stiffcore.cluster import tls_security, workers_at
 from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.metrics import spell_share
 from stiffcore.plan import Plan, check_budget
+from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
 from stiffcore.report.terminal import Terminal
@@ -239,7 +241,7 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     _say(out, f"{run}: {by}")
     records = found.records()
     _say(out, status_summary(records))
-    for line in tables.left_out_lines(found.header.get("left_out", {})):
+    for line in tables.left_out_lines(found.header.left_out):
         _say(out, line)
     table = tables.status_table(records)
     if table.row_count:
@@ -520,44 +522,47 @@ class _Progress:
 
     def event(self, event: Event) -> None:
         """Follow an event, from any thread."""
-        key, stage = event["unit"], event["stage"]
+        key = event.unit
         if self._total is None:
             return
-        if stage == "begun":
-            if key in self._tasks:  # begun again
-                self.bars.remove_task(self._tasks.pop(key))
-            self._tasks[key] = self.bars.add_task(str(self._names.get(key, key)), total=None, note="opening")
-        elif stage in ("ended", "failed"):
-            self.bars.advance(self._total)
-            if key in self._tasks:
-                self.bars.remove_task(self._tasks.pop(key))
-            self._report(key, event)
-        elif stage in ("restarted", "fallback"):
-            _say(err, f"{key}: {stage}: {event['note']}")
-        elif key in self._tasks:
-            # a stage that cannot be counted pulses
-            total = event["total"] if event["total"] > 1 else None
-            note = event.get("note") or STAGE_NAMES[stage]
-            self.bars.update(self._tasks[key], total=total, completed=event["done"], note=note)
+        match event:
+            case Begun():
+                if key in self._tasks:  # begun again
+                    self.bars.remove_task(self._tasks.pop(key))
+                self._tasks[key] = self.bars.add_task(str(self._names.get(key, key)), total=None, note="opening")
+            case Ended() | Failed():
+                self.bars.advance(self._total)
+                if key in self._tasks:
+                    self.bars.remove_task(self._tasks.pop(key))
+                self._report(event)
+            case Restarted(note=note) | FellBack(note=note):
+                _say(err, f"{key}: {event.kind}: {note}")
+            case Reached(stage=stage) if key in self._tasks:
+                self.bars.update(self._tasks[key], total=None, completed=1, note=STAGE_NAMES[stage])
+            case Step(stage=stage, done=done, total=total) if key in self._tasks:
+                # a stage that cannot be counted pulses
+                note = event.note or STAGE_NAMES[stage]
+                self.bars.update(self._tasks[key], total=total if total > 1 else None, completed=done, note=note)
 
-    def _report(self, key: str, event: Event) -> None:
-        if event["stage"] == "failed":
-            _say(err, f"{key} failed: {event['note']}", style="bold red")
+    def _report(self, event: Ended | Failed) -> None:
+        key = event.unit
+        if isinstance(event, Failed):
+            _say(err, f"{key} failed: {event.note}", style="bold red")
             return
         run = open_run(self._url)
         record = run.store.record(key)
         if state_of(record) == "stored":
-            _say(err, f"{key}: matrix of order {record['k']:,} stored")
+            _say(err, f"{key}: matrix of order {record.unit.k:,} stored")
             return
         spectrum = run.stored(key)
         index = run.store.get_array(IMAGES, "index")
-        image = f"image {index[spectrum.record['image']]}, " if len(index) > 1 else ""
+        image = f"image {index[spectrum.record.unit.image]}, " if len(index) > 1 else ""
         m = spectrum.metrics
         _say(
             err,
             f"{image}{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, "
             f"S active {m['S_active']:.7g} +- {spectrum.certificate.s_active_error:.1e}, "
-            f"Re<0 {tables.percent(m['negative'])} %, {spectrum.verdict}",
+            f"Re<0 {spell_share(m, 'negative')} %, {spectrum.verdict}",
         )
 
 

@@ -91,10 +91,10 @@ def write_hdf5(run: Run, to: Path) -> str:
         file.attrs.update(
             {
                 "layout": HDF5_LAYOUT,
-                "stiffcore": run.header["version"],
-                "description": visible(run.header["description"]),
-                "source": visible(run.header["source"]),
-                "study": json.dumps(run.header["study"]),
+                "stiffcore": run.header.version,
+                "description": visible(run.header.description),
+                "source": visible(run.header.source),
+                "study": json.dumps(run.study.model_dump(mode="json")),
             }
         )
         for name in rows:

@@ -32,6 +32,10 @@ NAMES = (
     "effective_rank",
     "nuclear_norm",
     "frobenius_norm",
+    "negative_low",
+    "negative_high",
+    "euler_stable_low",
+    "euler_stable_high",
 )
 
 
@@ -67,8 +71,10 @@ def spectrum_metrics(
     Returns:
         By name, see `NAMES`: `S` and `S_active` (may be inf, -inf or nan); `negative`, `positive`, `zero` (shares of
         all n eigenvalues); `abscissa` (max Re), `min_re`, `min_re_active` (without structural zeros), `radius`
-        (max |l|), `max_im` (max |Im|); `euler_stable` (share with |1 + l| <= 1, forward Euler's stability disc
-        at step 1; nan where not `branch`). Empty sets give nan. Of the eigenvalues with negative real part alone,
+        (max |l|), `max_im` (max |Im|); `negative_low`, `negative_high`, `euler_stable_low` and `euler_stable_high`
+        (between which `negative` and `euler_stable` are certain to be: `Spectrum.metrics` puts in what the certificate
+        says, here they are the shares themselves); `euler_stable` (share with |1 + l| <= 1, forward Euler's stability
+        disc at step 1; nan where not `branch`). Empty sets give nan. Of the eigenvalues with negative real part alone,
         beyond `axis_error`: `decay_ratio`, max |Re| / min |Re|, the stiffness ratio of textbooks (Lambert, Numerical
         Methods for Ordinary Differential Systems, 1991, section 6.2), and `stable_step`, the largest step at which
         forward Euler damps them all, min -2 Re / |l|^2 (nan where not `branch`, inf where there are none). Of the
@@ -160,10 +166,16 @@ class Tally:
         slowest, step = ends.get("slowest", math.nan), -ends.get("-step", -math.inf)
         with np.errstate(over="ignore"):
             decay = float(np.float64(-ends.get("-min_re", math.nan)) / np.float64(slowest))
-        return {
+        negative, stable = _share(self.negative, n), _share(self.inside + zeros, n) if branch else float("nan")
+        certain = {"negative_low": negative, "negative_high": negative}
+        certain |= {"euler_stable_low": stable, "euler_stable_high": stable}
+        of_singular_values = dict.fromkeys(
+            ("condition", "effective_rank", "nuclear_norm", "frobenius_norm"), float("nan")
+        )
+        found = {
             "S": stiffness_index(everything),
             "S_active": stiffness_index(active),
-            "negative": _share(self.negative, n),
+            "negative": negative,
             "positive": _share(self.positive + ones, n),
             "zero": _share(self.count - self.negative - self.positive + zeros, n),
             "abscissa": _largest(everything),
@@ -171,12 +183,13 @@ class Tally:
             "min_re_active": -_largest(-active) + 0.0,
             "radius": _largest(modulus),
             "max_im": _largest(np.array(([ends["im"]] if ends else []) + [0.0] * min(ones + zeros, 1))),
-            "euler_stable": _share(self.inside + zeros, n) if branch else float("nan"),
+            "euler_stable": stable,
             "decay_ratio": decay,
             "stable_step": step if branch else float("nan"),
             "departure": self._departure(frobenius),
             "numerical_abscissa": numerical_abscissa,
-        } | dict.fromkeys(("condition", "effective_rank", "nuclear_norm", "frobenius_norm"), float("nan"))
+        }
+        return found | of_singular_values | certain
 
     def _departure(self, frobenius: float) -> float:
         if not frobenius > 0:
@@ -219,11 +232,12 @@ def extreme_metrics(
     known["numerical_abscissa"] = numerical_abscissa
     known["radius"] = float(np.maximum(radius, 1.0 if ones else 0.0))
     if negative is not None:
-        known["negative"] = _share(negative, n)
+        known["negative"] = known["negative_low"] = known["negative_high"] = _share(negative, n)
         known["positive"] = _share(k - negative + ones, n)
         known["zero"] = _share(zeros, n)
     if branch and outside is not None:
-        known["euler_stable"] = _share(n - outside - ones, n)
+        inside = _share(n - outside - ones, n)
+        known |= dict.fromkeys(("euler_stable", "euler_stable_low", "euler_stable_high"), inside)
     return {name: known.get(name, float("nan")) for name in NAMES}
 
 
@@ -271,6 +285,21 @@ def spell(value: float, digits: int = 5) -> str:
     if np.isinf(value):
         return "infinite" if value > 0 else "-infinite"
     return f"{value:.{digits}g}"
+
+
+def spell_share(values: Mapping[str, float], name: str, digits: int = 3) -> str:
+    """A share for people, in per cent: with what it is between where it is not certain, `open` where it is not known.
+
+    Args:
+        values: metrics by name, with the ends of the interval as `NAME_low` and `NAME_high`, where there are any.
+        name: of the share.
+        digits: after the point.
+    """
+    share, low, high = (float(values.get(key, math.nan)) for key in (name, f"{name}_low", f"{name}_high"))
+    shown = "open" if math.isnan(share) else f"{100 * share:.{digits}f}"
+    if math.isnan(low) or low == high:
+        return shown
+    return f"{shown} ({100 * low:.{digits}f} to {100 * high:.{digits}f})"
 
 
 def stiffness_error(values: Mapping[str, float], error_max: float, error_min: float) -> float:

@@ -110,17 +110,17 @@ def shifted_matrix(store: RunStore, key: str, module: Any = None) -> sp.csc_arra
         InputError: where the unit has no matrix.
     """
     record = store.record(key)
-    if not record["k"]:
-        raise InputError(f"{key} has no matrix: {record['reason']}")
-    shift = record.get("shift")
-    if record.get("kept") and shift is not None and is_there(store.unit_group(key), "matrix"):
+    if not record.unit.k:
+        raise InputError(f"{key} has no matrix: {record.unit.reason}")
+    shift = record.shift
+    if record.kept and shift is not None and is_there(store.unit_group(key), "matrix"):
         matrix = TiledMatrix(store.unit_group(key), "matrix").read_sparse()
     else:
         reduction = open_operator(store, record, "cpu", module)
         assert isinstance(reduction, Reduction)
-        shift, matrix = reduction.shift, sparse_matrix(reduction, record["plan"]["chunk"])
+        shift, matrix = reduction.shift, sparse_matrix(reduction, record.plan.chunk)
     exactly = matrix.astype(np.float64)
-    return sp.csc_array(exactly + shift * sp.eye_array(record["k"], format="csc"))
+    return sp.csc_array(exactly + shift * sp.eye_array(record.unit.k, format="csc"))
 
 
 def _axes(curve: np.ndarray, grid: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,8 @@ over. `extremes` answers less, and is taken only where it is asked for.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from stiffcore.eigen.extremes import DENSE_SHARE
 from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
+from stiffcore.record import UnitPlan
 from stiffcore.spectra import CERTIFIED_MOST
 from stiffcore.store import file_rows
 from stiffcore.study import FAILED, PROBES, BlockFunction, Build, Device, Keep, Kind, Solver, Study, Unit, format_bytes
@@ -79,79 +79,6 @@ DIVIDE_TILE_ROWS = 1024
 DIVIDE_PASSING = 6
 DIVIDE_STEPS = 16
 DIVIDE_FLOPS = 80
-
-
-@dataclass(frozen=True)
-class UnitPlan:
-    """What one unit will take.
-
-    Attributes:
-        unit: the facts.
-        solver: the rung; `none` where the unit has no spectrum, or fits no rung.
-        why: why the rungs above were passed over, and why this one, or none.
-        refused: whether it has a spectrum but the budget holds no rung.
-        chunk: columns built at once.
-        shard: columns in one file.
-        build: how the matrix is built.
-        matrix_free: whether no matrix is built, only products with it are taken.
-        stored: whether the matrix goes through the store; else it is built again where a killed unit needs it.
-        factor_bytes: what a sparse factorisation may take, of what is projected.
-        panel: where the matrix is divided in the store: columns of a panel.
-        at_once: there, panels of a block, which is what memory holds.
-        leaf: there, the largest order that is solved in memory.
-        spread: there, workers that have a block each, at the same time.
-        stages: projected bytes by stage, host memory on top of what is reserved.
-        device_bytes: projected bytes on the device, on top of what is reserved there.
-        disk_bytes: most bytes in the store while it runs.
-        kept_bytes: bytes that stay in the store.
-        moved_bytes: written to and read from the store, and copied to the device, where no tile is zero.
-        flops: of the eigenvalue solve.
-        seconds: estimate of build and solve.
-    """
-
-    unit: Unit
-    solver: Solver
-    why: str
-    refused: bool = False
-    chunk: int = 1
-    shard: int = 1
-    build: Build = Build.COLUMNS
-    matrix_free: bool = False
-    stored: bool = True
-    factor_bytes: int = 0
-    panel: int = 0
-    at_once: int = 1
-    leaf: int = 0
-    spread: int = 1
-    stages: dict[str, int] | None = None
-    device_bytes: int = 0
-    disk_bytes: int = 0
-    kept_bytes: int = 0
-    moved_bytes: int = 0
-    flops: int = 0
-    seconds: float = 0.0
-
-    @property
-    def projected_bytes(self) -> int:
-        """Host memory at the fullest stage, on top of what is reserved."""
-        return max((self.stages or {"": 0}).values())
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values, without the unit's facts."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unit"} | {
-            "solver": str(self.solver),
-            "build": str(self.build),
-        }
-
-    @classmethod
-    def from_json(cls, unit: Unit, values: dict[str, Any]) -> "UnitPlan":
-        """The inverse of `to_json`."""
-        return cls(unit=unit, **{**values, "solver": Solver(values["solver"]), "build": Build(values["build"])})
-
-    @property
-    def works(self) -> bool:
-        """Whether there is something to compute."""
-        return self.solver is not Solver.NONE
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from stiffcore.errors import InputError
 from stiffcore.metrics import NAMES as METRIC_NAMES
+from stiffcore.record import Stage, UnitRecord
 from stiffcore.spectra import Certificate, Count, Spectrum
 from stiffcore.store import IMAGES, RunStore, stored_spectrum
 from stiffcore.study import FAILED, Kind, Solver, Study, parse_bytes
@@ -48,21 +49,18 @@ class Run:
             InputError: where it is not.
         """
         self.store = store
-        header = store.header
-        if header is None:
-            raise store.nothing_recorded()
-        self.header: dict[str, Any] = header
-        self.study = Study.stored(header)
+        self.header = store.settled()
+        self.study: Study = self.header.study
 
     def __repr__(self) -> str:
-        return f"Run({self.store.url}: {self.header['description']}; {status_summary(self.records())})"
+        return f"Run({self.store.url}: {self.header.description}; {status_summary(self.records())})"
 
     def _repr_html_(self) -> str:
         shown = ["image_index", "number", "block", "function", "n", "k", "S_active", "S_active_error", "negative"]
         rows = self.metrics()[[*shown, "certified", "state", "basis"]]
         return f"<p>{escape(repr(self))}</p>{rows.to_html(max_rows=40, index=False)}"
 
-    def records(self) -> dict[str, dict[str, Any]]:
+    def records(self) -> dict[str, UnitRecord]:
         """What is recorded of each unit, by key.
 
         Raises:
@@ -86,16 +84,17 @@ class Run:
         key = self._key(image, block, function, kind)
         record = self.store.record(key)
         if state_of(record) not in DONE:
-            raise InputError(f"{key} has no spectrum: {state_of(record)}; {record.get('failure') or record['reason']}")
+            raise InputError(f"{key} has no spectrum: {state_of(record)}; {record.failure or record.unit.reason}")
         return self.stored(key)
 
     def _key(self, image: int, block: str | int, function: str, kind: str) -> str:
         named: dict[str, str] = {}
         for key, record in self.records().items():
-            if (record["image"], record["function"], record["kind"]) == (image, function, kind):
-                named.setdefault(record["block"], key)
-                if record["number"]:  # a module's path may be a number, too: then numbers count, as for --blocks
-                    named[str(record["number"])] = key
+            unit = record.unit
+            if (unit.image, unit.function, unit.kind) == (image, function, kind):
+                named.setdefault(unit.block, key)
+                if unit.number:  # a module's path may be a number, too: then numbers count, as for --blocks
+                    named[str(unit.number)] = key
         if str(block) in named:
             return named[str(block)]
         raise InputError(f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}")
@@ -177,8 +176,8 @@ class Run:
         found = count_left(shifted_matrix(self.store, key, module), threshold, memory_bytes=allowed)
         if found.count is None:
             return found
-        record = self.store.record(key)
-        exact = [(value, record[name]) for value, name in ((1, "ones"), (0, "zeros")) if record[name]]
+        unit = self.store.record(key).unit
+        exact = [(value, number) for value, number in ((1, unit.ones), (0, unit.zeros)) if number]
         more = sum(number for value, number in exact if value < threshold)
         margin = min([found.margin, *(abs(value - threshold) for value, _ in exact)])
         return replace(found, count=found.count + more, margin=margin)
@@ -222,10 +221,11 @@ class Run:
             data = data.assign_coords({name: ("image", by_image[name].to_numpy())})
         by_block = rows.drop_duplicates("block").set_index("block").loc[order["block"]]
         data = data.assign_coords(number=("block", by_block["number"].to_numpy()))
-        return data.assign_attrs(description=self.header["description"], source=self.header["source"])
+        return data.assign_attrs(description=self.header.description, source=self.header.source)
 
-    def _row(self, key: str, record: dict[str, Any], images: dict[str, np.ndarray]) -> dict[str, Any]:
-        i = record["image"]
+    def _row(self, key: str, record: UnitRecord, images: dict[str, np.ndarray]) -> dict[str, Any]:
+        unit, i = record.unit, record.unit.image
+        facts = ("number", "block", "function", "kind", "m", "n", "k", "ones", "zeros", "route")
         row = {
             "image": i,
             "image_index": int(images["index"][i]),
@@ -233,21 +233,16 @@ class Run:
             "prediction": int(images["prediction"][i]),
             "loss": float(images["loss"][i]),
             "correct": _correct(int(images["prediction"][i]), int(images["y"][i])),
-            **{
-                name: record[name]
-                for name in ("number", "block", "function", "kind", "m", "n", "k", "ones", "zeros", "route")
-            },
-            "elements": record["m"] * record["n"],
-            "eigenvalues": record["k"] + record["ones"] + record["zeros"],
+            **{name: str(value) if isinstance(value, str) else value for name, value in unit if name in facts},
+            "elements": unit.m * unit.n,
+            "eigenvalues": unit.k + unit.ones + unit.zeros,
             "state": state_of(record),
-            "solver": record["plan"]["solver"],
+            "solver": str(record.plan.solver),
         }
         if state_of(record) not in DONE:
             nothing = dict.fromkeys((*METRIC_NAMES, *CERTIFICATE_COLUMNS), float("nan"))
             return (
-                row
-                | nothing
-                | {"basis": "", "certified": False, "note": record.get("failure") or record["reason"], "seconds": 0.0}
+                row | nothing | {"basis": "", "certified": False, "note": record.failure or unit.reason, "seconds": 0.0}
             )
         spectrum = self.stored(key)
         certificate = spectrum.certificate
@@ -259,7 +254,7 @@ class Run:
                 "basis": spectrum.basis,
                 "certified": certificate.passed,
                 "note": "; ".join(certificate.failures or spectrum.doubts),
-                "seconds": sum(record["seconds"].values()),
+                "seconds": sum(record.seconds.values()),
             }
         )
 
@@ -282,20 +277,20 @@ def _certificate_row(certificate: Certificate) -> tuple[float, ...]:
     )
 
 
-def state_of(record: Mapping[str, Any]) -> str:
+def state_of(record: UnitRecord) -> str:
     """A unit's state: `done`, `not certified`, `stored` (matrix), `failed`, `under way`, `planned` or `no spectrum`."""
-    if record["plan"]["solver"] == Solver.NONE:
-        return "failed" if record["route"] == FAILED else "no spectrum"
-    if record["stage"] == "done" and record["plan"]["solver"] == Solver.MATRIX_ONLY:
+    if not record.plan.works:
+        return "failed" if record.unit.route == FAILED else "no spectrum"
+    if record.stage is Stage.DONE and record.plan.solver is Solver.MATRIX_ONLY:
         return "stored"
-    if record["stage"] == "done":
-        return "not certified" if record["certificate"]["failures"] else "done"
-    if record.get("failure"):
+    if record.stage is Stage.DONE:
+        return "done" if record.certificate and record.certificate.passed else "not certified"
+    if record.failure:
         return "failed"
-    return "under way" if "made_with" in record else "planned"
+    return "under way" if record.begun else "planned"
 
 
-def status_summary(records: Mapping[str, Mapping[str, Any]]) -> str:
+def status_summary(records: Mapping[str, UnitRecord]) -> str:
     """How many units are in which state."""
     states = Counter(map(state_of, records.values()))
     return ", ".join(f"{number} {state}" for state, number in sorted(states.items()))

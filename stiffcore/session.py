@@ -8,7 +8,7 @@ import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,12 @@ import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
 
-from stiffcore.cluster import DEATHS, ConnectionLostError, Event, Executor, Worker, WorkerDiedError, spread
+from stiffcore.cluster import DEATHS, ConnectionLostError, Executor, Worker, WorkerDiedError, spread
 from stiffcore.eigen.panels import one_by_one
 from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError, refuse
 from stiffcore.memory import PeakMeter, default_allowed_bytes, release_free_memory, tree_bytes
-from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
+from stiffcore.plan import Machine, Plan, check_budget, check_disk, make_plan, plan_below
+from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Header, Restarted, Stage, UnitPlan, UnitRecord
 from stiffcore.run import DONE, IMAGE_ARRAYS, Run, state_of
 from stiffcore.store import (
     DIVISION,
@@ -124,30 +125,27 @@ def prepare(
     header = store.header if store else None
     units, damaged = _trusted(store) if store else ({}, {})
     # what could not be had is looked at again: the block, or what it needs, may have changed
-    damaged = {key: r["reason"] for key, r in units.items() if r["route"] == FAILED} | damaged
+    damaged = {key: r.unit.reason for key, r in units.items() if r.unit.route == FAILED} | damaged
     given = {name: value for name, value in options.items() if value is not None}
-    study = Study.stored(header).with_options(given) if header else Study.ask(given)
+    study = header.study.with_options(given) if header else Study.ask(given)
     if not header and "network" not in given:
         raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
     found: Survey | None = None
     if not header or damaged or given.keys() - {"memory", "keep", "solver", "device_memory"}:
         found = _surveyed(executor, study, module, images, workers)
         if header:
-            _check_same(header["identity"], found.identity, url)
+            _check_same(asdict(header.identity), asdict(found.identity), url)
         study = found.study
         facts = list(found.units)
         _refuse_all_failed(found)
     else:
-        facts = [Unit(**record) for record in units.values()]
+        facts = [record.unit for record in units.values()]
     chunk_bytes = images_chunk_bytes(store) if store and header and IMAGES not in damaged else 0
     facts = [_with_image(unit, chunk_bytes) for unit in facts]
     unreadable = _unreadable(store, units) if store else {}
     ended = {key for key, record in units.items() if _ended(record, study.solver)} - unreadable.keys()
-    recorded = {
-        u.key: _counted(UnitPlan.from_json(u, units[u.key]["plan"]), units[u.key])
-        for u in facts
-        if "made_with" in units.get(u.key, {}) or (u.key in units and not given.keys() & {"device", "solver"})
-    }
+    kept = {key for key, record in units.items() if record.begun or not given.keys() & {"device", "solver"}}
+    recorded = {u.key: _counted(units[u.key].plan, u) for u in facts if u.key in kept}
     pending = [u for u in facts if u.key not in ended]
     processes = executor.workers()
     machine = _machine(executor, processes, study, workers, suppose=suppose)
@@ -155,7 +153,7 @@ def prepare(
     most = workers if processes else 1
     inputs = found.pixel_bytes if found and (not header or IMAGES in damaged) else 0
     plan = make_plan(pending, study, machine, workers=most, recorded=recorded, inputs_bytes=inputs)
-    left_out = found.left_out if found else (header or {}).get("left_out", {})
+    left_out = found.left_out if found else header.left_out if header else {}
     return Prepared(study, plan, machine, found, damaged, unreadable, images, left_out)
 
 
@@ -171,9 +169,10 @@ def _with_image(unit: Unit, chunk_bytes: int) -> Unit:
     return unit.model_copy(update={"image_bytes": max(unit.image_bytes, image_bytes(chunk_bytes, 0))})
 
 
-def _counted(plan: UnitPlan, record: Mapping[str, Any]) -> UnitPlan:
+def _counted(plan: UnitPlan, unit: Unit) -> UnitPlan:
     """A recorded plan with what its image takes, where the version that made it did not count that."""
-    more = plan.unit.image_bytes - record.get("image_bytes", 0)
+    more = unit.image_bytes - plan.unit.image_bytes
+    plan = replace(plan, unit=unit)
     stages = dict(plan.stages or {})
     if more <= 0 or "open" not in stages:
         return plan
@@ -204,29 +203,29 @@ def _existing(url: str) -> RunStore | None:
         return None
 
 
-def _trusted(store: RunStore) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def _trusted(store: RunStore) -> tuple[dict[str, UnitRecord], dict[str, str]]:
     """The records that can be trusted, and what is wrong with the others, and with the images."""
     units, damaged = store.whole_units()
     problems = [f"{part}: {problem}" for part, _, problem in store.read_again(IMAGES, IMAGE_ARRAYS) if problem]
-    if not problems and not same_images(store, (store.header or {})["identity"]["images"]):
+    if not problems and not same_images(store, store.settled().identity.images):
         problems = [f"{IMAGES}/{PIXELS}: not the images that the run began with"]
     return units, damaged | ({IMAGES: problems[0]} if problems else {})
 
 
-def _unreadable(store: RunStore, units: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _unreadable(store: RunStore, units: Mapping[str, UnitRecord]) -> dict[str, str]:
     """What is wrong with units that are done, by key: found now, or by `stiffcore verify`."""
     found = {}
     for key, record in units.items():
-        if record["stage"] != "done" or record["plan"]["solver"] == Solver.NONE:
+        if record.stage is not Stage.DONE or not record.plan.works:
             continue
-        damaged = {*SCRATCH, "eigenvalues", *HISTOGRAM} & set(record.get("damaged", ()))
+        damaged = {*SCRATCH, "eigenvalues", *HISTOGRAM} & set(record.damaged)
         if damaged:
             found[key] = f"{', '.join(sorted(damaged))}: damaged"
             continue
         try:
-            if record["plan"]["solver"] != Solver.MATRIX_ONLY:
+            if record.plan.solver is not Solver.MATRIX_ONLY:
                 stored_spectrum(store, key)
-            for name in HISTOGRAM if not record.get("values_kept", True) else ():
+            for name in () if record.values_kept else HISTOGRAM:
                 store.get_array(f"units/{key}", name)
         except DamagedError as error:
             found[key] = str(error)
@@ -241,7 +240,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], url: str) -> 
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list) and len(json.dumps(value)) > 60:
+    if isinstance(value, (list, tuple)) and len(json.dumps(value)) > 60:
         return f"{len(value)} of them (digest {fingerprint({'': value})[:12]})"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -367,7 +366,7 @@ def carry_out_plan(
         check_disk(prepared.plan, store.free_bytes(), there)
         for key, why in {**prepared.damaged, **prepared.unreadable}.items():
             note = f"{why}: {'read' if key == IMAGES else 'computed'} again"
-            on_event({"unit": key, "stage": "restarted", "done": 0, "total": 1, "note": note})
+            on_event(Restarted(key, note))
         try:
             _write_beginning(store, prepared, executor, token)
             executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
@@ -385,14 +384,13 @@ def carry_out_plan(
 
 def _write_beginning(store: RunStore, prepared: Prepared, executor: Executor, token: str) -> None:
     """Inputs, then units, then the header, which makes it a run; of one that exists, only what may change."""
-    study = prepared.study.model_dump(mode="json")
-    found = prepared.survey
+    study, found = prepared.study, prepared.survey
     if store.header is not None:
         # another process may have begun or changed the run since it was looked at
         if found is not None:
-            _check_same(store.header["identity"], found.identity, store.url)
+            _check_same(asdict(store.header.identity), asdict(found.identity), store.url)
         else:
-            _check_same(_settings(store.header["study"]), _settings(study), store.url)
+            _check_same(_settings(store.header.study), _settings(study), store.url)
         if store.whole_units()[1].keys() - prepared.damaged.keys():
             raise DamagedError(f"{store.url} was damaged while it was being opened: run again")
         if found is not None and IMAGES in prepared.damaged:
@@ -400,25 +398,25 @@ def _write_beginning(store: RunStore, prepared: Prepared, executor: Executor, to
         for plan in prepared.plan.units:
             if plan.unit.key in prepared.damaged:
                 store.clear(f"units/{plan.unit.key}")
-                store.update(plan.unit.key, **as_planned(plan))
-        store.header = {**store.header, "study": study}
+                store.put_record(plan.unit.key, UnitRecord(plan, Stage.PLANNED))
+        store.header = replace(store.header, study=study)
         return
     if found is None:
         raise StiffcoreError(f"{store.url} was emptied while it was being opened")
     _write_images(store, prepared, executor, token)
     for plan in prepared.plan.units:
-        store.update(plan.unit.key, **as_planned(plan))
-    store.header = {
-        "version": versions()["stiffcore"],
-        "study": study,
-        "identity": found.identity,
-        "description": found.description,
-        "source": found.source,
-        "left_out": dict(found.left_out),
-        "versions": versions(),
-        "threads": prepared.plan.threads,
-        "units": [plan.unit.key for plan in prepared.plan.units],
-    }
+        store.put_record(plan.unit.key, UnitRecord(plan, Stage.PLANNED))
+    store.header = Header(
+        version=versions()["stiffcore"],
+        study=study,
+        identity=found.identity,
+        description=found.description,
+        source=found.source,
+        left_out=dict(found.left_out),
+        versions=versions(),
+        threads=prepared.plan.threads,
+        units=tuple(plan.unit.key for plan in prepared.plan.units),
+    )
 
 
 def _write_images(store: RunStore, prepared: Prepared, executor: Executor, token: str) -> None:
@@ -426,7 +424,7 @@ def _write_images(store: RunStore, prepared: Prepared, executor: Executor, token
     found = prepared.survey
     assert found is not None
     store.clear(IMAGES)
-    digests = found.identity["images"]
+    digests = found.identity.images
     if prepared.images is not None:
         write_images(store, prepared.images, len(digests))
     else:
@@ -457,22 +455,17 @@ def _store_images(url: str, study: Study, digests: Sequence[str], token: str, em
     release_free_memory(cycles=True)
 
 
-def as_planned(plan: UnitPlan) -> dict[str, Any]:
-    """The record of a unit that nothing was done of."""
-    return {**plan.unit.model_dump(mode="json"), "plan": plan.to_json(), "stage": "planned"}
-
-
-def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a stored study, what a process that continues it without looking again must agree with."""
+def _settings(study: Study) -> dict[str, Any]:
+    """Of a study, what a process that continues it without looking again must agree with."""
     names = ("network", "normalize", "pool", "blocks", "functions", "kinds", "dtype", "reduce")
-    return {name: study[name] for name in names}
+    return study.model_dump(mode="json", include=set(names))
 
 
 def _work(
     store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any, token: str
 ) -> dict[str, str]:
     records = store.units()
-    threads = (store.header or {})["threads"]
+    threads = store.settled().threads
     again = prepared.unreadable.keys()
     pending = [
         p for p in prepared.plan.units if p.works and (p.unit.key in again or not _ended(records[p.unit.key], p.solver))
@@ -485,9 +478,6 @@ def _work(
     failed: dict[str, str] = {}
     deaths: Counter[str] = Counter()
 
-    def tell(key: str, stage: str, note: str = "", done: int = 0) -> None:
-        on_event({"unit": key, "stage": stage, "done": done, "total": 1, "note": note})
-
     while pending or running:
         for plan in list(pending):
             if prepared.plan.holds(plan, running.values()) or not running:
@@ -495,8 +485,8 @@ def _work(
                 pending.remove(plan)
                 if plan.works:
                     _record_plan(store, store.record(key), plan)
-                tell(key, "begun")
-                if records[key].get("failure"):
+                on_event(Begun(key))
+                if records[key].failure:
                     store.update(key, failure=None)
                 gpu = plan.device_bytes > 0
                 running[executor.submit(_carry_out, where, key, threads, module, token, gpu=gpu)] = plan
@@ -507,18 +497,18 @@ def _work(
             key, error = plan.unit.key, future.exception()
             if isinstance(error, WorkerDiedError) and deaths[key] < DEATHS:
                 deaths[key] += 1
-                tell(key, "restarted", "its worker died: another one goes on from what is stored")
+                on_event(Restarted(key, "its worker died: another one goes on from what is stored"))
                 pending.insert(0, plan)
                 continue
             if isinstance(error, DamagedError) and deaths[key] < DEATHS:
                 deaths[key] += 1
-                tell(key, "restarted", f"{error}: made anew")  # it was deleted where it was found
+                on_event(Restarted(key, f"{error}: made anew"))  # it was deleted where it was found
                 pending.insert(0, plan)
                 continue
             if isinstance(error, DeviceFullError):
                 below = plan_below(plan, prepared.study, prepared.machine, prepared.plan.data_bytes, str(error))
                 if below.works:
-                    tell(key, "fallback", f"{error}: {below.solver} takes it")
+                    on_event(FellBack(key, f"{error}: {below.solver} takes it"))
                     _record_plan(store, store.record(key), below)
                     pending.insert(0, below)
                     continue
@@ -527,59 +517,57 @@ def _work(
                 failed[key] = _failure(error)
             if key in failed:
                 store.update(key, failure=failed[key])
-            tell(key, "failed" if key in failed else "ended", failed.get(key, ""), 1)
+            on_event(Failed(key, failed[key]) if key in failed else Ended(key))
     return failed
 
 
-def _ended(record: Mapping[str, Any], solver: Solver | None) -> bool:
+def _ended(record: UnitRecord, solver: Solver | None) -> bool:
     """Whether there is nothing more to do; a matrix that was only stored, or solved at its ends, may yet be solved."""
-    if record["stage"] != "done":
+    if record.stage is not Stage.DONE:
         return False
     less = {Solver.MATRIX_ONLY: (Solver.MATRIX_ONLY,), Solver.EXTREMES: (Solver.MATRIX_ONLY, Solver.EXTREMES)}
-    found = Solver(record["plan"]["solver"])
+    found = record.plan.solver
     return found not in less or solver in less[found]
 
 
-def _record_plan(store: RunStore, record: Mapping[str, Any], plan: UnitPlan) -> None:
+def _record_plan(store: RunStore, record: UnitRecord, plan: UnitPlan) -> None:
     """Record the plan of a unit; one that another rung had begun goes back to its matrix, which all rungs share."""
-    fields: dict[str, Any] = {"plan": plan.to_json()}
-    if "made_with" in record:
-        before = UnitPlan.from_json(plan.unit, record["plan"])
+    fields: dict[str, Any] = {"plan": plan}
+    if record.begun:
+        before = record.plan
         ways = {
             (p.solver, p.device_bytes > 0, p.factor_bytes, p.panel, p.at_once, p.leaf, p.matrix_free, p.stored)
             for p in (before, plan)
         }
         if len(ways) == 1:
             return
-        if record.get(DIVISION):
-            fields[DIVISION] = None
+        if record.division:
+            fields["division"] = None
             store.drop(plan.unit.key, DIVISION)
         if plan.stored and not before.stored:
-            fields["stage"] = "planned"
-        if before.solver is not plan.solver and record["stage"] in ("reduced", "solved", "counted", "done"):
-            gone = not before.stored or (record["stage"] == "done" and not record.get("kept"))
-            fields["stage"] = "planned" if gone else "built"
-            fields["seconds"] = {} if gone else {"built": record["seconds"].get("built", 0.0)}
+            fields["stage"] = Stage.PLANNED
+        if before.solver is not plan.solver and Stage.BUILT.before(record.stage):
+            gone = not before.stored or (record.stage is Stage.DONE and not record.kept)
+            fields["stage"] = Stage.PLANNED if gone else Stage.BUILT
+            fields["seconds"] = {} if gone else {"built": record.seconds.get("built", 0.0)}
     store.update(plan.unit.key, **fields)
 
 
-def _settle(store: RunStore, key: str, record: Mapping[str, Any], study: Study, *, again: bool, begun: bool) -> None:
+def _settle(store: RunStore, key: str, record: UnitRecord, study: Study, *, again: bool, begun: bool) -> None:
     """Of what is stored of a unit, delete what is damaged and not computed again, and what is not to be kept.
 
     Eigenvalues stay until others are written.
     """
-    damaged = set(record.get("damaged", ()))
+    damaged = set(record.damaged)
     if again or (begun and damaged):
-        store.update(key, stage="planned", damaged=[])
+        store.update(key, stage=Stage.PLANNED, damaged=())
         store.drop(key, *SCRATCH)
     elif damaged:
-        store.update(key, damaged=[])
+        store.update(key, damaged=())
     store.drop(key, *damaged.difference(SCRATCH, HISTOGRAM, ["eigenvalues"]))  # pictures, which are taken on request
-    spare = (
-        record["stage"] == "done" and not begun and record["plan"]["solver"] not in (Solver.NONE, Solver.MATRIX_ONLY)
-    )
+    spare = record.stage is Stage.DONE and not begun and record.plan.solver not in (Solver.NONE, Solver.MATRIX_ONLY)
     # matrices that were kept on request stay, whatever is asked of later units
-    if spare and study.keep is not Keep.ALL and not record.get("kept"):
+    if spare and study.keep is not Keep.ALL and not record.kept:
         store.drop(key, *SCRATCH)
 
 
@@ -588,8 +576,8 @@ def _carry_out(url: str, key: str, threads: int, module: Any, token: str, emit: 
 
     store = RunStore(url)
     check, opener = partial(store.check_held, token), partial(open_operator, module=module)
-    plan = store.record(key)["plan"]
-    each = spread(threads, check, gpu=plan["device_bytes"] > 0) if plan.get("spread", 1) > 1 else one_by_one
+    plan = store.record(key).plan
+    each = spread(threads, check, gpu=plan.device_bytes > 0) if plan.spread > 1 else one_by_one
     return carry_out(url, key, threads=threads, emit=emit, opener=opener, check=check, each=each)
 
 

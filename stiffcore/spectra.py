@@ -1,14 +1,18 @@
 """The eigenvalues of one Jacobian, with what is exact about them and how far the rest can be trusted."""
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from html import escape
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from stiffcore.errors import InputError
-from stiffcore.metrics import extreme_metrics, singular_metrics, spectrum_metrics, spell
+from stiffcore.metrics import NAMES, extreme_metrics, singular_metrics, spectrum_metrics, spell, spell_share
 from stiffcore.study import Kind
 
 # An S whose error is more than this share of it is not determined.
@@ -38,6 +42,21 @@ def certified_choice(values: np.ndarray, shift: int) -> np.ndarray:
     zero = len(values) * np.finfo(values.dtype).eps * np.abs(values + shift).max(initial=0.0)
     sides = [nearest[real[nearest] < -zero][:EACH_END], nearest[real[nearest] > zero][:EACH_END]]
     return np.unique(upper[np.concatenate([order[:EACH_END], order[-EACH_END:], nearest[:NEAREST], *sides])])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a matrix M (k x k) before it is overwritten.
+
+    Attributes:
+        trace: of M.
+        trace_square: of M M.
+        frobenius: norm of M.
+    """
+
+    trace: float
+    trace_square: float
+    frobenius: float
 
 
 @dataclass(frozen=True)
@@ -93,16 +112,20 @@ class Ends:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Ends":
         """The inverse of `to_json`."""
-        plain = unspelled(fields)
-        outside = plain["outside_disc"]
-        counts = {"left_of_zero": Count(**plain["left_of_zero"]), "outside_disc": outside and Count(**outside)}
-        return cls(**(plain | counts))
+        return read_as(cls, unspelled(fields))
 
     @property
     def basis(self) -> str:
         """What the share of negative real parts rests on."""
         left = self.left_of_zero
         return left.basis if left.count is None else f"{left.basis}, margin {left.margin:.2g}"
+
+
+def _from_pair(value: Any) -> Any:
+    """A complex number from [re, im], as JSON has it."""
+    pair = isinstance(value, list) and len(value) == 2
+    numbers = pair and all(isinstance(part, (int, float)) and not isinstance(part, bool) for part in value)
+    return complex(*value) if numbers else value
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class Certified:
         converged: whether inverse iteration found both eigenvectors.
     """
 
-    value: complex
+    value: Annotated[complex, BeforeValidator(_from_pair)]
     residual: float
     condition: float
     error: float
@@ -138,10 +161,12 @@ class Certificate:
         error: the largest error estimate of the certified eigenvalues (absolute).
         s_error: error estimate of S; inf where min Re is within its error of zero.
         s_active_error: error estimate of S_active.
-        near_axis: how many computed eigenvalues have |Re| within `axis_error` of zero: their sign is not known.
-        axis_error: the distance used for `near_axis`: the largest error among the certified eigenvalues whose error
-            reaches the axis, else among the 3 nearest to it. Only certified ones (`certified_choice`) are looked at.
+        near_axis: of how many computed eigenvalues the sign of the real part is not known: `negative` is open by that.
+        axis_error: none of these has a larger |Re|; 0 where there are none.
         failures: one line for each check that failed; empty where all passed.
+        negative: how many of the k eigenvalues computed have a negative real part, at least and at most; None of other
+            kinds, and of runs of an older version.
+        outside: how many of them have |1 + l| > 1, at least and at most; None where not asked, or not known.
     """
 
     certified: tuple[Certified, ...]
@@ -154,6 +179,8 @@ class Certificate:
     near_axis: int
     axis_error: float
     failures: tuple[str, ...]
+    negative: tuple[int, int] | None = None
+    outside: tuple[int, int] | None = None
 
     @property
     def passed(self) -> bool:
@@ -169,9 +196,7 @@ class Certificate:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Certificate":
         """The inverse of `to_json`."""
-        plain = unspelled(fields)
-        plain["certified"] = tuple(Certified(**{**c, "value": complex(*c["value"])}) for c in plain["certified"])
-        return cls(**{**plain, "failures": tuple(plain["failures"])})
+        return read_as(cls, unspelled(fields))
 
 
 @dataclass(frozen=True)
@@ -192,7 +217,7 @@ class Spectrum:
         solver: which solver computed it.
         reason: which matrix was solved, and why.
         certificate: what was checked.
-        record: image, label and what else made it, where it comes from a run.
+        record: what is recorded of its unit (`stiffcore.record.UnitRecord`), where it comes from a run.
         ends: what is known of the others, where only the ends were computed.
         shift: what was added to the eigenvalues of the matrix M that was solved.
         frobenius: norm of M; nan where unknown.
@@ -212,7 +237,7 @@ class Spectrum:
     solver: str
     reason: str
     certificate: Certificate
-    record: dict[str, Any] = field(default_factory=dict, repr=False)
+    record: Any = field(default=None, repr=False)
     ends: Ends | None = None
     shift: int = 0
     frobenius: float = float("nan")
@@ -244,8 +269,40 @@ class Spectrum:
     def metrics(self) -> dict[str, float]:
         """By name, as `stiffcore.metrics.spectrum_metrics` and `singular_metrics` say; nan: unknown or not of its kind.
 
-        What the ends alone do not give is nan, too.
+        What the ends alone do not give is nan, too. `negative_low` and `negative_high`, `euler_stable_low` and
+        `euler_stable_high` are the shares that are certain: equal where all are decided.
         """
+        found = {**dict.fromkeys(NAMES, float("nan")), **self._metrics()}
+        for name, counts in (("negative", self.negative_between), ("euler_stable", self.inside_between)):
+            if counts is not None:
+                found[f"{name}_low"], found[f"{name}_high"] = self._shares(counts)
+        return found
+
+    def _shares(self, counts: tuple[int, int]) -> tuple[float, ...]:
+        return tuple(count / self.n if self.n else float("nan") for count in counts)
+
+    @property
+    def negative_between(self) -> tuple[int, int] | None:
+        """How many of the n eigenvalues have a negative real part, at least and at most; None of singular values."""
+        if self.kind == Kind.SINGULAR:
+            return None
+        if self.certificate.negative is not None:
+            return self.certificate.negative
+        share = self._metrics().get("negative", float("nan"))
+        if np.isnan(share):
+            return (0, self.k) if self.n else None
+        found, near = round(share * self.n), self.certificate.near_axis
+        return max(0, found - near), min(self.n, found + near)
+
+    @property
+    def inside_between(self) -> tuple[int, int] | None:
+        """How many have |1 + l| <= 1, at least and at most; None where that has no meaning, or is not known."""
+        outside = self.certificate.outside
+        if self.kind != Kind.MATRIX or self.function != "branch" or outside is None:
+            return None
+        return self.k + self.zeros - outside[1], self.k + self.zeros - outside[0]
+
+    def _metrics(self) -> dict[str, float]:
         if self.given is not None:
             return self.given
         if self.kind == Kind.SINGULAR:
@@ -291,10 +348,18 @@ class Spectrum:
             lines.append("how many have negative real part is open: needs the spectrum")
         elif certificate.near_axis:
             without = ", and they are left out of the decay ratio" if self.metrics["decay_ratio"] > 0 else ""
-            lines.append(f"the sign of {certificate.near_axis} eigenvalues is within their error{without}")
+            between = self.negative_between
+            assert between is not None
+            low, high = (f"{100 * share:.4g}" for share in self._shares(between))
+            count = f"{certificate.near_axis:,} eigenvalue{'s' if certificate.near_axis > 1 else ''}"
+            lines.append(f"the sign of {count} is open: {low} to {high} % are negative{without}")
         s = abs(self.metrics["S_active"])
         if not (certificate.s_active_error <= DOUBTFUL * s or np.isnan(s)):
             lines.append("S active is within its error")
+        inside = self.inside_between
+        if inside is not None and inside[0] < inside[1] and self.ends is None:
+            low, high = (f"{100 * share:.4g}" for share in self._shares(inside))
+            lines.append(f"which are stable under Euler's step 1 is open: {low} to {high} %")
         return tuple(lines)
 
     @property
@@ -312,7 +377,7 @@ class Spectrum:
             "n": f"{self.n:,}: {found} computed, {self.ones:,} ones, {self.zeros:,} zeros",
             "S (Eq. 10)": spell(m["S"]),
             "S active": f"{spell(m['S_active'], 7)} ± {spell(c.s_active_error, 2)}",
-            "Re < 0": "open" if np.isnan(m["negative"]) else f"{100 * m['negative']:.3f} %",
+            "Re < 0": spell_share(m, "negative") + " %",
             "Re = 0": "open" if np.isnan(m["zero"]) else f"{100 * m['zero']:.3f} %",
             "max Re": spell(m["abscissa"]),
             "min Re, active": spell(m["min_re_active"]),
@@ -328,7 +393,7 @@ class Spectrum:
             f"Spectrum({self.name}, {self.kind} of {self.function}, n={self.n}: {len(self.computed)} computed"
             f"{'' if self.ends is None else f' of {self.k}'}, {self.ones} ones, "
             f"{self.zeros} zeros; S={m['S']:.6g}, S_active={m['S_active']:.6g} +- {c.s_active_error:.1e}, "
-            f"Re<0: {100 * m['negative']:.4g} %; {self.verdict})"
+            f"Re<0: {spell_share(m, 'negative')} %; {self.verdict})"
         )
 
 
@@ -348,3 +413,31 @@ def unspelled(value: Any) -> Any:
     if isinstance(value, list):
         return [unspelled(v) for v in value]
     return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+# Half of a surrogate pair, which is no character.
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+@cache
+def _reader(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def read_as(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A value of that type from JSON values, which are what they should be, not only like it: no "5", no 5.0 for 5.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    try:
+        # bytes of a file's name that are no UTF-8 may stand in a message, and are spelled out
+        text = _HALF.sub(lambda half: f"\\\\u{ord(half[0]):04x}", json.dumps(values, ensure_ascii=False))
+        return _reader(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problem(e) for e in error.errors(include_url=False)[:3])) from error
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    return f"{where}: {'not there' if error['type'] == 'missing' else error['msg'].removeprefix('Value error, ')}"

@@ -9,7 +9,7 @@ from enum import StrEnum
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import (
@@ -275,20 +275,6 @@ class Study(BaseModel):
             refuse((_problem(e) for e in error.errors()), "some options are wrong:")
             raise
 
-    @classmethod
-    def stored(cls, header: Mapping[str, Any] | None) -> "Study":
-        """The study that a run's header holds.
-
-        Raises:
-            InputError: where this version does not understand it.
-        """
-        try:
-            return cls(**(header or {})["study"])
-        except (KeyError, TypeError, ValidationError) as error:
-            made_by = (header or {}).get("version", "?")
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the run's header (stiffcore {made_by}) is not understood here: {reason}") from error
-
     def with_options(self, options: Mapping[str, Any]) -> "Study":
         """The study with some options changed; None means not given. One way to choose images replaces another."""
         given = {k: v for k, v in options.items() if v is not None}
@@ -296,6 +282,12 @@ class Study(BaseModel):
         if {"count", "index", "per_label"} & given.keys():
             base |= {"count": None, "index": None, "per_label": None}
         return Study.ask(base | given)
+
+
+# No network has so many of anything: what is read must be a size, not only a number.
+LARGEST = 1 << 48
+Size = Annotated[int, Field(ge=0, le=LARGEST)]
+Flops = Annotated[int, Field(ge=0, le=LARGEST**2)]
 
 
 class Unit(BaseModel):
@@ -335,31 +327,60 @@ class Unit(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     key: str
-    image: int
-    label: int
-    number: int
+    image: Annotated[int, Field(ge=0, lt=10**9)]
+    label: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    number: Size
     block: str
     function: BlockFunction
     kind: Kind
-    n: int
-    m: int
-    width: int = 0
-    k: int = 0
-    ones: int = 0
-    zeros: int = 0
+    n: Size
+    m: Size
+    width: Size = 0
+    k: Size = 0
+    ones: Size = 0
+    zeros: Size = 0
     route: str
     reason: str
-    column_items: int = 0
-    kernel_items: int = 0
-    column_s: float = 0.0
-    products: int = 0
-    accumulated_items: int = 0
-    accumulated_flops: int = 0
-    nonzeros: int = 0
-    fill: int = 0
-    image_bytes: int = 0
-    network_bytes: int = 0
+    column_items: Size = 0
+    kernel_items: Size = 0
+    column_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    products: Size = 0
+    accumulated_items: Size = 0
+    accumulated_flops: Flops = 0
+    nonzeros: Size = 0
+    fill: Size = 0
+    image_bytes: Size = 0
+    network_bytes: Size = 0
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides the results of a run; it is continued with the same alone.
+
+    Attributes:
+        network: by name.
+        weights: sha256.
+        normalize: of images, see `Normalize`.
+        pool: see `Pool`.
+        dtype: see `Precision`.
+        reduce: see `Reduce`.
+        images: `image_digest` of each.
+        blocks: module paths.
+        functions: see `BlockFunction`.
+        kinds: see `Kind`.
+    """
+
+    network: str
+    weights: str
+    normalize: str
+    pool: str
+    dtype: str
+    reduce: str
+    images: tuple[str, ...]
+    blocks: tuple[str, ...]
+    functions: tuple[str, ...]
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -368,7 +389,7 @@ class Survey:
 
     Attributes:
         study: with weights and normalisation filled in.
-        identity: what decides the results; a run refuses to continue with another one.
+        identity: a run refuses to continue with another one.
         description: of the network, one line.
         source: of the images, one line.
         images: arrays by name, each with one entry an image: `y` labels (-1 unknown), `index` in the source,
@@ -380,7 +401,7 @@ class Survey:
     """
 
     study: Study
-    identity: dict[str, Any]
+    identity: Identity
     description: str
     source: str
     images: dict[str, np.ndarray]
@@ -392,11 +413,11 @@ class Survey:
 def merged(parts: Sequence[Survey]) -> Survey:
     """Put surveys of every so many-th image, the first of them first, together."""
     images = {name: _interleaved([part.images[name] for part in parts]) for name in parts[0].images}
-    digests = _interleaved([np.array(part.identity["images"], dtype=object) for part in parts])
+    digests = _interleaved([np.array(part.identity.images, dtype=object) for part in parts])
     units = sorted((unit for part in parts for unit in part.units), key=lambda unit: unit.image)
     return replace(
         parts[0],
-        identity={**parts[0].identity, "images": digests.tolist()},
+        identity=replace(parts[0].identity, images=tuple(digests.tolist())),
         images=images,
         pixel_bytes=sum(part.pixel_bytes for part in parts),
         units=tuple(units),

@@ -29,6 +29,7 @@ from stiffcore.study import (
     IN_MEMORY,
     BlockFunction,
     Device,
+    Identity,
     Kind,
     Reduce,
     Study,
@@ -113,12 +114,13 @@ def survey(
                 units.append(Unit(**common, n=0, m=0, route=FAILED, reason=missed[block]))
             else:
                 units.append(_look(calls[block], function, study.reduce, common, seconds))
-    identity = made_of | {
-        "images": digests,
-        "blocks": blocks,
-        "functions": [str(f) for f in study.functions],
-        "kinds": [str(k) for k in study.kinds],
-    }
+    identity = Identity(
+        **made_of,
+        images=tuple(digests),
+        blocks=tuple(blocks),
+        functions=tuple(map(str, study.functions)),
+        kinds=tuple(map(str, study.kinds)),
+    )
     return Survey(
         study=settled,
         identity=identity,

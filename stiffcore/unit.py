@@ -35,7 +35,19 @@ from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
 from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, operator_bytes
-from stiffcore.spectra import Ends, certified_choice, spelled
+from stiffcore.record import (
+    Converged,
+    Divided,
+    Event,
+    FellBack,
+    Reached,
+    Restarted,
+    Stage,
+    Step,
+    UnitPlan,
+    UnitRecord,
+)
+from stiffcore.spectra import Moments, certified_choice
 from stiffcore.store import (
     DIVISION,
     HISTOGRAM,
@@ -46,11 +58,11 @@ from stiffcore.store import (
     read_image,
     stored_spectrum,
 )
-from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Study, format_bytes, versions
+from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Unit, format_bytes, versions
 from stiffcore.survey import image_input, open_network, operator_of
 
-Emit = Callable[[dict[str, Any]], None]
-Opener = Callable[[RunStore, dict[str, Any], str], Reduction | Slices | Factors]
+Emit = Callable[[Event], None]
+Opener = Callable[[RunStore, UnitRecord, str], Reduction | Slices | Factors]
 # From this order on, or with a network of this size, a unit's memory matters more than the 0.2 s that finding all of
 # it takes.
 LARGE_ORDER = 1000
@@ -59,26 +71,23 @@ LARGE_NETWORK_BYTES = 16 << 20
 SLOW_ORDER = 2500
 CUDA = "cuda"
 _LIBRARY_FULL = re.compile(r"CUDA error: out of memory|_STATUS_ALLOC_FAILED")
-STAGES = ("planned", "built", "reduced", "solved", "counted", "done")
 
 
 def open_operator(
-    store: RunStore, record: dict[str, Any], device: str, module: nn.Module | None = None
+    store: RunStore, record: UnitRecord, device: str, module: nn.Module | None = None
 ) -> Reduction | Slices | Factors:
     """The operator of a stored unit, made again from the study's network and the stored image.
 
     Raises:
         StiffcoreError: where the weights are not those that the run began with.
     """
-    header = store.header or {}
-    study = Study.stored(header)
+    header = store.settled()
+    study, unit = header.study, record.unit
     network = open_network(study, module)
-    if network.weights_digest != header["identity"]["weights"]:
+    if network.weights_digest != header.identity.weights:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
-    image = record["image"]
-    x = image_input(read_image(store, image, header["identity"]["images"][image]), study)
-    function, kind = BlockFunction(record["function"]), Kind(record["kind"])
-    return operator_of(network.module, x, record["block"], function, kind, study.reduce, device)
+    x = image_input(read_image(store, unit.image, header.identity.images[unit.image]), study)
+    return operator_of(network.module, x, unit.block, unit.function, unit.kind, study.reduce, device)
 
 
 @dataclass
@@ -102,12 +111,22 @@ class UnitRun:
     each: Each
 
     def __post_init__(self) -> None:
-        study = Study.stored(self.store.header)
+        study = self.store.settled().study
         self.keep = study.keep
         self.dtype = np.dtype(study.dtype)
         self.record = self.store.record(self.key)
-        self.solver = Solver(self.record["plan"]["solver"])
-        self.device = CUDA if self.record["plan"]["device_bytes"] else "cpu"
+        self.solver = self.record.plan.solver
+        self.device = CUDA if self.record.plan.device_bytes else "cpu"
+
+    @property
+    def plan(self) -> UnitPlan:
+        """What was planned."""
+        return self.record.plan
+
+    @property
+    def unit(self) -> Unit:
+        """The facts of the unit."""
+        return self.record.unit
 
     @cached_property
     def reduction(self) -> Reduction:
@@ -118,7 +137,7 @@ class UnitRun:
         """
         reduction = self.opener(self.store, self.record, self.device)
         assert isinstance(reduction, Reduction)
-        planned = {name: self.record[name] for name in ("n", "k", "ones", "zeros")}
+        planned = {name: getattr(self.unit, name) for name in ("n", "k", "ones", "zeros")}
         found = {name: getattr(reduction, name) for name in planned}
         if found != planned:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
@@ -134,8 +153,8 @@ class UnitRun:
         """
         opened = self.opener(self.store, self.record, self.device)
         if isinstance(opened, Reduction):
-            raise StiffcoreError(f"{self.key}: kind {self.record['kind']} was opened as a matrix")
-        planned, found = (self.record["n"], self.record["m"]), (opened.jacobian.n, opened.jacobian.m)
+            raise StiffcoreError(f"{self.key}: kind {self.unit.kind} was opened as a matrix")
+        planned, found = (self.unit.n, self.unit.m), (opened.jacobian.n, opened.jacobian.m)
         if found != planned:
             raise StiffcoreError(f"{self.key}: planned {planned}, found {found}: was a library changed?")
         self.release()
@@ -144,25 +163,25 @@ class UnitRun:
     @cached_property
     def sparse(self) -> csc_array | LinearOperator:
         """The matrix without its zeros; where the plan has no room for it, its products."""
-        if self.record["plan"]["matrix_free"]:
-            operator, k = self.reduction, self.record["k"]
+        if self.plan.matrix_free:
+            operator, k = self.reduction, self.unit.k
             return LinearOperator(
                 (k, k), operator.product, rmatvec=operator.transposed_product, dtype=np.dtype(np.float64)
             )
-        if not self.record["plan"]["stored"]:
+        if not self.plan.stored:
             return self.multiplied(_whole(self))
-        with _undoing(self, "planned", "matrix"):
+        with _undoing(self, Stage.PLANNED, "matrix"):
             return self.multiplied(self.matrix("matrix").read_sparse())
 
     def multiplied(self, matrix: csc_array) -> csc_array | LinearOperator:
         """The matrix, with its products on the device where the plan has room for it there."""
-        if not self.record["plan"]["device_bytes"]:
+        if not self.plan.device_bytes:
             return matrix
         return device.DeviceMatrix(matrix.astype(np.float64), self.device)
 
     def release(self) -> None:
         """Give back what is not used any more."""
-        large = self.record["k"] >= LARGE_ORDER or self.record["network_bytes"] >= LARGE_NETWORK_BYTES
+        large = self.unit.k >= LARGE_ORDER or self.unit.network_bytes >= LARGE_NETWORK_BYTES
         release_free_memory(cycles=large)
 
     def drop(self, name: str) -> None:
@@ -172,17 +191,16 @@ class UnitRun:
 
     def matrix(self, name: str) -> TiledMatrix:
         """The tiled matrix of that name, made where it is not there."""
-        k, plan = self.record["k"], self.record["plan"]
-        return TiledMatrix.create(self.store.unit_group(self.key), name, (k, k), self.dtype, TILE_ROWS, plan["shard"])
+        k, plan = self.unit.k, self.plan
+        return TiledMatrix.create(self.store.unit_group(self.key), name, (k, k), self.dtype, TILE_ROWS, plan.shard)
 
-    def reach(self, stage: str, **fields: Any) -> None:
+    def reach(self, stage: Stage, **fields: Any) -> None:
         """Record a stage as done, and tell."""
         self.check()
-        self.store.update(self.key, stage=stage, **fields)
-        self.record = self.record | fields | {"stage": stage}
-        self.emit({"unit": self.key, "stage": stage, "done": 1, "total": 1})
+        self.record = self.store.update(self.key, stage=stage, **fields)
+        self.emit(Reached(self.key, stage))
 
-    def step_seldom(self, stage: str) -> Callable[[int, int], None]:
+    def step_seldom(self, stage: Stage) -> Callable[[int, int], None]:
         """As `step`, once a second at most."""
         last = time.monotonic()
 
@@ -194,10 +212,10 @@ class UnitRun:
 
         return tell
 
-    def step(self, stage: str, done: int, total: int) -> None:
+    def step(self, stage: Stage, done: int, total: int) -> None:
         """Tell of progress inside a stage."""
         self.check()
-        self.emit({"unit": self.key, "stage": stage, "done": done, "total": total})
+        self.emit(Step(self.key, stage, done, total))
 
 
 def carry_out(
@@ -231,16 +249,15 @@ def carry_out(
     with _threads(threads), threadpool_limits(threads):
         run = UnitRun(RunStore(url), key, emit, opener, check, each)
         _restart_if_foreign(run)
-        if run.record["stage"] != "done" and run.record.get("metrics"):  # of an earlier solve
+        if run.record.stage is not Stage.DONE and run.record.metrics:  # of an earlier solve
             run.store.drop(key, *HISTOGRAM)
-            run.store.update(key, metrics=None, values_kept=True)
-            run.record = run.store.record(key)
-        timing = dict(run.record.get("seconds", {}))
+            run.record = run.store.update(key, metrics=None, values_kept=True)
+        timing = dict(run.record.seconds)
         before = reset_peak()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         for stage, work in _route(run):
-            if STAGES.index(run.record["stage"]) < STAGES.index(stage):
+            if run.record.stage.before(stage):
                 start = time.perf_counter()
                 run.step(stage, 0, 1)
                 with _device_memory():
@@ -250,7 +267,7 @@ def carry_out(
                 run.reach(stage, **fields, seconds=timing, **_measured(run, before))
         if run.solver is Solver.DIVIDE:  # what it was divided into is far larger, and of no further use
             run.store.drop(key, DIVISION)
-            run.store.update(key, **{DIVISION: None})
+            run.store.update(key, division=None)
         if run.solver is not Solver.MATRIX_ONLY:
             _keep_metrics(run)
         if run.keep is not Keep.ALL and run.solver is not Solver.MATRIX_ONLY:
@@ -279,59 +296,58 @@ def _measured(run: UnitRun, before: int | None) -> dict[str, int]:
     found = {} if before is None else {"measured_bytes": max(0, own_peak_bytes() - before)}
     if run.device != "cpu":
         found["measured_device_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-    return {name: max(value, run.record.get(name, 0)) for name, value in found.items()}
+    return {name: max(value, getattr(run.record, name) or 0) for name, value in found.items()}
 
 
-_Stages = list[tuple[str, Callable[[UnitRun], dict[str, Any]]]]
+_Stages = list[tuple[Stage, Callable[[UnitRun], dict[str, Any]]]]
 
 
 def _route(run: UnitRun) -> _Stages:
     if run.solver is Solver.SLICES:
-        return [("done", _slice)]
-    if run.record["kind"] == Kind.SINGULAR:
-        return [("done", _find_singular)]
+        return [(Stage.DONE, _slice)]
+    if run.unit.kind == Kind.SINGULAR:
+        return [(Stage.DONE, _find_singular)]
     if run.solver is Solver.MATRIX_ONLY:
-        return [("built", _build), ("done", _keep)] if run.record["k"] else [("done", _keep)]
-    if run.record["k"] == 0:
-        return [("solved", _solve_nothing), ("done", _certify)]
+        return [(Stage.BUILT, _build), (Stage.DONE, _keep)] if run.unit.k else [(Stage.DONE, _keep)]
+    if run.unit.k == 0:
+        return [(Stage.SOLVED, _solve_nothing), (Stage.DONE, _certify)]
     if run.solver is Solver.EXTREMES:
-        ends: _Stages = [("solved", _find_ends), ("counted", _count), ("done", _certify)]
-        return ends if run.record["plan"]["matrix_free"] else [("built", _build), *ends]
+        ends: _Stages = [(Stage.SOLVED, _find_ends), (Stage.COUNTED, _count), (Stage.DONE, _certify)]
+        return ends if run.plan.matrix_free else [(Stage.BUILT, _build), *ends]
     if run.solver is Solver.CUDA_DENSE:
-        return [("built", _build), ("solved", _solve_on_device), ("done", _certify)]
+        return [(Stage.BUILT, _build), (Stage.SOLVED, _solve_on_device), (Stage.DONE, _certify)]
     if run.solver is Solver.DIVIDE:
-        return [("built", _build), ("solved", _divide), ("done", _certify)]
-    return [("built", _build), ("reduced", _reduce), ("solved", _solve), ("done", _certify)]
+        return [(Stage.BUILT, _build), (Stage.SOLVED, _divide), (Stage.DONE, _certify)]
+    return [(Stage.BUILT, _build), (Stage.REDUCED, _reduce), (Stage.SOLVED, _solve), (Stage.DONE, _certify)]
 
 
-def stored_by(record: dict[str, Any]) -> set[str]:
+def stored_by(record: UnitRecord) -> set[str]:
     """The arrays that a unit's record says are in the store."""
-    plan, stage = record["plan"], STAGES.index(record["stage"])
-    solver, found = Solver(plan["solver"]), set()
-    all_values = solver in (Solver.HOST_DENSE, Solver.CUDA_DENSE, Solver.DIVIDE)
-    kept = record["stage"] != "done" or record.get("kept")
-    if record["kind"] == Kind.MATRIX and record["k"] and kept and solver is not Solver.NONE:
-        if stage >= STAGES.index("built") and plan["stored"]:
+    plan, stage, found = record.plan, record.stage, set()
+    all_values = plan.solver in (Solver.HOST_DENSE, Solver.CUDA_DENSE, Solver.DIVIDE)
+    kept = stage is not Stage.DONE or record.kept
+    if record.unit.kind is Kind.MATRIX and record.unit.k and kept and plan.works:
+        if not stage.before(Stage.BUILT) and plan.stored:
             found.add("matrix")
-        if stage >= STAGES.index("reduced") and solver is Solver.HOST_DENSE:
+        if not stage.before(Stage.REDUCED) and plan.solver is Solver.HOST_DENSE:
             found |= {"hessenberg", "tau", "scale"}
-        if stage >= STAGES.index("solved") and (all_values or solver is Solver.EXTREMES):
+        if not stage.before(Stage.SOLVED) and (all_values or plan.solver is Solver.EXTREMES):
             found.add("reduced_eigenvalues")
             found |= set() if all_values else {"right_vectors", "left_vectors"}
-    if record["stage"] == "done" and solver not in (Solver.NONE, Solver.MATRIX_ONLY):
-        found |= {"eigenvalues"} if record.get("values_kept", True) else set(HISTOGRAM)
+    if stage is Stage.DONE and plan.solver not in (Solver.NONE, Solver.MATRIX_ONLY):
+        found |= {"eigenvalues"} if record.values_kept else set(HISTOGRAM)
     return found
 
 
 def _keep_metrics(run: UnitRun) -> None:
     """Of a study that keeps no spectra, what stands for them: metrics, and a histogram of real parts."""
-    if run.keep is not Keep.METRICS or not run.record.get("values_kept", True):
+    if run.keep is not Keep.METRICS or not run.record.values_kept:
         return
     spectrum = stored_spectrum(run.store, run.key)
     tally = Tally()
     tally.add(spectrum.computed.astype(complex))
     _store_histogram(run, tally)
-    run.store.update(run.key, metrics=spelled(spectrum.metrics), values_kept=False)
+    run.store.update(run.key, metrics=spectrum.metrics, values_kept=False)
     run.store.drop(run.key, "eigenvalues")
 
 
@@ -344,16 +360,16 @@ def _store_histogram(run: UnitRun, tally: Tally) -> None:
 
 def _slice(run: UnitRun) -> dict[str, Any]:
     """All eigenvalues of all tensor slices, and their certificate."""
-    slices, chunk = run.function, run.record["plan"]["chunk"]
+    slices, chunk = run.function, run.plan.chunk
     assert isinstance(slices, Slices)
     found = WindowSpectrum(keep=run.keep is not Keep.METRICS)
     check = None if slices.accumulation is None else RandomCheck(slices)  # rows are products themselves
-    for squares in slices.squares(chunk, run.step_seldom("done")):
+    for squares in slices.squares(chunk, run.step_seldom(Stage.DONE)):
         found.add(squares)
         if check is not None:
             check.add(squares)
     difference = 0.0 if check is None else check.difference()
-    branch = run.record["function"] == BlockFunction.BRANCH
+    branch = run.unit.function == BlockFunction.BRANCH
     kept, zeros = found.tally.count, slices.count - found.tally.count
     fields: dict[str, Any] = {"ends": None, "shift": 0, "found": kept, "k": kept, "zeros": zeros}
     if found.keep:
@@ -370,21 +386,21 @@ def _slice(run: UnitRun) -> dict[str, Any]:
         _store_histogram(run, found.tally)
         fields["values_kept"] = False
     # which signs are unsure is known here alone
-    fields["metrics"] = spelled(found.tally.metrics(0, zeros, branch=branch))
-    return fields | {"certificate": found.certificate(slices, difference).to_json()}
+    fields["metrics"] = found.tally.metrics(0, zeros, branch=branch)
+    return fields | {"certificate": found.certificate(slices, difference)}
 
 
 def _find_singular(run: UnitRun) -> dict[str, Any]:
     """All singular values, and their certificate."""
     divided: dict[str, Any] = {}
-    factors, chunk = run.function, run.record["plan"]["chunk"]
+    factors, chunk = run.function, run.plan.chunk
     assert isinstance(factors, Factors)
-    matrices = factors.matrices(chunk, run.step_seldom("done"))
+    matrices = factors.matrices(chunk, run.step_seldom(Stage.DONE))
     if not all(np.isfinite(matrix.data).all() for matrix in matrices):
         raise StiffcoreError(f"{run.key}: the Jacobian is not finite")
     difference = factors.difference(matrices)
     release_free_memory()  # of building: what solves would come on top
-    if run.solver is Solver.DIVIDE and run.record["k"]:
+    if run.solver is Solver.DIVIDE and run.unit.k:
         found, division = _divided_squares(run, factors, matrices)
         divided = {"divided": _told_of(division)}
     elif factors.reduction is not None:
@@ -403,7 +419,7 @@ def _find_singular(run: UnitRun) -> dict[str, Any]:
         exact_zeros=found.zeros,
     )
     sizes = {"k": len(found.values), "found": len(found.values), "ones": found.ones, "zeros": found.zeros}
-    certified = singular.certify(factors, found, difference).to_json()
+    certified = singular.certify(factors, found, difference)
     return {"ends": None, "shift": 0, **sizes, **divided, "certificate": certified}
 
 
@@ -411,79 +427,75 @@ def _divided_squares(
     run: UnitRun, factors: Factors, matrices: list[csc_array]
 ) -> tuple[singular.SingularValues, divide.Division]:
     """The singular values of J, by division of a symmetric matrix in the store."""
-    plan, tell = run.record["plan"], _teller(run, "done")
-    with _division(run, "planned") as space:
-        return singular.by_division(
-            factors, matrices, space, plan["leaf"], at_once=plan["at_once"], tell=tell, each=run.each
-        )
+    plan, tell = run.plan, _teller(run, Stage.DONE)
+    with _division(run, Stage.PLANNED) as space:
+        return singular.by_division(factors, matrices, space, plan.leaf, at_once=plan.at_once, tell=tell, each=run.each)
 
 
-def _told_of(division: divide.Division) -> dict[str, Any]:
+def _told_of(division: divide.Division) -> Divided:
     """What the record has of a division."""
-    splits = [asdict(split) for split in division.splits]
-    return {"splits": splits, "error": division.error, "right": division.right}
+    return Divided(tuple(asdict(split) for split in division.splits), division.error, division.right)
 
 
-def _teller(run: UnitRun, stage: str) -> Callable[[str, int, int], None]:
+def _teller(run: UnitRun, stage: Stage) -> Callable[[str, int, int], None]:
     """Tells of the steps of a division, and what this process has read and written of it in this session."""
     begun = sum(moved_bytes())
 
     def tell(what: str, done: int, total: int) -> None:
         run.check()
         note = f"{what}; {format_bytes(sum(moved_bytes()) - begun)} moved"
-        run.emit({"unit": run.key, "stage": stage, "done": done, "total": total, "note": note})
+        run.emit(Step(run.key, stage, done, total, note))
 
     return tell
 
 
 @contextmanager
-def _division(run: UnitRun, stage: str) -> Iterator[StoredWorkspace]:
+def _division(run: UnitRun, stage: Stage) -> Iterator[StoredWorkspace]:
     """Where a matrix is divided. One that cannot be is not tried again with the same sizes, and leaves nothing there.
 
     Raises:
         DivisionError: where it failed before.
     """
-    failed = (run.record.get(DIVISION) or {}).get("failed")
+    failed = (run.record.division or {}).get("failed")
     if failed:
         raise divide.DivisionError(failed)
     with _undoing(run, stage, DIVISION):
         try:
-            plan = run.record["plan"]
-            yield StoredWorkspace(run.store, run.key, DIVIDE_TILE_ROWS, plan["panel"], run.check)
+            plan = run.plan
+            yield StoredWorkspace(run.store, run.key, DIVIDE_TILE_ROWS, plan.panel, run.check)
         except divide.DivisionError as error:
             run.store.drop(run.key, DIVISION)  # seven matrices
-            run.store.update(run.key, **{DIVISION: {"failed": str(error)}})
+            run.store.update(run.key, division={"failed": str(error)})
             raise
 
 
 def _restart_if_foreign(run: UnitRun) -> None:
     """Begin again what other library versions left unfinished: their digits would mix in one spectrum."""
-    made_with, now = run.record.get("made_with"), versions()
-    if made_with == now or run.record["stage"] == "done":
+    made_with, now = run.record.made_with, versions()
+    if made_with == now or run.record.stage is Stage.DONE:
         return
     if made_with is not None:
-        run.store.update(run.key, stage="planned", seconds={}, **{DIVISION: None})
+        run.store.update(run.key, stage=Stage.PLANNED, seconds={}, division=None)
         run.store.drop(run.key, *SCRATCH)
-        run.emit({"unit": run.key, "stage": "restarted", "done": 0, "total": 1, "note": f"begun by {made_with}"})
-    run.store.update(run.key, made_with=now)
-    run.record = run.store.record(run.key)
+        run.emit(Restarted(run.key, f"begun by {made_with}"))
+    run.record = run.store.update(run.key, made_with=now)
 
 
 def _build(run: UnitRun) -> dict[str, Any]:
-    if not run.record["plan"]["stored"]:
+    if not run.plan.stored:
         run.sparse = run.multiplied(_whole(run))  # held from here on
         return {}
-    with _undoing(run, "planned", "matrix"):
-        matrix, chunk = run.matrix("matrix"), run.record["plan"]["chunk"]
+    with _undoing(run, Stage.PLANNED, "matrix"):
+        matrix, chunk = run.matrix("matrix"), run.plan.chunk
         missing = matrix.missing()
-    sparse = _sparse(run, chunk) if missing and run.record["plan"]["build"] != Build.COLUMNS else None
+    sparse = _sparse(run, chunk) if missing and run.plan.build != Build.COLUMNS else None
     for shard in missing:
         start, stop = matrix.columns(shard)
         block = _columns(run, start, stop, chunk) if sparse is None else sparse[:, start:stop]
         if not np.isfinite(block if sparse is None else block.data).all():
             raise StiffcoreError(f"{run.key}: columns {start} to {stop - 1} of the Jacobian are not finite")
         matrix.write(shard, block)
-        run.step("built", shard + 1, matrix.shards)
+        run.step(Stage.BUILT, shard + 1, matrix.shards)
     if sparse is not None and run.solver is Solver.EXTREMES:
         run.sparse = run.multiplied(sparse)  # as it would be read
     return {}
@@ -499,20 +511,20 @@ def _columns(run: UnitRun, start: int, stop: int, chunk: int) -> np.ndarray:
 
 def _sparse(run: UnitRun, chunk: int) -> csc_array | None:
     """The whole matrix, sparse; None where it is not what the operator says."""
-    build = Build(run.record["plan"]["build"])
+    build = run.plan.build
     note = f"on {run.device} its graph does not show what reaches where, as it did for the plan"
     if build in run.reduction.builds:
         try:
-            return checked_sparse(run.reduction, chunk, run.step_seldom("built"), build)
+            return checked_sparse(run.reduction, chunk, run.step_seldom(Stage.BUILT), build)
         except ReachError as error:
             note = str(error)
-    run.emit({"unit": run.key, "stage": "fallback", "done": 0, "total": 1, "note": f"{note}: column by column"})
+    run.emit(FellBack(run.key, f"{note}: column by column"))
     return None
 
 
 def _whole(run: UnitRun) -> csc_array:
     """The whole matrix in memory, without its zeros, where it does not go through the store."""
-    chunk = run.record["plan"]["chunk"]
+    chunk = run.plan.chunk
     matrix = _sparse(run, chunk)
     matrix = _by_columns(run.reduction, chunk) if matrix is None else matrix
     if not np.isfinite(matrix.data).all():
@@ -555,20 +567,21 @@ def _by_columns(reduction: Reduction, chunk: int) -> csc_array:
 
 
 @contextmanager
-def _undoing(run: UnitRun, stage: str, *names: str) -> Iterator[None]:
+def _undoing(run: UnitRun, stage: Stage, *names: str) -> Iterator[None]:
     """Where what is read is damaged, drop it and go back to the stage before, so that it is made again."""
     try:
         yield
     except DamagedError:
         # where what it was made from was damaged, too, that went back further already
-        earlier = min(stage, run.store.record(run.key)["stage"], key=STAGES.index)
-        run.store.update(run.key, stage=earlier, **({DIVISION: None} if DIVISION in names else {}))
+        now = run.store.record(run.key).stage
+        gone = {"division": None} if DIVISION in names else {}
+        run.store.update(run.key, stage=now if now.before(stage) else stage, **gone)
         run.store.drop(run.key, *names)
         raise
 
 
 def _read_matrix(run: UnitRun) -> np.ndarray:
-    with _undoing(run, "planned", "matrix"):
+    with _undoing(run, Stage.PLANNED, "matrix"):
         return run.matrix("matrix").read()
 
 
@@ -589,42 +602,38 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
     where = f"units/{run.key}"
     run.store.put_array(where, "tau", h.tau, ("reflector",))
     run.store.put_array(where, "scale", h.scale, ("row",))
-    return {"ilo": int(h.ilo), "ihi": int(h.ihi), "moments": asdict(moments), **growth}
+    return {"ilo": int(h.ilo), "ihi": int(h.ihi), "moments": moments, **growth}
 
 
 def _divide(run: UnitRun) -> dict[str, Any]:
     """All eigenvalues, the matrix and what it is divided into in the store."""
-    plan, k, first = run.record["plan"], run.record["k"], -float(run.reduction.shift)
+    plan, k, first = run.plan, run.unit.k, -float(run.reduction.shift)
     run.drop("reduction")
 
     def arranged(space: StoredWorkspace) -> list[float]:
         a = space.matrix("whole", k, k)
-        with _undoing(run, "planned", "matrix", DIVISION):
+        with _undoing(run, Stage.PLANNED, "matrix", DIVISION):
             panels.copy(run.matrix("matrix"), a)
         return [panels.trace(a), panels.square_trace(a), panels.norm(a)]
 
-    with _division(run, "built") as space:
+    with _division(run, Stage.BUILT) as space:
         moments = space.once("moments", lambda: arranged(space))
         whole = space.matrix("whole", k, k)
         growth = space.once("growth", lambda: _growth(run, _product_operator(whole)))
         on_device: dict[str, Any] = {}
-        if plan["device_bytes"]:
+        if plan.device_bytes:
             on_device = {"device": run.device, "solve": partial(device.device_eigenvalues, device=run.device)}
         found = divide.eigenvalues(
             whole,
             space,
-            plan["leaf"],
+            plan.leaf,
             first=first,
-            at_once=plan["at_once"],
-            tell=_teller(run, "solved"),
+            at_once=plan.at_once,
+            tell=_teller(run, Stage.SOLVED),
             each=run.each,
             **on_device,
         )
-    return (
-        _store_eigenvalues(run, found.values)
-        | {"moments": asdict(certificate.Moments(*moments)), "divided": _told_of(found)}
-        | growth
-    )
+    return _store_eigenvalues(run, found.values) | {"moments": Moments(*moments), "divided": _told_of(found)} | growth
 
 
 def _product_operator(a: TiledMatrix) -> LinearOperator:
@@ -641,16 +650,16 @@ def _product_operator(a: TiledMatrix) -> LinearOperator:
 
 def _has_room_for_operator(run: UnitRun) -> bool:
     """Whether LAPACK's stages leave room for an operator that would take as long to open again as M to solve."""
-    stages, itemsize = run.record["plan"]["stages"], run.dtype.itemsize
-    operator = operator_bytes(run.record["kernel_items"], run.record["column_items"] * itemsize, itemsize)
+    stages, itemsize = run.plan.stages or {}, run.dtype.itemsize
+    operator = operator_bytes(run.unit.kernel_items, run.unit.column_items * itemsize, itemsize)
     room = max(stages["hessenberg"], stages["eigenvalues"]) + operator <= max(stages.values())
-    return room and run.record["k"] < SLOW_ORDER
+    return room and run.unit.k < SLOW_ORDER
 
 
 def _growth(run: UnitRun, a: np.ndarray | LinearOperator) -> dict[str, float]:
     """The logarithmic 2-norm of M, from its sparse form where it has one."""
-    if run.record["plan"]["build"] != Build.COLUMNS:
-        with _undoing(run, "planned", "matrix"):
+    if run.plan.build != Build.COLUMNS:
+        with _undoing(run, Stage.PLANNED, "matrix"):
             sparse = run.matrix("matrix").read_sparse()
         return {"logarithmic_norm": logarithmic_norm(sparse)}
     if isinstance(a, LinearOperator):
@@ -664,14 +673,16 @@ def _growth(run: UnitRun, a: np.ndarray | LinearOperator) -> dict[str, float]:
 
 
 def _hessenberg(run: UnitRun) -> dense.Hessenberg:
-    where = f"units/{run.key}"
-    with _undoing(run, "built", "hessenberg", "tau", "scale"):
+    where, ilo, ihi = f"units/{run.key}", run.record.ilo, run.record.ihi
+    assert ilo is not None
+    assert ihi is not None
+    with _undoing(run, Stage.BUILT, "hessenberg", "tau", "scale"):
         found = dense.Hessenberg(
             a=run.matrix("hessenberg").read(),
             tau=run.store.get_array(where, "tau"),
             scale=run.store.get_array(where, "scale"),
-            ilo=run.record["ilo"],
-            ihi=run.record["ihi"],
+            ilo=ilo,
+            ihi=ihi,
         )
     release_free_memory()  # of reading: LAPACK's work would come on top
     return found
@@ -685,7 +696,7 @@ def _solve_on_device(run: UnitRun) -> dict[str, Any]:
     a = _read_matrix(run)
     moments, growth = certificate.matrix_moments(a), _growth(run, a)
     values = device.device_eigenvalues(a, run.device)
-    return _store_eigenvalues(run, values) | {"moments": asdict(moments), **growth}
+    return _store_eigenvalues(run, values) | {"moments": moments, **growth}
 
 
 @contextmanager
@@ -707,7 +718,7 @@ def _keep(run: UnitRun) -> dict[str, Any]:
 
 def _solve_nothing(run: UnitRun) -> dict[str, Any]:
     empty = np.empty(0, dtype=np.result_type(run.dtype, np.complex64))
-    return _store_eigenvalues(run, empty) | {"moments": asdict(certificate.Moments(0.0, 0.0, 0.0))}
+    return _store_eigenvalues(run, empty) | {"moments": Moments(0.0, 0.0, 0.0)}
 
 
 def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
@@ -716,24 +727,25 @@ def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
 
 
 def _find_ends(run: UnitRun) -> dict[str, Any]:
-    found = extremes(run.sparse, memory_bytes=run.record["plan"]["factor_bytes"])
+    found = extremes(run.sparse, memory_bytes=run.plan.factor_bytes)
     where, moments = f"units/{run.key}", certificate.sparse_moments(run.sparse)
     for name, vectors in (("right", found.vectors.right), ("left", found.vectors.left)):
         run.store.put_array(where, f"{name}_vectors", vectors, ("row", "eigenvalue"))
-    good = {
-        "right_end": found.converged_right,
-        "left_end": found.converged_left,
-        "vectors": [bool(v) for v in found.vectors.converged],
-    }
-    return _store_eigenvalues(run, found.values) | {"moments": asdict(moments), "how": found.note, "converged": good}
+    good = Converged(
+        right_end=bool(found.converged_right),
+        left_end=bool(found.converged_left),
+        vectors=tuple(bool(v) for v in found.vectors.converged),
+    )
+    return _store_eigenvalues(run, found.values) | {"moments": moments, "how": found.note, "converged": good}
 
 
 def _ends(run: UnitRun) -> tuple[np.ndarray, dense.Eigenvectors]:
     where, names = f"units/{run.key}", ("reduced_eigenvalues", "right_vectors", "left_vectors")
-    before = "planned" if run.record["plan"]["matrix_free"] else "built"
+    before = Stage.PLANNED if run.plan.matrix_free else Stage.BUILT
     with _undoing(run, before, *names):
         values, right, left = (run.store.get_array(where, name) for name in names)
-    return values, dense.Eigenvectors(right, left, np.array(run.record["converged"]["vectors"], bool))
+    assert run.record.converged is not None
+    return values, dense.Eigenvectors(right, left, np.array(run.record.converged.vectors, bool))
 
 
 def _count(run: UnitRun) -> dict[str, Any]:
@@ -742,31 +754,32 @@ def _count(run: UnitRun) -> dict[str, Any]:
         run.sparse,
         run.reduction.shift,
         (values, vectors.right),
-        disc=run.record["function"] == BlockFunction.BRANCH,
-        memory_bytes=run.record["plan"]["factor_bytes"],
-        note=run.record["how"],
+        disc=run.unit.function == BlockFunction.BRANCH,
+        memory_bytes=run.plan.factor_bytes,
+        note=run.record.how or "",
     )
     run.drop("sparse")
-    return {"ends": ends.to_json()}
+    return {"ends": ends}
 
 
-def division_checks(record: dict[str, Any]) -> dict[str, Any]:
+def division_checks(record: UnitRecord) -> dict[str, Any]:
     """What a unit's division says of its eigenvalues, as `stiffcore.eigen.certificate.certify` takes it."""
-    if record["plan"]["solver"] != Solver.DIVIDE or not record["k"]:
+    if record.plan.solver is not Solver.DIVIDE or not record.unit.k:
         return {}
-    return {"neglected": float(record["divided"]["error"]), "right": record["divided"].get("right")}
+    assert record.divided is not None
+    return {"neglected": float(record.divided.error), "right": record.divided.right}
 
 
 def _certify(run: UnitRun) -> dict[str, Any]:
-    where, moments = f"units/{run.key}", certificate.Moments(**run.record["moments"])
-    fields: dict[str, Any] = {"ends": None}
-    if run.solver is Solver.EXTREMES and run.record["k"]:
+    where, moments, ends = f"units/{run.key}", run.record.moments, None
+    assert moments is not None
+    if run.solver is Solver.EXTREMES and run.unit.k:
         values, vectors = _ends(run)
-        good = run.record["converged"]
-        fields = {"ends": run.record["ends"]}
-        ends = Ends.from_json(fields["ends"])
+        good, ends = run.record.converged, run.record.ends
+        assert good is not None
+        assert ends is not None
         found = certificate.certify_ends(
-            run.reduction, values, vectors, moments, ends, right_end=good["right_end"], left_end=good["left_end"]
+            run.reduction, values, vectors, moments, ends, right_end=good.right_end, left_end=good.left_end
         )
     else:
         values, chosen, some = _solved(run)
@@ -778,16 +791,16 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         ("eigenvalue",),
         long_name="computed eigenvalues of the Jacobian",
         order="ascending real part, then imaginary part",
-        exact_ones=run.record["ones"],
-        exact_zeros=run.record["zeros"],
+        exact_ones=run.unit.ones,
+        exact_zeros=run.unit.zeros,
     )
-    return fields | {"certificate": found.to_json(), "shift": run.reduction.shift, "found": len(values)}
+    return {"ends": ends, "certificate": found, "shift": run.reduction.shift, "found": len(values)}
 
 
 def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | None]:
     """All eigenvalues as stored, which of them to certify, and the eigenvectors of those."""
     on_device = run.solver is Solver.CUDA_DENSE
-    with _undoing(run, "reduced" if run.solver is Solver.HOST_DENSE else "built", "reduced_eigenvalues"):
+    with _undoing(run, Stage.REDUCED if run.solver is Solver.HOST_DENSE else Stage.BUILT, "reduced_eigenvalues"):
         values = run.store.get_array(f"units/{run.key}", "reduced_eigenvalues")
     chosen = certified_choice(values, run.reduction.shift)
     if not len(values):
@@ -802,7 +815,7 @@ def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | 
 
 def _divided_eigenvectors(run: UnitRun, values: np.ndarray) -> dense.Eigenvectors:
     """Those of a few eigenvalues, by inverse iteration on the matrix in the store."""
-    with _division(run, "built") as space:
-        k, at_once = run.record["k"], run.record["plan"]["at_once"]
+    with _division(run, Stage.BUILT) as space:
+        k, at_once = run.unit.k, run.plan.at_once
         whole = space.matrix("whole", k, k)
-        return divide.eigenvectors(whole, space, values, at_once=at_once, tell=_teller(run, "done"), each=run.each)
+        return divide.eigenvectors(whole, space, values, at_once=at_once, tell=_teller(run, Stage.DONE), each=run.each)

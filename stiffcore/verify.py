@@ -5,14 +5,15 @@ Nothing is mended here: what is found is recorded with its unit, and the next `s
 
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from stiffcore.errors import DamagedError, StiffcoreError
+from stiffcore.record import Stage, UnitRecord
 from stiffcore.run import IMAGE_ARRAYS, Run
-from stiffcore.spectra import Ends, certified_choice
+from stiffcore.spectra import certified_choice
 from stiffcore.store import IMAGES, PIXELS, RunStore, same_images, stored_spectrum
 from stiffcore.study import Kind, Solver
 
@@ -101,10 +102,10 @@ def _verify(run: Run, found: Verification, certificates: bool, module: Any, tell
     for path in ("", "units"):
         _add(found, "", path or "zarr.json", *store.read_metadata(path))
     _read_again(store, IMAGES, IMAGES, IMAGE_ARRAYS, found)
-    if not found.findings and not same_images(store, run.header["identity"]["images"]):
+    if not found.findings and not same_images(store, run.header.identity.images):
         found.findings.append(Finding(IMAGES, f"{IMAGES}/{PIXELS}", "not the images that the run began with"))
     records, _ = store.whole_units()
-    keys = run.header["units"]
+    keys = run.header.units
     for done, key in enumerate(keys):
         before = len(found.findings)
         expected = stored_by(records[key]) if key in records else ()
@@ -137,8 +138,8 @@ def _add(found: Verification, unit: str, part: str, size: int, problem: str) -> 
         found.findings.append(Finding(unit, part, problem))
 
 
-def _has_spectrum(record: dict[str, Any]) -> bool:
-    return record["stage"] == "done" and record["plan"]["solver"] not in (Solver.NONE, Solver.MATRIX_ONLY)
+def _has_spectrum(record: UnitRecord) -> bool:
+    return record.stage is Stage.DONE and record.plan.solver not in (Solver.NONE, Solver.MATRIX_ONLY)
 
 
 def _check_number(store: RunStore, key: str, found: Verification) -> None:
@@ -149,9 +150,9 @@ def _check_number(store: RunStore, key: str, found: Verification) -> None:
         found.findings.append(Finding(key, f"units/{key}/eigenvalues", str(error)))
 
 
-def _recomputed(store: RunStore, key: str, record: dict[str, Any], module: Any) -> str:
+def _recomputed(store: RunStore, key: str, record: UnitRecord, module: Any) -> str:
     """What the certificate of a unit, made again, says against the stored one; nothing where they agree."""
-    if record["kind"] != Kind.MATRIX or not record.get("values_kept", True):
+    if record.unit.kind is not Kind.MATRIX or not record.values_kept:
         return _computed_again(store, key, module)
     return _certified_again(store, key, record, module)
 
@@ -160,17 +161,15 @@ def _computed_again(store: RunStore, key: str, module: Any) -> str:
     """Carry the unit out once more, elsewhere, and compare the metrics."""
     from stiffcore.unit import carry_out, open_operator
 
-    header, record = store.header or {}, store.record(key)
-    facts = ("metrics", "certificate", "ends", "values_kept", "found", "seconds", "made_with", "kept", "moments")
-    fresh = {name: value for name, value in record.items() if name not in facts}
+    header, record = store.settled(), store.record(key)
     with tempfile.TemporaryDirectory(prefix="stiffcore-verify-") as folder:
         again = RunStore(folder, create=True)
-        again.update(key, **(fresh | {"stage": "planned"}))
-        again.header = {**header, "units": [key]}
+        again.put_record(key, UnitRecord(record.plan, Stage.PLANNED))
+        again.header = replace(header, units=(key,))
         carry_out(
             folder,
             key,
-            threads=header["threads"],
+            threads=header.threads,
             emit=lambda event: None,
             opener=lambda _, planned, device: open_operator(store, planned, device, module),
         )
@@ -183,7 +182,7 @@ def _computed_again(store: RunStore, key: str, module: Any) -> str:
     return ""
 
 
-def _certified_again(store: RunStore, key: str, record: dict[str, Any], module: Any) -> str:
+def _certified_again(store: RunStore, key: str, record: UnitRecord, module: Any) -> str:
     """Certify the stored eigenvalues with eigenvectors found anew, on a matrix built anew."""
     from stiffcore.eigen.certificate import certify, certify_ends, sparse_moments
     from stiffcore.jacobian.reduction import Reduction
@@ -193,16 +192,14 @@ def _certified_again(store: RunStore, key: str, record: dict[str, Any], module: 
     assert isinstance(reduction, Reduction)
     if not reduction.k:
         return ""
-    matrix = sparse_matrix(reduction, record["plan"]["chunk"]).astype(np.float64)
+    matrix = sparse_matrix(reduction, record.plan.chunk).astype(np.float64)
     spectrum = stored_spectrum(store, key)
     values = spectrum.computed.astype(complex) - reduction.shift
     moments = sparse_moments(matrix)
-    if record.get("ends"):
-        vectors = _vectors(matrix, values, moments.frobenius)
-        ends = Ends.from_json(record["ends"])
-        good = record["converged"]
+    if record.ends and record.converged:
+        vectors, good = _vectors(matrix, values, moments.frobenius), record.converged
         found = certify_ends(
-            reduction, values, vectors, moments, ends, right_end=good["right_end"], left_end=good["left_end"]
+            reduction, values, vectors, moments, record.ends, right_end=good.right_end, left_end=good.left_end
         )
     else:
         chosen = certified_choice(values, reduction.shift)
@@ -237,7 +234,7 @@ def _vectors(matrix: Any, values: np.ndarray, norm: float) -> Any:
     return Eigenvectors(sides[0], sides[1], np.asarray(np.isfinite(sides).all(axis=(0, 1))))
 
 
-def _record(store: RunStore, found: Verification, records: dict[str, dict[str, Any]]) -> None:
+def _record(store: RunStore, found: Verification, records: dict[str, UnitRecord]) -> None:
     """Leave word with each damaged unit, so that `run` makes it anew without reading all again."""
     damaged: dict[str, list[str]] = {}
     for finding in found.findings:
@@ -246,4 +243,4 @@ def _record(store: RunStore, found: Verification, records: dict[str, dict[str, A
             name = finding.part.removeprefix(f"units/{finding.unit}").strip("/")
             names += ["eigenvalues" if name == "certificate" else name] if name else []
     for key, names in damaged.items():  # where only white space of the record was damaged, this mends it
-        store.update(key, damaged=sorted(set(names)))
+        store.update(key, damaged=tuple(sorted(set(names))))

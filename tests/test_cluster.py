@@ -32,9 +32,11 @@ from stiffcore.cluster import (
 )
 from stiffcore.eigen import divide
 from stiffcore.eigen.panels import SingularError, factor, one_by_one
+from stiffcore.record import Stage
 from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace
+from tests.records import key_of, put, said
 from tests.test_run import OPTIONS, execute, spectra_bytes
 
 # slow to certify, so that something can be killed meanwhile
@@ -101,7 +103,7 @@ def test_units_go_to_the_workers_and_give_the_bytes_of_one_process(small, cluste
         assert plan.allowed_bytes == 3 << 30
         _, outcome = carry_out_plan("run", prepared, executor, events.append)
     assert outcome.failed == {}
-    assert {e["stage"] for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
+    assert {said(e) for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
     one = InProcess(lambda event: None)
     prepared = prepare("one", OPTIONS | {"device": "cpu"}, one)
     prepared = replace(prepared, plan=replace(prepared.plan, threads=2))
@@ -218,7 +220,7 @@ def test_a_worker_that_dies_hands_its_unit_to_another(small, cluster):
     killed = []
 
     def kill(event):
-        if event["stage"] == "done" and event["done"] == 0 and not killed:
+        if said(event) == "done" and event.done == 0 and not killed:
             killed.extend(pids)
             os.kill(pids[0], signal.SIGKILL)
             cluster.worker()
@@ -239,7 +241,7 @@ def test_a_scheduler_that_is_gone_ends_the_session_and_the_run_continues(small, 
 
     def kill(event):
         events.append(event)
-        if event["stage"] == "done" and event["done"] == 0:
+        if said(event) == "done" and event.done == 0:
             cluster.scheduler.kill()
 
     with pytest.raises(ConnectionLostError, match="run again to continue"):
@@ -258,7 +260,7 @@ def test_work_of_a_session_that_is_over_stops_at_its_next_step(small):
     execute(small / "run", OPTIONS | {"blocks": "1"})
     store = RunStore(str(small / "run"))
     key = next(iter(store.units()))
-    store.update(key, stage="planned")
+    store.update(key, stage=Stage.PLANNED)
     with store.hold() as token:
         store.check_held(token)
         with pytest.raises(stiffcore.BusyError, match="is over"):
@@ -267,7 +269,7 @@ def test_work_of_a_session_that_is_over_stops_at_its_next_step(small):
             )
     with pytest.raises(stiffcore.BusyError, match="is over"):
         store.check_held(token)
-    assert store.record(key)["stage"] == "planned"
+    assert store.record(key).stage is Stage.PLANNED
 
 
 # ------------------------------------------------------------------------------- the blocks of one unit, shared
@@ -277,9 +279,9 @@ ORDER, COLUMNS, TILE = 60, 10, 32
 
 def workspace(folder):
     store = RunStore(folder, create=True)
-    if "u" not in store.units():
-        store.update("u", stage="built")
-    return StoredWorkspace(store, "u", TILE, COLUMNS)
+    if key_of("u") not in store.units():
+        put(store)
+    return StoredWorkspace(store, key_of("u"), TILE, COLUMNS)
 
 
 def written(folder, a):
@@ -392,7 +394,7 @@ def test_a_run_shares_a_divided_unit_among_the_workers_asked_for(small):
         prepared = replace(prepared, plan=replace(prepared.plan, units=(unit,)))
         run, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
     assert outcome.failed == {}
-    assert len(run.spectrum(block="layer1.0").record["divided"]["splits"]) >= 1
+    assert len(run.spectrum(block="layer1.0").record.divided.splits) >= 1
     assert abs(run.spectrum(block="layer1.0").values - expected).max() < 1e-10
 
 
@@ -424,8 +426,8 @@ def test_a_worker_with_a_cuda_device_takes_the_units_that_are_planned_for_one(sm
     assert outcome.failed == {}
     assert prepared.plan.gpus == 1
     run = stiffcore.open_run(small / "run")
-    assert {r["plan"]["solver"] for r in run.records().values()} == {"cuda-dense"}
-    assert all(r["measured_device_bytes"] > 0 for r in run.records().values())
+    assert {r.plan.solver for r in run.records().values()} == {"cuda-dense"}
+    assert all(r.measured_device_bytes > 0 for r in run.records().values())
     assert all(run.stored(key).certificate.passed for key in run.records())
 
 

@@ -16,9 +16,11 @@ from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.eigen.panels import SingularError
 from stiffcore.errors import DamagedError
 from stiffcore.plan import divide_held_bytes, divide_sizes
+from stiffcore.record import Stage
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace, TiledMatrix
 from stiffcore.unit import carry_out
+from tests.records import put, said
 from tests.test_run import OPTIONS, InProcess, execute
 
 N, PANEL, TILE = 60, 16, 8
@@ -94,8 +96,7 @@ class Cut(Exception):
 
 def in_store(folder):
     store = RunStore(str(folder / "run"), create=True)
-    store.update("u")
-    return StoredWorkspace(store, "u", TILE, PANEL)
+    return StoredWorkspace(store, put(store), TILE, PANEL)
 
 
 @pytest.fixture
@@ -234,8 +235,7 @@ def test_reflectors_are_an_orthogonal_matrix_that_spans_the_columns(space, colum
 def test_kernels_hold_what_is_planned(tmp_path, at_once):
     n, width = 1024, 64
     store = RunStore(str(tmp_path / "run"), create=True)
-    store.update("u")
-    space = StoredWorkspace(store, "u", 256, width)
+    space = StoredWorkspace(store, put(store), 256, width)
     a = stored(space, "a", random(n, n))
     lu, x, y, z = (space.matrix(name, n + (name == "lu"), n) for name in ("lu", "x", "y", "z"))
     root = space.matrix("root", n, n)
@@ -452,7 +452,7 @@ def test_cut_off_in_the_store_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
 def in_parts(url, key, **sizes):
     """A planned run whose unit is to be divided although it would fit."""
     store = RunStore(url)
-    store.update(key, plan={**store.record(key)["plan"], **sizes})
+    store.update(key, plan=replace(store.record(key).plan, **sizes))
 
 
 def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small, monkeypatch):
@@ -465,23 +465,23 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small, mon
     key = next(iter(run.records()))
     expected = dense.spectrum(block=1)
     in_parts(url, key, panel=32, at_once=2, leaf=len(expected.computed) // 3)
-    RunStore(url).update(key, stage="planned", division=None)
+    RunStore(url).update(key, stage=Stage.PLANNED, division=None)
     told, certify = [], certificate.certify
     monkeypatch.setattr(certificate, "certify", lambda *args, **known: told.append(known) or certify(*args, **known))
     carry_out(url, key, threads=1, emit=lambda event: None)
     found = run.spectrum(block=1)
-    assert told == [{"neglected": found.record["divided"]["error"], "right": found.record["divided"]["right"]}]
+    assert told == [{"neglected": found.record.divided.error, "right": found.record.divided.right}]
     assert found.certificate.passed
     assert largest_error(found.values, expected.values) < 1e-12
     assert found.metrics["S_active"] == pytest.approx(expected.metrics["S_active"], rel=1e-10)
-    assert len(found.record["divided"]["splits"]) >= 3
-    neglected = found.record["divided"]["error"]
+    assert len(found.record.divided.splits) >= 3
+    neglected = found.record.divided.error
     assert neglected > 0
-    assert found.record["divided"]["right"] == (found.computed.real > 0).sum()
+    assert found.record.divided.right == (found.computed.real > 0).sum()
     assert all(c.error >= c.condition * neglected for c in found.certificate.certified)
     assert found.numerical_abscissa == pytest.approx(expected.numerical_abscissa, rel=1e-6)
     assert not (small / "divided" / "units" / key / "division").exists()
-    assert found.record["division"] is None
+    assert found.record.division is None
     damaged_after_it_was_built(run, url, key)
 
 
@@ -499,12 +499,12 @@ def test_what_cannot_be_divided_leaves_no_matrices_and_is_not_tried_again(small,
     (key,) = outcome.failed
     assert "curves divides a matrix" in outcome.failed[key]
     assert not (small / "run" / "units" / key / "division").exists()
-    notes = [e["note"] for e in events if "sign of order" in e.get("note", "")]
+    notes = [e.note for e in events if "sign of order" in getattr(e, "note", "")]
     assert any("step 3 after a change of" in note and note.endswith("moved") for note in notes)
     events.clear()
     _, outcome = carry_out_plan(url, prepared, executor, print)
     assert "curves divides a matrix" in outcome.failed[key]
-    assert not [e for e in events if "sign of order" in e.get("note", "")]
+    assert not [e for e in events if "sign of order" in getattr(e, "note", "")]
     prepared = replace(prepared, plan=replace(prepared.plan, units=(replace(unit, at_once=1),)))
     run, outcome = carry_out_plan(url, prepared, executor, print)
     assert outcome.failed == {}
@@ -523,7 +523,7 @@ def test_a_unit_is_divided_on_a_device(small, supposed_device):
     run, outcome = carry_out_plan(url, prepared, executor, print)
     assert outcome.failed == {}
     assert run.spectrum(block=1).certificate.passed
-    assert run.spectrum(block=1).record["divided"]["splits"]
+    assert run.spectrum(block=1).record.divided.splits
     assert largest_error(run.spectrum(block=1).values, expected) < 1e-12
 
 
@@ -532,10 +532,10 @@ def damaged_after_it_was_built(run, url, key):
     store, expected = RunStore(url), run.spectrum(block=1).values.tobytes()
 
     def stop(event):
-        if event["stage"] == "built" and event["done"]:
+        if said(event) == "built" and getattr(event, "done", 1):
             raise KeyboardInterrupt
 
-    store.update(key, stage="planned", division=None)
+    store.update(key, stage=Stage.PLANNED, division=None)
     with pytest.raises(KeyboardInterrupt):
         carry_out(url, key, threads=1, emit=stop)
     path = next(p for p in (store.local / "units" / key / "matrix").rglob("*") if p.is_file() and p.name != "zarr.json")
@@ -543,6 +543,6 @@ def damaged_after_it_was_built(run, url, key):
     path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     with pytest.raises(DamagedError):
         carry_out(url, key, threads=1, emit=lambda event: None)
-    assert store.record(key)["stage"] == "planned"
+    assert store.record(key).stage is Stage.PLANNED
     carry_out(url, key, threads=1, emit=lambda event: None)
     assert run.spectrum(block=1).values.tobytes() == expected

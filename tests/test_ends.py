@@ -24,6 +24,7 @@ from stiffcore.plan import make_plan
 from stiffcore.report.tables import metrics_table
 from stiffcore.spectra import Ends
 from stiffcore.study import Precision, Solver, Study
+from tests.records import said
 from tests.test_plan import MIB, machine, planned, unit
 from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
 
@@ -53,7 +54,7 @@ def test_the_ends_give_the_metrics_of_the_whole_spectrum(small):
     proved = 0
     for key, record in run.records().items():
         found = run.stored(key)
-        assert record["plan"]["solver"] == "extremes"
+        assert record.plan.solver == "extremes"
         assert found.certificate.passed, found.verdict
         assert_same_metrics(found, full.stored(key))
         proved += not math.isnan(found.metrics["negative"])
@@ -90,7 +91,7 @@ def test_killed_at_any_event_the_ends_are_the_same_bytes(small):
     _, lines = sessions(small, (small / "whole", 0), **options)
     events = int(lines[0][2])
     assert events > 8
-    assert {r["plan"]["solver"] for r in stiffcore.open_run(str(small / "whole")).records().values()} == {"extremes"}
+    assert {r.plan.solver for r in stiffcore.open_run(str(small / "whole")).records().values()} == {"extremes"}
     asked = [(small / f"run{at}", kill) for at in range(1, events + 1) for kill in (at, 0)]
     statuses, _ = sessions(small, *asked, **options)
     assert {status for (_, at), status in statuses.items() if at} == {signal.SIGKILL}
@@ -103,16 +104,16 @@ def test_a_matrix_that_is_accumulated_is_stored_only_where_it_is_to_be_kept(smal
     options, seen = OPTIONS | {"blocks": "1", "solver": "extremes"}, []
 
     def look(event):
-        seen.extend(p for p in (small / "run").rglob("matrix*") if event["stage"] == "counted")
+        seen.extend(p for p in (small / "run").rglob("matrix*") if said(event) == "counted")
 
     run, _ = execute(small / "run", options, look)
-    assert {(r["plan"]["build"], r["plan"]["stored"]) for r in run.records().values()} == {("accumulated", False)}
+    assert {(r.plan.build, r.plan.stored) for r in run.records().values()} == {("accumulated", False)}
     assert seen == []
     kept, _ = execute(small / "kept", options | {"keep": "all"})
     for key, record in kept.records().items():
-        assert record["plan"]["stored"]
+        assert record.plan.stored
         matrix = stiffcore.store.TiledMatrix(kept.store.unit_group(key), "matrix").read()
-        assert matrix.shape == (record["k"], record["k"])
+        assert matrix.shape == (record.unit.k, record.unit.k)
         assert kept.stored(key).computed.tobytes() == run.stored(key).computed.tobytes()
 
 
@@ -123,7 +124,7 @@ def test_where_the_matrix_does_not_fit_products_alone_give_the_ends(small, monke
     assert outcome.failed == {}
     assert not list((small / "run").rglob("matrix"))
     for key, record in run.records().items():
-        assert record["plan"]["matrix_free"]
+        assert record.plan.matrix_free
         found = run.stored(key)
         assert found.certificate.passed, found.verdict
         assert_same_metrics(found, full.stored(key))
@@ -138,8 +139,8 @@ def test_products_on_the_device_give_the_ends_of_the_host(small, supposed_device
     assert outcome.failed == {}
     here, _ = execute(small / "host", options | {"device": "cpu"})
     for key, record in there.records().items():
-        assert record["plan"]["device_bytes"] > 0
-        assert here.records()[key]["plan"]["device_bytes"] == 0
+        assert record.plan.device_bytes > 0
+        assert here.records()[key].plan.device_bytes == 0
         a, b = there.stored(key), here.stored(key)
         assert a.certificate.passed
         assert np.allclose(a.computed, b.computed, atol=1e-10)
@@ -154,10 +155,8 @@ def test_a_device_without_room_for_the_matrix_leaves_its_products_to_the_host(sm
     events = []
     run, outcome = execute(small / "run", OPTIONS | {"solver": "extremes", "blocks": "1"}, events.append)
     assert outcome.failed == {}
-    assert {e["note"] for e in events if e["stage"] == "fallback"} == {
-        "the device is out of memory (full): extremes takes it"
-    }
-    assert all(record["plan"]["device_bytes"] == 0 for record in run.records().values())
+    assert {e.note for e in events if e.kind == "fallback"} == {"the device is out of memory (full): extremes takes it"}
+    assert all(record.plan.device_bytes == 0 for record in run.records().values())
     assert all(run.stored(key).certificate.passed for key in run.records())
 
 
@@ -189,8 +188,8 @@ def test_damaged_vectors_are_noticed_and_the_ends_found_again_in_the_same_sessio
     hit, notes = [], []
 
     def damage(event):
-        notes.append(event.get("note") or "")
-        if event["stage"] == "solved" and event["done"] == event["total"] and not hit:
+        notes.append(getattr(event, "note", ""))
+        if event.kind == "reached" and said(event) == "solved" and not hit:
             path = next(p for p in (small / "run").rglob("right_vectors/c/**/*") if p.is_file())
             data = bytearray(path.read_bytes())
             data[10] ^= 1
@@ -230,8 +229,8 @@ def test_where_the_whole_spectrum_takes_no_longer_it_is_planned_and_stays_planne
     options = OPTIONS | {"blocks": "1", "functions": "block"}
     run, _ = execute(small / "run", options | {"solver": "extremes"})
     [record] = run.records().values()
-    assert record["plan"]["solver"] == "host-dense"
-    assert "takes no longer" in record["plan"]["why"]
+    assert record.plan.solver == "host-dense"
+    assert "takes no longer" in record.plan.why
     assert run.metrics()["basis"].tolist() == ["all eigenvalues"]
     execute(small / "straight", options)
     assert spectra_bytes(small / "run") == spectra_bytes(small / "straight")
@@ -340,8 +339,8 @@ def test_a_switch_to_another_solver_that_is_interrupted_loses_no_result(small):
     ended = []
 
     def stop(event):
-        if event["stage"] == "ended":
-            ended.append(event["unit"])
+        if event.kind == "ended":
+            ended.append(event.unit)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -361,7 +360,7 @@ def test_matrices_that_were_kept_and_dropped_are_not_taken_to_be_there(small):
     run, outcome = execute(small / "run", {"solver": "host-dense"})
     assert outcome.failed == {}
     [record] = run.records().values()
-    assert set(record["seconds"]) == {"built", "reduced", "solved", "done"}
+    assert set(record.seconds) == {"built", "reduced", "solved", "done"}
 
 
 def test_what_was_begun_is_planned_anew_where_there_is_less_room():

@@ -21,6 +21,7 @@ from stiffcore.plan import Machine, make_plan
 from stiffcore.run import open_run
 from stiffcore.store import RunStore
 from stiffcore.study import Study
+from tests.records import a_header
 from tests.test_checkpoints import Trap
 
 QUICK = settings(
@@ -177,7 +178,7 @@ def test_any_machine_has_a_plan_within_its_budget(memory, cores, reserved, worke
 @pytest.fixture
 def header(tmp_path):
     store = RunStore(str(tmp_path / "run"), create=True)
-    store.header = {"version": "0", "study": Study().model_dump(mode="json"), "identity": {}, "units": []}
+    store.header = a_header()
     return Path(tmp_path / "run")
 
 
@@ -190,10 +191,10 @@ def test_a_harmed_header_is_refused_and_the_other_one_read(header, edits, which)
         for name in names:
             (header / name).write_bytes(harmed(good[name], edits))
         found = taken(lambda: open_run(str(header)), header)
-        assert found is None or found.header["version"] == "0"
+        assert found is None or found.header.version == "0"
         RunStore.restore(str(header))
         if which != "both":
-            assert open_run(str(header)).header["version"] == "0"
+            assert open_run(str(header)).header.version == "0"
     finally:
         for name, data in good.items():
             (header / name).write_bytes(data)

@@ -15,6 +15,7 @@ STAGES = [
     ["version", "errors", "text"],
     ["memory", "metrics"],
     ["study", "spectra"],
+    ["record"],
     ["jacobian"],
     ["networks"],
     ["eigen"],

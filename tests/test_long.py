@@ -21,7 +21,7 @@ def main():
     process, found = psutil.Process(), []
 
     def on_event(event):
-        if event["stage"] == "ended":
+        if event.kind == "ended":
             memory = process.memory_info()
             found.append([memory.rss - memory.shared, process.num_fds(), len(os.listdir(tempfile.gettempdir()))])
 

@@ -89,7 +89,7 @@ run, outcome = carry_out_plan(url, prepared, executor, lambda event: None)
 assert not outcome.failed, outcome.failed
 [record] = run.records().values()
 print(json.dumps(dict(
-    k=unit.unit.k, solver=unit.solver, why=unit.why, divisions=len(record["divided"]["splits"]), stages=unit.stages,
+    k=unit.unit.k, solver=unit.solver, why=unit.why, divisions=len(record.divided.splits), stages=unit.stages,
     projected=unit.projected_bytes, measured=status("VmHWM") - before, passed=run.spectrum(block=1).certificate.passed,
 )))
 """

@@ -352,7 +352,7 @@ class Blocks(nn.Module):
 def test_a_block_that_returns_several_things_is_taken_by_its_first_floating_tensor(tmp_path):
     net = Blocks(Pair(), Residual()).double()
     run = stiffcore.analyze(net, image(), run=tmp_path / "run", memory="3GiB")
-    assert {record["block"] for record in run.records().values()} == {"blocks.0", "blocks.1"}
+    assert {record.unit.block for record in run.records().values()} == {"blocks.0", "blocks.1"}
     plain = lambda x: net.blocks[0](x)["found"][1]  # noqa: E731
     assert matched_distance(run.spectrum(block="blocks.0").values, dense_eigenvalues(plain, image())) < 1e-10
 
@@ -396,8 +396,8 @@ def test_what_blocks_all_leaves_out_is_said_with_the_reason(tmp_path):
     net = Blocks(Residual(), Untraceable()).double()
     net.blocks.extend([shared := Residual().double(), shared])
     run = stiffcore.analyze(net, image(), run=tmp_path / "run", memory="3GiB")
-    assert {record["block"] for record in run.records().values()} == {"blocks.0"}
-    left_out = run.header["left_out"]
+    assert {record.unit.block for record in run.records().values()} == {"blocks.0"}
+    left_out = run.header.left_out
     assert "plain tensors only" in left_out["blocks.1"]
     assert "runs 2 times" in left_out["blocks.2"]
     status = CliRunner().invoke(app, ["status", str(tmp_path / "run")]).output

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,15 +39,14 @@ def test_the_page_needs_nothing_from_elsewhere_and_has_every_part(run, small):
     assert "No check failed, and no unit." in text
     row = run.metrics().iloc[0]
     assert f"{row['S_active']:.7g}" in text
-    assert run.header["identity"]["weights"] in text
+    assert run.header.identity.weights in text
 
 
 def test_what_failed_and_what_is_open_stands_in_the_page(small, ends_are_cheap):
     run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "solver": "extremes", "functions": "block"})
     key = next(iter(run.records()))
     record = run.store.record(key)
-    record["certificate"]["failures"] = ["the moon <was> wrong"]
-    run.store.update(key, certificate=record["certificate"])
+    run.store.update(key, certificate=replace(record.certificate, failures=("the moon <was> wrong",)))
     write_report(run, small / "r.html")
     text = (small / "r.html").read_text()
     assert "not certified: the moon &lt;was&gt; wrong" in text

@@ -22,11 +22,13 @@ from torch import nn
 import stiffcore
 from stiffcore.cluster import InProcess, local_workers
 from stiffcore.memory import tree_bytes
+from stiffcore.record import Stage
 from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import read_image
 from stiffcore.verify import verify
 from tests.cases import Basic
+from tests.records import said
 
 OPTIONS = {"network": "smallnet:make", "images": "six.npz", "normalize": "cifar10", "functions": "block,branch"}
 
@@ -40,7 +42,7 @@ def execute(url, options, on_event=lambda event: None):
 def spectra_bytes(url):
     run = stiffcore.open_run(str(url))
     arrays = {k: run.store.get_array(f"units/{k}", "eigenvalues").tobytes() for k in run.records()}
-    return arrays, {k: json.dumps(r["certificate"], sort_keys=True) for k, r in run.records().items()}
+    return arrays, {k: json.dumps(r.certificate.to_json(), sort_keys=True) for k, r in run.records().items()}
 
 
 def command(*args, cwd, **kwargs):
@@ -139,7 +141,7 @@ def test_too_little_disk_is_refused_with_both_figures(small, monkeypatch):
 
 def test_what_a_run_has_stored_already_counts_for_the_disk_that_it_needs(small, monkeypatch):
     def stop(event):
-        if event["stage"] == "built":
+        if said(event) == "built":
             raise KeyboardInterrupt
 
     options = OPTIONS | {"blocks": "1", "functions": "block", "keep": "all"}
@@ -168,7 +170,7 @@ def test_a_rectangular_block_has_no_spectrum_and_says_so(small):
             return self.body(x).mean((2, 3))
 
     run = stiffcore.analyze(Net(), torch.ones(1, 3, 4, 4), run=str(small / "run"), blocks="body.0,body.1")
-    assert {r["block"]: state_of(r) for r in run.records().values()} == {"body.0": "no spectrum", "body.1": "done"}
+    assert {r.unit.block: state_of(r) for r in run.records().values()} == {"body.0": "no spectrum", "body.1": "done"}
     with pytest.raises(stiffcore.InputError, match="rectangular"):
         run.spectrum(block="body.0")
     assert np.isnan(run.metrics().set_index("block").loc["body.0", "S"])
@@ -247,11 +249,11 @@ def test_matrices_are_dropped_once_certified_and_kept_on_request(small):
     run, _ = execute(small / "all", OPTIONS | {"blocks": "1", "keep": "all"})
     key = next(iter(run.records()))
     matrix = stiffcore.store.TiledMatrix(run.store.unit_group(key), "matrix").read()
-    computed = np.sort_complex(np.linalg.eigvals(matrix) + run.records()[key]["shift"])
+    computed = np.sort_complex(np.linalg.eigvals(matrix) + run.records()[key].shift)
     assert np.allclose(np.sort_complex(run.spectrum().computed), computed, atol=1e-9)
     found = run.spectrum().metrics
     symmetric = np.linalg.eigvalsh((matrix + matrix.T) / 2)
-    assert found["numerical_abscissa"] == pytest.approx(run.records()[key]["shift"] + symmetric[-1], rel=1e-8)
+    assert found["numerical_abscissa"] == pytest.approx(run.records()[key].shift + symmetric[-1], rel=1e-8)
     strict = np.triu(scipy.linalg.schur(matrix, output="complex")[0], 1)
     assert found["departure"] == pytest.approx(np.linalg.norm(strict), rel=1e-6)
 
@@ -282,8 +284,8 @@ def test_a_damaged_matrix_is_noticed_and_made_anew_in_the_same_session(small):
 
     def damage(event):
         nonlocal damaged
-        notes.append(event.get("note") or "")
-        if event["stage"] == "built" and event["done"] == event["total"] and not damaged:
+        notes.append(getattr(event, "note", ""))
+        if event.kind == "reached" and said(event) == "built" and not damaged:
             for path in (small / "run").rglob("matrix/c/**/*"):
                 if path.is_file() and not damaged:
                     data = bytearray(path.read_bytes())
@@ -301,12 +303,12 @@ def test_a_damaged_matrix_is_noticed_and_made_anew_in_the_same_session(small):
 def test_what_other_versions_left_unfinished_begins_again(small):
     sessions(small, (small / "run", 5))
     run = stiffcore.open_run(str(small / "run"))
-    begun = [k for k, r in run.records().items() if "made_with" in r and r["stage"] != "done"]
+    begun = [k for k, r in run.records().items() if r.begun and r.stage is not Stage.DONE]
     assert begun
     run.store.update(begun[0], made_with={"torch": "1.0"})
     events = []
     execute(small / "run", {}, events.append)
-    assert [e["unit"] for e in events if e["stage"] == "restarted"] == begun[:1]
+    assert [e.unit for e in events if e.kind == "restarted"] == begun[:1]
 
 
 def test_two_workers_give_the_bytes_of_one_process(small):
@@ -319,7 +321,7 @@ def test_two_workers_give_the_bytes_of_one_process(small):
     assert outcome.failed == {}
     assert (prepared.plan.workers, prepared.plan.threads) == (2, 1)
     assert spectra_bytes(small / "one")[0] == spectra_bytes(small / "two")[0]
-    assert {e["stage"] for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
+    assert {said(e) for e in events} >= {"begun", "built", "reduced", "solved", "done", "ended"}
 
 
 def facts(prepared):
@@ -336,19 +338,19 @@ def test_on_one_thread_or_two_the_values_agree_within_their_errors_and_a_run_kee
         return carry_out_plan(str(small / name), prepared, InProcess(print), on_event)[0]
 
     runs = [on(1, "on1"), on(2, "on2")]
-    assert [run.header["threads"] for run in runs] == [1, 2]
+    assert [run.header.threads for run in runs] == [1, 2]
     for key in runs[0].records():
         one, two = (run.stored(key) for run in runs)
         allowed = one.certificate.error + two.certificate.error + 1e-12
         assert np.abs(one.computed - two.computed).max(initial=0.0) <= allowed
 
     def stop(event):
-        if event["stage"] == "ended":
+        if event.kind == "ended":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         on(1, "begun", stop)
-    assert on(2, "begun").header["threads"] == 1
+    assert on(2, "begun").header.threads == 1
     assert spectra_bytes(small / "begun") == spectra_bytes(small / "on1")
 
 
@@ -376,8 +378,8 @@ def test_images_that_an_earlier_version_stored_in_one_chunk_are_read_counted_and
     before, x = spectra_bytes(small / "run"), run.store.get_array("images", "x")
     run.store.put_array("images", "x", x, ("image", "axis1", "axis2", "axis3"))
     assert verify(run).findings == []
-    key = next(key for key, record in run.records().items() if record["image"] == 2)
-    run.store.update(key, stage="planned", image_bytes=0)
+    key = next(key for key, record in run.records().items() if record.unit.image == 2)
+    run.store.update(key, stage=Stage.PLANNED, image_bytes=0)
     run.store.drop(key, "eigenvalues")
     prepared = prepare(str(small / "run"), {}, InProcess(print))
     assert not prepared.damaged
@@ -398,8 +400,8 @@ def test_an_image_that_is_not_the_one_it_was_is_found_and_stored_again(small, fa
     else:
         chunk.write_bytes((small / "run/images/x/c/2/0/0/0").read_bytes())
     with pytest.raises(stiffcore.DamagedError):
-        read_image(run.store, 1, run.header["identity"]["images"][1])
-    assert np.array_equal(read_image(run.store, 2, run.header["identity"]["images"][2]), x[2])
+        read_image(run.store, 1, run.header.identity.images[1])
+    assert np.array_equal(read_image(run.store, 2, run.header.identity.images[2]), x[2])
     execute(small / "run", {})
     assert np.array_equal(run.store.get_array("images", "x"), x)
     assert spectra_bytes(small / "run") == before
@@ -447,8 +449,8 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_unit_goes_on_to_the_s
     killed, stages, told = [], [], []
 
     def kill(event):
-        stages.append((event["stage"], event["done"]))
-        if event["stage"] == "done" and event["done"] == 0 and not killed:
+        stages.append((said(event), getattr(event, "done", 1)))
+        if said(event) == "done" and getattr(event, "done", 1) == 0 and not killed:
             killed.append(workers[0])
             os.kill(workers[0], signal.SIGKILL)
 
@@ -458,7 +460,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_unit_goes_on_to_the_s
         _, outcome = carry_out_plan(str(small / "run"), prepared, executor, told.append)
     assert killed
     assert outcome.failed == {}
-    assert ["its worker died" in e["note"] for e in told if e["stage"] == "restarted"] == [True]
+    assert ["its worker died" in e.note for e in told if e.kind == "restarted"] == [True]
     # what was recorded was not done again
     assert [stages.count((stage, 0)) for stage in ("built", "reduced", "solved", "done")] == [1, 1, 1, 2]
     assert spectra_bytes(small / "run") == spectra_bytes(small / "whole")
@@ -469,7 +471,7 @@ def test_a_unit_that_kills_its_worker_each_time_fails_and_the_run_continues(smal
     deaths = []
 
     def kill(event):
-        if event["stage"] == "done" and event["done"] == 0:
+        if said(event) == "done" and getattr(event, "done", 1) == 0:
             for worker in executor.workers():
                 deaths.append(worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
@@ -506,7 +508,7 @@ def test_a_unit_that_is_gone_is_named_and_it_and_one_whose_spectrum_is_damaged_a
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
     events = []
     _, outcome = execute(small / "run", {}, events.append)
-    assert [e["unit"] for e in events if e["stage"] == "restarted"] == [first]
+    assert [e.unit for e in events if e.kind == "restarted"] == [first]
     assert outcome.done == 2
     assert spectra_bytes(small / "run") == expected
     (small / "run" / "units" / second / "zarr.json").unlink()
@@ -529,7 +531,7 @@ def test_workers_are_gone_before_the_run_is_released(small):
     pids = []
 
     def interrupt(event):
-        if event["stage"] == "begun":
+        if event.kind == "begun":
             pids.extend(w.pid for w in executor.workers())
             raise KeyboardInterrupt
 
@@ -563,10 +565,10 @@ def test_on_a_cuda_device_a_run_gives_the_spectra_of_the_host(small):
     cuda, outcome = execute(small / "cuda", options | {"device": "cuda"})
     assert outcome.failed == {}
     for key, record in cuda.records().items():
-        assert record["plan"]["solver"] == "cuda-dense"
+        assert record.plan.solver == "cuda-dense"
         assert cuda.stored(key).certificate.passed
         assert np.allclose(cuda.stored(key).computed.real, host.stored(key).computed.real, atol=1e-8)
-        assert 0 < record["measured_device_bytes"] <= record["plan"]["device_bytes"]
+        assert 0 < record.measured_device_bytes <= record.plan.device_bytes
 
 
 @pytest.mark.gpu
@@ -582,8 +584,8 @@ def test_a_cuda_device_that_is_full_hands_the_unit_to_the_host(small):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert outcome.failed == {}
-    assert {e["stage"] for e in events} >= {"fallback"}
-    assert {r["plan"]["solver"] for r in run.records().values()} == {"host-dense"}
+    assert {said(e) for e in events} >= {"fallback"}
+    assert {r.plan.solver for r in run.records().values()} == {"host-dense"}
     for key in run.records():
         assert run.stored(key).certificate.passed
 
@@ -593,9 +595,9 @@ def test_the_cuda_rung_gives_the_spectra_of_the_host(small, supposed_device):
     assert outcome.failed == {}
     host, _ = execute(small / "host", OPTIONS | {"solver": "host-dense"})
     for key, record in cuda.records().items():
-        assert record["plan"]["solver"] == "cuda-dense"
-        assert host.records()[key]["plan"]["solver"] == "host-dense"
-        assert "cuda-dense" not in host.records()[key]["plan"]["why"]
+        assert record.plan.solver == "cuda-dense"
+        assert host.records()[key].plan.solver == "host-dense"
+        assert "cuda-dense" not in host.records()[key].plan.why
         assert cuda.stored(key).certificate.passed
         assert np.allclose(cuda.stored(key).values.real, host.stored(key).values.real, atol=1e-10)
 
@@ -610,11 +612,11 @@ def test_a_device_that_runs_out_of_memory_hands_the_unit_to_the_host(small, supp
     events = []
     run, outcome = execute(small / "run", OPTIONS, events.append)
     assert outcome.failed == {}
-    assert {e["note"] for e in events if e["stage"] == "fallback"} == {
+    assert {e.note for e in events if e.kind == "fallback"} == {
         "the device is out of memory (full): host-dense takes it"
     }
-    assert {r["plan"]["solver"] for r in run.records().values()} == {"host-dense"}
-    assert all("out of memory (full)" in r["plan"]["why"] for r in run.records().values())
+    assert {r.plan.solver for r in run.records().values()} == {"host-dense"}
+    assert all("out of memory (full)" in r.plan.why for r in run.records().values())
     assert spectra_bytes(small / "run") == spectra_bytes(small / "host")
 
 
@@ -641,14 +643,14 @@ def test_matrices_alone_are_stored_and_can_be_solved_later(small):
     assert run.metrics()["S"].isna().all()
     for key, record in run.records().items():
         matrix = stiffcore.store.TiledMatrix(run.store.unit_group(key), "matrix").read()
-        assert matrix.shape == (record["k"], record["k"])
+        assert matrix.shape == (record.unit.k, record.unit.k)
     with pytest.raises(stiffcore.InputError, match="stored"):
         run.spectrum(block="1")
     events = []
     execute(small / "run", {}, events.append)
     assert events == []
     execute(small / "run", {"solver": "auto"}, events.append)
-    assert "built" not in {e["stage"] for e in events}
+    assert "built" not in {said(e) for e in events}
     assert spectra_bytes(small / "run") == spectra_bytes(small / "straight")
 
 
@@ -657,7 +659,7 @@ def test_unreduced_matrices_have_the_same_spectra_and_cost_no_disk_where_they_ar
     run, outcome = execute(small / "run", OPTIONS | {"blocks": "1,4", "reduce": "none"})
     assert outcome.failed == {}
     for key, record in run.records().items():
-        assert (record["route"], record["k"]) == ("full", record["n"])
+        assert (record.unit.route, record.unit.k) == ("full", record.unit.n)
         a, b = (np.sort_complex(np.round(r.stored(key).values, 7)) for r in (run, reduced))
         assert np.allclose(a, b, atol=1e-6)
     with pytest.raises(stiffcore.InputError, match="reduce"):
@@ -703,6 +705,6 @@ def test_a_unit_leaves_the_callers_threads_as_they_were(tmp_path, monkeypatch):
         torch.set_num_threads(3)
         run = stiffcore.analyze(network, images, run=tmp_path / "run", blocks="0")
         assert torch.get_num_threads() == 3
-        assert run.header["threads"] == 1
+        assert run.header.threads == 1
     finally:
         torch.set_num_threads(before)

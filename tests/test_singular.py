@@ -1,6 +1,7 @@
 """Claims about singular values: those of a dense SVD, exact ones and zeros counted, lost digits said."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from stiffcore.networks.blocks import capture
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
 from stiffcore.plan import Machine, make_plan
+from stiffcore.record import Stage
 from stiffcore.study import BlockFunction, Kind, Study
 from stiffcore.survey import _factors_facts
 from stiffcore.unit import carry_out, open_operator
@@ -284,17 +286,17 @@ def test_a_run_divides_a_matrix_that_no_memory_holds(name, tmp_path):
     found = stiffcore.analyze(network, images, [0], run=tmp_path / "run", **options)
     store = found.store
     (key,) = found.records()
-    assert found.records()[key]["plan"]["solver"] == "divide"
-    order = found.records()[key]["k"]
+    assert found.records()[key].plan.solver == "divide"
+    order = found.records()[key].unit.k
     store.update(
-        key, plan=found.records()[key]["plan"] | {"panel": 16, "at_once": 2, "leaf": order // 3}, stage="planned"
+        key, plan=replace(found.records()[key].plan, panel=16, at_once=2, leaf=order // 3), stage=Stage.PLANNED
     )
     carry_out(store.url, key, threads=1, emit=print, opener=partial(open_operator, module=network))
     spectrum = found.spectrum(0, "second", kind="singular")
     true = np.sort(np.linalg.svd(dense_jacobian(network[0], images), compute_uv=False))
     assert spectrum.certificate.passed
-    assert found.records()[key]["divided"]["splits"]
-    assert found.records()[key]["route"] == ("factors" if name == "bottleneck" else "whole")
+    assert found.records()[key].divided.splits
+    assert found.records()[key].unit.route == ("factors" if name == "bottleneck" else "whole")
     assert np.abs(spectrum.values - true).max() <= 1e-7
     large = true > 1e-3
     assert np.abs(spectrum.values - true)[large].max() <= 1e-10

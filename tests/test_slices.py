@@ -288,7 +288,7 @@ def test_metrics_alone_are_those_of_the_spectra(both, tmp_path):
     assert all(names == {"histogram", "histogram_edges"} for names in stored.values())
     key = next(iter(lean.records()))
     counts = lean.store.get_array(f"units/{key}", "histogram")
-    assert counts.sum() == lean.records()[key]["found"]
+    assert counts.sum() == lean.records()[key].found
     again = stiffcore.analyze(network, images, [0, 1], run=tmp_path / "lean", keep="metrics", **options)
     assert again.metrics().equals(found)
 

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from stiffcore import store as store_module
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
+from stiffcore.record import FORMAT, Stage
 from stiffcore.store import RunStore, TiledMatrix
+from tests.records import a_header, a_record, put
 
 QUICK = settings(max_examples=40, deadline=None)
 
@@ -30,7 +32,7 @@ def unit_bytes(store, key):
 @pytest.fixture
 def store(tmp_path):
     run = RunStore(str(tmp_path / "run"), create=True)
-    run.header = {"version": "0", "study": {}, "identity": {}}
+    run.header = a_header()
     return run
 
 
@@ -520,7 +522,7 @@ def test_another_format_is_refused(store):
     for step, says in ((1, r"newer stiffcore \(99\.0\): update"), (-1, r"older stiffcore \(99\.0\): export")):
         for path in (store.local / "zarr.json", store.local / "units/zarr.json"):
             text = json.loads(path.read_text())
-            text["attributes"]["stiffcore"] |= {"format": store_module.FORMAT + step, "version": "99.0"}
+            text["attributes"]["stiffcore"] |= {"format": FORMAT + step, "version": "99.0"}
             path.write_text(json.dumps(text))
         before = snapshot(store.local)
         for create in (True, False):
@@ -534,7 +536,7 @@ def test_a_run_killed_before_its_header_is_begun_again_from_nothing(tmp_path):
     url = str(tmp_path / "run")
     first = RunStore(url, create=True)
     first.put_array("images", "x", np.ones(3), ("d",))
-    first.update("old-unit", stage="planned")
+    put(first, "old")
     (first.local / "holder.json").write_text("{}")
     with pytest.raises(NoRunError):
         RunStore(url)
@@ -543,22 +545,22 @@ def test_a_run_killed_before_its_header_is_begun_again_from_nothing(tmp_path):
     with again.hold():
         again.sweep()
         assert again.units() == {}
-        again.update("new-unit", stage="planned")
-        again.header = {"version": "0"}
+        new = put(again, "new")
+        again.header = a_header()
         assert again.sweep() == 0
-    assert list(RunStore(url).units()) == ["new-unit"]
+    assert list(RunStore(url).units()) == [new]
 
 
 def test_a_header_written_meanwhile_is_seen_by_the_next_holder(tmp_path):
     a = RunStore(str(tmp_path / "run"), create=True)
     b = RunStore(str(tmp_path / "run"), create=True)
     with a.hold():
-        a.header = {"version": "0"}
-        a.update("u", stage="planned")
+        a.header = a_header()
+        key = put(a)
     with b.hold():
         assert b.header is not None
         b.sweep()
-        assert list(b.units()) == ["u"]
+        assert list(b.units()) == [key]
 
 
 HOLDER = """
@@ -661,22 +663,22 @@ from stiffcore import store
 run = store.RunStore(sys.argv[1])
 print("held", flush=True)
 for i in range(10**9):
-    run.update("u", count=i, text="x" * (i % 5000), double=2 * i)
+    run.update(sys.argv[2], ilo=i, how="x" * (i % 5000), ihi=2 * i)
 """
 
 
 def test_a_record_is_whole_whenever_its_writer_is_killed(store):
-    store.update("u", kept="yes", count=0, double=0)
-    path = store.local / "units/u/zarr.json"
+    key = put(store, failure="yes", ilo=0, ihi=0)
+    path = store.local / f"units/{key}/zarr.json"
     for delay in (0.05, 0.11, 0.17):
-        process = start(UPDATER, str(store.local))
+        process = start(UPDATER, str(store.local), key)
         end = time.time() + delay
         while time.time() < end:
             json.loads(path.read_text())
         kill(process)
-        record = store.record("u")
-        assert record["double"] == 2 * record["count"]
-        assert record["kept"] == "yes"
+        record = store.record(key)
+        assert record.ihi == 2 * record.ilo
+        assert record.failure == "yes"
     store.sweep()
     assert [p for p in files(store.local) if p.name.endswith(".partial")] == []
 
@@ -684,34 +686,33 @@ def test_a_record_is_whole_whenever_its_writer_is_killed(store):
 def test_records_are_read_as_they_stand(store):
     other = RunStore(store.url)
     assert other.units() == {}
-    store.update("b", stage="planned", n=1)
-    store.update("a", stage="planned")
-    store.update("b", stage="done")
-    assert other.record("b") == {"stage": "done", "n": 1}
-    assert list(other.units()) == ["a", "b"]
-    assert unit_bytes(other, "a") > 0
+    b, a = put(store, "b", failure="full"), put(store, "a")
+    store.update(b, stage=Stage.BUILT)
+    assert other.record(b) == a_record("b", failure="full", stage=Stage.BUILT)
+    assert list(other.units()) == [a, b]
+    assert unit_bytes(other, a) > 0
     assert other.free_bytes() > 0
 
 
 def test_two_writers_add_to_a_record_in_turn(store):
     other = RunStore(store.url)
-    store.update("u", a=1)
-    other.update("u", b=2)
-    store.update("u", c=3, b=4)
-    assert other.record("u") == {"a": 1, "b": 4, "c": 3}
+    key = put(store, ilo=1)
+    other.update(key, ihi=2)
+    store.update(key, found=3, ihi=4)
+    assert other.record(key) == a_record(ilo=1, ihi=4, found=3)
 
 
 def test_a_run_on_a_url_works_as_one_in_a_folder(tmp_path):
     url = f"file://{tmp_path}/run"
     store = RunStore(url, create=True)
-    store.header = {"version": "0"}
-    store.update("u", stage="planned")
+    store.header = a_header()
+    key = put(store)
     a = np.eye(9)
-    fill(TiledMatrix.create(store.unit_group("u"), "matrix", (9, 9), a.dtype, 2, 4), a)
-    assert np.array_equal(TiledMatrix(RunStore(url).unit_group("u"), "matrix").read(), a)
-    store.drop("u", "matrix", "never_there")
-    assert RunStore(f"{tmp_path}/run").units() == {"u": {"stage": "planned"}}
-    assert [p.name for p in files(tmp_path / "run/units/u")] == ["zarr.json"]
+    fill(TiledMatrix.create(store.unit_group(key), "matrix", (9, 9), a.dtype, 2, 4), a)
+    assert np.array_equal(TiledMatrix(RunStore(url).unit_group(key), "matrix").read(), a)
+    store.drop(key, "matrix", "never_there")
+    assert RunStore(f"{tmp_path}/run").units() == {key: a_record()}
+    assert [p.name for p in files(tmp_path / f"run/units/{key}")] == ["zarr.json"]
     assert store.sweep() == 0
 
 

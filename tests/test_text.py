@@ -45,7 +45,7 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     images = torch.rand(3, 3)
     made = stiffcore.analyze(network, images, [0, 1, 1], run=folder / "run", blocks=NAMES)
-    key = next(key for key, r in made.records().items() if r["block"] == NAMES[0] and r["image"] == 2)
+    key = next(key for key, r in made.records().items() if r.unit.block == NAMES[0] and r.unit.image == 2)
     made.store.update(key, stage="planned", failure="no file [/data/x]\nexpected [n, c] got [batch]\x1b[2J \udcff")
     return stiffcore.open_run(str(folder / "run"))
 

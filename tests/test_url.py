@@ -15,6 +15,7 @@ from stiffcore import store as store_module
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError, StiffcoreError
 from stiffcore.run import state_of
 from stiffcore.store import RunStore, StoreError, TiledMatrix
+from tests.records import a_header, a_record, put
 from tests.test_run import KILL_OPTIONS, OPTIONS, command, execute, sessions, spectra_bytes
 from tests.test_store import HOLDER, fill, kill, start
 
@@ -28,7 +29,7 @@ def url(bucket, tmp_path):
 @pytest.fixture
 def store(url):
     run = RunStore(url, create=True)
-    run.header = {"version": "0", "study": {}, "identity": {}}
+    run.header = a_header()
     return run
 
 
@@ -108,7 +109,7 @@ def test_a_server_that_goes_away_stops_the_run_with_a_sentence_and_loses_nothing
             execute(url, KILL_OPTIONS, stop)
     finally:
         bucket.start()
-    assert "failure" not in {k for r in stiffcore.open_run(url).records().values() for k, v in r.items() if v}
+    assert {r.failure for r in stiffcore.open_run(url).records().values()} == {None}
     _, outcome = execute(url, {})
     assert outcome.failed == {}
     assert spectra_bytes(url) == spectra_bytes(small / "whole")
@@ -196,10 +197,10 @@ def test_a_slow_beginner_does_not_write_over_the_header_of_a_fast_one(url, monke
     def slow(place):
         look(place)
         monkeypatch.undo()
-        RunStore(place, create=True).header = {"version": "0"}
+        RunStore(place, create=True).header = a_header()
 
     monkeypatch.setattr(RunStore, "check_new", staticmethod(slow))
-    assert RunStore(url, create=True).header["version"] == "0"
+    assert RunStore(url, create=True).header == a_header()
 
 
 def test_a_service_without_conditional_writes_will_do(url, monkeypatch):
@@ -214,17 +215,17 @@ def test_a_service_without_conditional_writes_will_do(url, monkeypatch):
 
     monkeypatch.setattr(S3FileSystem, "_pipe_file", refuse)
     store = RunStore(url, create=True)
-    store.header = {"version": "0"}
+    store.header = a_header()
     with store.hold(), pytest.raises(BusyError), RunStore(url).hold():
         pass
 
 
 def test_what_another_process_wrote_is_seen(store, url):
-    store.update("a", stage="planned")
-    assert list(store.units()) == ["a"]
-    code = "import sys; from stiffcore.store import RunStore; RunStore(sys.argv[1]).update('b', stage='done')"
+    a, b = put(store, "a"), put(store, "b")
+    assert list(store.units()) == [a, b]
+    code = f"import sys; from stiffcore.store import RunStore; RunStore(sys.argv[1]).update('{b}', failure='full')"
     run_elsewhere(code, url)
-    assert store.units() == {"a": {"stage": "planned"}, "b": {"stage": "done"}}
+    assert store.units() == {a: a_record("a"), b: a_record("b", failure="full")}
 
 
 def test_a_matrix_comes_back_and_is_dropped_without_a_rest(store, url, files):
@@ -237,6 +238,7 @@ def test_a_matrix_comes_back_and_is_dropped_without_a_rest(store, url, files):
 
 
 def test_a_wire_that_fails_is_not_taken_for_damage(store, url, bucket):
+    key = put(store)
     store.put_array("units/u", "a", np.ones(3), ("d",))
     group = store.unit_group("u")
     matrix = TiledMatrix.create(group, "matrix", (4, 4), np.dtype("f8"), 2, 2)
@@ -251,8 +253,8 @@ def test_a_wire_that_fails_is_not_taken_for_damage(store, url, bucket):
             lambda: TiledMatrix.create(group, "matrix", (4, 4), np.dtype("f8"), 2, 2),
             lambda: store.get_array("units/u", "a"),
             lambda: store.put_array("units/u", "a", np.ones(3), ("d",)),
-            lambda: store.update("u", stage="done"),
-            lambda: store.record("u"),
+            lambda: store.update(key, failure="full"),
+            lambda: store.record(key),
             lambda: store.drop("u", "matrix"),
             lambda: RunStore(url),
             lambda: RunStore.check_new(url),

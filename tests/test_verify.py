@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import stiffcore
+from stiffcore.record import Stage
 from stiffcore.run import open_run
 from stiffcore.session import check_free
 from stiffcore.store import RunStore
@@ -111,7 +112,7 @@ def test_what_is_damaged_alone_is_made_anew(whole):
     assert len(damage_of(str(whole))) == 2
     events = []
     again(whole, events.append)
-    assert {e["unit"] for e in events} == {keys[1], keys[2]}
+    assert {e.unit for e in events} == {keys[1], keys[2]}
     assert damage_of(str(whole)) == []
 
 
@@ -146,8 +147,8 @@ def test_other_kinds_and_solvers_are_certified_again(small, ends_are_cheap, opti
     assert found.recomputed == 1
     key = next(iter(run.records()))
     record = run.store.record(key)
-    if record.get("metrics"):
-        run.store.update(key, metrics=record["metrics"] | {"S": 2.0, "nuclear_norm": 2.0})
+    if record.metrics:
+        run.store.update(key, metrics=record.metrics | {"S": 2.0, "nuclear_norm": 2.0})
         assert len(verify(run, certificates=True).findings) == 1
 
 
@@ -234,7 +235,7 @@ def test_a_damaged_unit_is_planned_again_within_the_budget(one):
     flip(next(p for p in (one / "units" / key / "eigenvalues" / "c").rglob("*") if p.is_file()), 3)
     with pytest.raises(stiffcore.InputError, match="--memory"):
         execute(one, {"memory": "1MiB"})
-    assert run.store.record(key)["stage"] == "done"
+    assert run.store.record(key).stage is Stage.DONE
 
 
 def test_other_pixels_than_those_of_the_header_are_read_again(one):

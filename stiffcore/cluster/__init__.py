@@ -21,8 +21,8 @@ from threadpoolctl import threadpool_limits
 from stiffcore.eigen.panels import Each, Panels, Work, one_by_one
 from stiffcore.errors import InputError, StiffcoreError, refuse
 from stiffcore.memory import default_allowed_bytes, keep_freed_pages, own_bytes, release_free_memory
+from stiffcore.record import Event, event_from_json, event_to_json
 
-Event = dict[str, Any]
 CONNECT_S = 10
 WORKERS_S = 30
 # A worker maps more of its libraries as it goes; these pages are shared and reserved already.
@@ -155,7 +155,7 @@ class DaskWorkers:
         # of this session only: a cluster may serve several
         self._topic = f"stiffcore-{uuid.uuid4().hex}"
         self._tasks: set[Any] = set()
-        client.subscribe_topic(self._topic, lambda event: on_event(event[1]))
+        client.subscribe_topic(self._topic, lambda told: on_event(event_from_json(told[1])))
 
     def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
         """Start `function` on a free worker."""
@@ -398,7 +398,7 @@ def _with_events(topic: str, parent: int | None, function: Callable[..., Any], a
         _die_with(parent)
     worker = get_worker()
     with _BUSY:
-        return function(*args, emit=lambda event: worker.log_event(topic, event))
+        return function(*args, emit=lambda event: worker.log_event(topic, event_to_json(event)))
 
 
 def _readable(error: Exception) -> Exception:

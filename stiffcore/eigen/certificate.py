@@ -16,11 +16,13 @@ from scipy.sparse import csc_array
 from scipy.sparse.linalg import LinearOperator
 
 from stiffcore.eigen.dense import Eigenvectors
+from stiffcore.eigen.inclusion import FULL_ORDER, Inclusion, inclusion
+from stiffcore.eigen.regions import LeftOf, OutsideOf
 from stiffcore.eigen.sparse import host_matrix
 from stiffcore.jacobian.linearise import complex_product
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.metrics import stiffness_error
-from stiffcore.spectra import EACH_END, Certificate, Certified, Ends
+from stiffcore.spectra import EACH_END, Certificate, Certified, Ends, Moments
 
 PANEL = 32
 # Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
@@ -35,21 +37,6 @@ FLOAT32_SPREAD = 2e-5
 RANGE_SLACK = 1e-6
 # Random vectors for the norm of an operator.
 NORM_DRAWS = 3
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What is known of a matrix M (k x k) before it is overwritten.
-
-    Attributes:
-        trace: of M.
-        trace_square: of M M.
-        frobenius: norm of M.
-    """
-
-    trace: float
-    trace_square: float
-    frobenius: float
 
 
 def matrix_moments(a: np.ndarray) -> Moments:
@@ -134,6 +121,7 @@ def certify(
     complete: bool = True,
     neglected: float = 0.0,
     right: int | None = None,
+    matrix: np.ndarray | None = None,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -148,12 +136,14 @@ def certify(
             rounding is.
         right: how many eigenvalues of J have a positive real part, where the solver counted them in another way, by a
             projector's trace. Values that may lie on either side, by their errors, may differ from that.
+        matrix: (k, k) M, where k is at most `stiffcore.eigen.inclusion.FULL_ORDER`; made again where it is not given.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
     """
     dtype = reduction.jacobian.dtype
-    certified = () if vectors is None else _certified(reduction, values[chosen], vectors, moments, dtype, neglected)
+    located = _located(reduction, values, matrix) if complete else None
+    certified = () if vectors is None else _certified(reduction, values[chosen], vectors, moments, neglected, located)
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
     norm = max(moments.frobenius, float(np.finfo(np.float64).tiny))
@@ -161,15 +151,7 @@ def certify(
     if complete:
         trace_error = float(abs(complex(exactly.sum()) - moments.trace)) / norm
         square_error = float(abs(complex(((exactly / norm) ** 2).sum()) - moments.trace_square / norm / norm))
-    error = max((c.error for c in certified), default=0.0)
-    # where no error reaches the axis, a defective eigenvalue far from it says nothing of those beside it
-    unsure = [c for c in certified if c.error >= abs(c.value.real)]
-    beside = unsure or sorted(certified, key=lambda c: abs(c.value.real))[:EACH_END]
-    axis_error = max((c.error for c in beside), default=0.0)
-    if dtype.itemsize == 4:
-        axis_error = max(axis_error, FLOAT32_SPREAD * moments.frobenius)
-    real = values.real + reduction.shift
-    near_axis = int(np.count_nonzero(np.abs(real) <= axis_error))
+    signs = _signs(reduction, values, certified, moments, located)
     failures = _failures(
         reduction,
         values,
@@ -180,22 +162,99 @@ def certify(
         dtype,
         complete=complete,
     )
-    positive = int(np.count_nonzero(real > axis_error))
-    if right is not None and not positive <= right <= positive + near_axis:
-        doubtful = f" and {near_axis:,} may be" if near_axis else ""
-        failures.append(f"{positive:,} real parts are positive{doubtful}, but the division counted {right:,}")
+    failures += _miscounted(reduction, values, signs, right)
     return Certificate(
         certified=certified,
         trace_error=trace_error,
         square_error=square_error,
         reduction_check=reduction.check,
-        error=error,
-        s_error=_ratio_error(reduction, values, certified, structural=True),
-        s_active_error=_ratio_error(reduction, values, certified, structural=False),
-        near_axis=near_axis,
-        axis_error=axis_error,
+        error=max((c.error for c in certified), default=0.0),
+        s_error=_ratio_error(reduction, values, certified, located, structural=True),
+        s_active_error=_ratio_error(reduction, values, certified, located, structural=False),
+        near_axis=signs.unsure,
+        axis_error=signs.axis_error,
         failures=tuple(failures),
+        negative=signs.negative,
+        outside=_outside(reduction, located),
     )
+
+
+def distance_of(reduction: Reduction) -> float:
+    """How far M, as built, is from that of J in exact arithmetic, in the 2-norm: what every margin allows for."""
+    return float(reduction.rounding) + float(reduction.loss)
+
+
+def _located(reduction: Reduction, values: np.ndarray, matrix: np.ndarray | None) -> Inclusion | None:
+    """Where all eigenvalues of M are, where its order allows for that."""
+    k = reduction.k
+    if not 0 < k <= FULL_ORDER or len(values) != k or not np.isfinite(values).all():
+        return None
+    if matrix is None:
+        starts = range(0, k, PANEL)
+        matrix = np.hstack([reduction.columns(at, min(at + PANEL, k)).cpu().numpy() for at in starts])
+    return inclusion(matrix.astype(np.float64), distance_of(reduction))
+
+
+@dataclass(frozen=True)
+class _Signs:
+    """Of how many eigenvalues of M, shifted, the real part is negative.
+
+    Attributes:
+        negative: at least and at most.
+        axis_error: no eigenvalue whose sign is open has a larger |Re|; 0 where none is.
+    """
+
+    negative: tuple[int, int]
+    axis_error: float
+
+    @property
+    def unsure(self) -> int:
+        """How many signs are open."""
+        return self.negative[1] - self.negative[0]
+
+
+def _signs(
+    reduction: Reduction,
+    values: np.ndarray,
+    certified: tuple[Certified, ...],
+    moments: Moments,
+    located: Inclusion | None,
+) -> _Signs:
+    real = np.asarray(values.real, float) + reduction.shift
+    if located is not None:
+        low, high = located.counted(LeftOf(-float(reduction.shift)))
+        if low == high:
+            return _Signs((low, high), 0.0)
+        open_ones = [abs(x) for x, value in zip(real, values, strict=True) if located.error(complex(value)) >= abs(x)]
+        return _Signs((low, high), float(max(open_ones, default=np.abs(real).max())))
+    # where no error reaches the axis, a defective eigenvalue far from it says nothing of those beside it
+    unsure = [c for c in certified if c.error >= abs(c.value.real)]
+    beside = unsure or sorted(certified, key=lambda c: abs(c.value.real))[:EACH_END]
+    axis_error = max((c.error for c in beside), default=0.0)
+    if reduction.jacobian.dtype.itemsize == 4:
+        axis_error = max(axis_error, FLOAT32_SPREAD * moments.frobenius)
+    near = int(np.count_nonzero(np.abs(real) <= axis_error))
+    low = int(np.count_nonzero(real < -axis_error))
+    return _Signs((low, low + near), axis_error)
+
+
+def _outside(reduction: Reduction, located: Inclusion | None) -> tuple[int, int] | None:
+    """How many eigenvalues of M, shifted, have |1 + l| > 1, at least and at most."""
+    return None if located is None else located.counted(OutsideOf(-1.0 - reduction.shift, 1.0))
+
+
+def _miscounted(reduction: Reduction, values: np.ndarray, signs: _Signs, right: int | None) -> list[str]:
+    """What contradicts the count: the values themselves, and the solver's own count of positive real parts."""
+    lines, (low, high) = [], signs.negative
+    real = np.asarray(values.real, float) + reduction.shift
+    found = int(np.count_nonzero(real < 0))
+    if len(values) == reduction.k and not low <= found <= high:
+        lines.append(f"{found:,} real parts are negative, but {low:,} to {high:,} must be")
+    positive = reduction.k - high
+    if right is not None and not positive <= right <= positive + signs.unsure:
+        doubtful = f" and {signs.unsure:,} may be" if signs.unsure else ""
+        lines.append(f"{positive:,} real parts are positive{doubtful}, but the division counted {right:,}")
+    return lines
 
 
 def _certified(
@@ -203,23 +262,30 @@ def _certified(
     values: np.ndarray,
     vectors: Eigenvectors,
     moments: Moments,
-    dtype: np.dtype,
     neglected: float,
+    located: Inclusion | None,
 ) -> tuple[Certified, ...]:
-    x = reduction.jacobian.x
+    x, dtype = reduction.jacobian.x, reduction.jacobian.dtype
     complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
     right = torch.as_tensor(np.ascontiguousarray(vectors.right.T), dtype=complex_dtype, device=x.device)
     left = torch.as_tensor(np.ascontiguousarray(vectors.left.conj().T), dtype=complex_dtype, device=x.device)
     mu = torch.as_tensor(values, dtype=complex_dtype, device=x.device)
-    # of M, and of the skip that was split off: J = s + M is rounded even where M is tiny
-    rounding = float(np.finfo(dtype).eps) * (moments.frobenius + reduction.shift) + neglected
     of_m = _checked(reduction.rows, reduction.transposed_rows, _unit(right), _unit(left), mu)
     u, v = map(_unit, reduction.lift(right, left, mu))  # those of other lengths are gone before products are taken
     of_j = _checked(reduction.jacobian.jvp, reduction.jacobian.vjp, u, v, reduction.shift + mu.to(torch.complex128))
+    # of M, and of the skip that was split off: J = s + M is rounded even where M is tiny
+    eps = float(np.finfo(dtype).eps)
+    rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
     found = []
     for value, ok, outer, inner in zip(values, vectors.converged, of_j, of_m, strict=True):
+        shifted = complex(reduction.shift + value)
         error, condition = min((_finite(c * (r + rounding)), c) for r, c in (outer, inner))
-        found.append(Certified(complex(reduction.shift + value), outer[0], condition, error, bool(ok)))
+        if located is not None:
+            condition = inner[1]
+            error = located.error(complex(value)) + eps * abs(shifted)
+        if reduction.loss:
+            error += _finite(outer[1] * reduction.loss)
+        found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok)))
     return tuple(found)
 
 
@@ -255,13 +321,18 @@ def _finite(value: float) -> float:
 
 
 def _ratio_error(
-    reduction: Reduction, values: np.ndarray, certified: tuple[Certified, ...], *, structural: bool
+    reduction: Reduction,
+    values: np.ndarray,
+    certified: tuple[Certified, ...],
+    located: Inclusion | None,
+    *,
+    structural: bool,
 ) -> float:
     """The error of S, or of S_active, from how far its two ends may be off.
 
-    An exact one or zero cannot move, but a certified eigenvalue beside it may lie further out than it was found.
+    An exact one or zero cannot move, but an eigenvalue beside it may lie further out than it was found.
     """
-    real = reduction.shift + values.real
+    real = np.asarray(reduction.shift + values.real)
     exact = [1.0] * min(reduction.ones, 1) + [0.0] * min(reduction.zeros, 1 if structural else 0)
     if not len(real) and not exact:
         return float("nan")
@@ -270,10 +341,18 @@ def _ratio_error(
     errors = {}
     for end, sign in (("max", 1.0), ("min", -1.0)):
         value = ends[end]
-        found = [c.error for c in certified if c.value.real == value]
-        inside = 0.0 if value in exact else max(found, default=float("inf"))
-        outside = max((sign * (c.value.real - value) + c.error for c in certified), default=0.0)
-        errors[end] = max(inside, outside)
+        if located is None:
+            found = [c.error for c in certified if c.value.real == value]
+            inside = 0.0 if value in exact else max(found, default=float("inf"))
+            outside = max((sign * (c.value.real - value) + c.error for c in certified), default=0.0)
+            errors[end] = max(inside, outside)
+            continue
+        between = located.rightmost() if sign > 0 else located.leftmost()
+        off = float(np.finfo(reduction.jacobian.dtype).eps) * abs(value) + reduction.loss
+        low, high = sorted(sign * (reduction.shift + x) for x in between)
+        known = max([sign * x for x in exact], default=-float("inf"))
+        low, high = max(low - off, known), max(high + off, known)
+        errors[end] = max(high - sign * value, sign * value - low, 0.0)
     if ends["min"] == 0.0 and errors["min"] == 0.0:
         return 0.0  # S is infinite, or undefined, exactly
     return stiffness_error(ends, errors["max"], errors["min"])

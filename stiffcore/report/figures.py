@@ -33,7 +33,7 @@ def spectra(run: Run, image: int, function: str, kind: str = "matrix") -> Figure
     keys = [
         key
         for key, record in run.records().items()
-        if (record["image"], record["function"], record["kind"]) == (image, function, kind)
+        if (record.unit.image, record.unit.function, record.unit.kind) == (image, function, kind)
     ]
     found = [key for key in keys if _has_spectrum(run, key)]
     if not found:
@@ -56,7 +56,7 @@ def _plain(text: str) -> str:
 
 def _has_spectrum(run: Run, key: str) -> bool:
     record = run.store.record(key)
-    return state_of(record) in DONE and record.get("values_kept", True)
+    return state_of(record) in DONE and record.values_kept
 
 
 def _drawn(z: np.ndarray) -> np.ndarray:
@@ -93,7 +93,7 @@ def _spectrum(axis: Axes, spectrum: Spectrum, picture: Picture | None) -> None:
         if count:
             axis.plot([value], [0], "o", color=EXACT, markersize=4)
             axis.annotate(f"{count:,}", (value, 0), xytext=(2, 5), textcoords="offset points", fontsize=7, color=EXACT)
-    number = spectrum.record.get("number")
+    number = spectrum.record.unit.number
     title = _plain(f"{number} {spectrum.name}" if number else spectrum.name)
     if spectrum.ends is not None:
         only = " (ends only)"

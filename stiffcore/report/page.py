@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from stiffcore.errors import InputError
-from stiffcore.metrics import spell
+from stiffcore.metrics import spell, spell_share
 from stiffcore.report import figures
 from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations, labelled
 from stiffcore.report.tables import mean_cells, means_of, percent
@@ -74,7 +74,7 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         run=run,
         url=run.store.url,
         header=run.header,
-        study=run.header["study"],
+        study=run.study.model_dump(mode="json"),
         summary=status_summary(run.records()),
         functions=sorted(set(rows["function"])),
         kinds=sorted(set(rows["kind"])),
@@ -88,7 +88,7 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         failed=rows[rows["state"] == "failed"].to_dict("records"),
         infinite=bool(np.isinf(has["S"]).any()),
         ends=bool((has["solver"] == Solver.EXTREMES).any()),
-        paper=figures.paper_values(run.header["study"]["network"]),
+        paper=figures.paper_values(run.study.network),
     )
 
 
@@ -99,7 +99,7 @@ def _shown(value: Any) -> Any:
 
 def _figures(run: Run, rows: pd.DataFrame) -> dict[str, Drawn]:
     found: dict[str, tuple[Figure | None, str]] = {}
-    network, index = run.header["study"]["network"], run.store.get_array(IMAGES, "index")
+    network, index = run.study.network, run.store.get_array(IMAGES, "index")
     for (kind, function), part in rows.groupby(["kind", "function"]):
         what = f"{kind} of {function}"
         for image in sorted(set(rows["image"]))[:IMAGES_DRAWN]:
@@ -170,7 +170,7 @@ def _unit(row: dict[str, Any]) -> dict[str, Any]:
         "S": spell(row["S"]),
         "S_active": spell(row["S_active"], 7),
         "error": spell(row["S_active_error"], 2),
-        "negative": percent(row["negative"]),
+        "negative": spell_share(row, "negative"),
         "zero": percent(row["zero"]),
         "abscissa": spell(row["abscissa"]),
         "min_re_active": spell(row["min_re_active"]),

@@ -8,8 +8,9 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
-from stiffcore.metrics import spell
+from stiffcore.metrics import spell, spell_share
 from stiffcore.plan import Plan, UnitPlan
+from stiffcore.record import UnitRecord
 from stiffcore.report.statistics import SIGNIFICANT, certified, correlations, labelled
 from stiffcore.run import DONE, Run, state_of
 from stiffcore.study import FAILED, Kind, Solver, counted, format_bytes
@@ -97,7 +98,7 @@ def _device(plan: Plan) -> str:
     )
 
 
-def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
+def status_table(records: Mapping[str, UnitRecord]) -> Table:
     """The units that are not simply done or planned, and what is known of them."""
     table = _table("", "")
     for name in ("unit", "state", "stage"):
@@ -105,7 +106,7 @@ def status_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("note", overflow="fold")
     for key, record in records.items():
         if state_of(record) not in ("done", "stored", "planned", "no spectrum"):
-            table.add_row(key, state_of(record), record["stage"], _note(record))
+            table.add_row(key, state_of(record), record.stage, _note(record))
     return table
 
 
@@ -115,20 +116,20 @@ def status_rows(run: Run) -> dict[str, Any]:
     return {
         "run": run.store.url,
         "holder": run.store.holder(),
-        "study": run.header["study"],
-        "left_out": run.header.get("left_out", {}),
+        "study": run.study.model_dump(mode="json"),
+        "left_out": run.header.left_out,
         "units": [
-            {"key": key, "state": state_of(r), "stage": r["stage"], "note": _note(r)} for key, r in records.items()
+            {"key": key, "state": state_of(r), "stage": str(r.stage), "note": _note(r)} for key, r in records.items()
         ],
     }
 
 
-def _note(record: Mapping[str, Any]) -> str:
-    if record.get("failure"):
-        return str(record["failure"])
-    if state_of(record) in DONE:
-        return "; ".join(record["certificate"]["failures"])
-    return str(record["reason"])
+def _note(record: UnitRecord) -> str:
+    if record.failure:
+        return record.failure
+    if record.certificate and state_of(record) in DONE:
+        return "; ".join(record.certificate.failures)
+    return record.unit.reason
 
 
 # Columns of the metrics table: header, width from which there is room for it, how a row is shown.
@@ -138,7 +139,7 @@ COLUMNS: tuple[tuple[str, int, Callable[[pd.Series], str]], ...] = (
     ("S", 120, lambda row: spell(row["S"])),
     ("S active", 0, lambda row: spell(row["S_active"], 7)),
     ("+-", 0, lambda row: spell(row["S_active_error"], 2)),
-    ("Re<0 %", 0, lambda row: percent(row["negative"])),
+    ("Re<0 %", 0, lambda row: spell_share(row, "negative")),
     ("Re=0 %", 140, lambda row: percent(row["zero"])),
     ("near axis", 100, lambda row: f"{int(row['near_axis'])}"),
     ("max Re", 140, lambda row: spell(row["abscissa"])),
@@ -251,8 +252,20 @@ def means_table(rows: pd.DataFrame, by: str = "block") -> Table:
 
 
 def mean_cells(rows: pd.DataFrame) -> list[str]:
-    """Of each of `means_of`: mean (standard deviation) over rows, and how many of them are infinite or open."""
-    return [_mean(rows[name].to_numpy(float) * factor) for _, name, factor in means_of(rows)]
+    """Of each of `means_of`: mean (standard deviation) over rows, and how many of them are infinite or open.
+
+    Where single values are open within an interval, what the mean is between.
+    """
+    return [
+        _mean(rows[name].to_numpy(float) * factor) + _between(rows, name, factor) for _, name, factor in means_of(rows)
+    ]
+
+
+def _between(rows: pd.DataFrame, name: str, factor: int) -> str:
+    if f"{name}_low" not in rows:
+        return ""
+    low, high = (rows[f"{name}_{end}"].to_numpy(float).mean() * factor for end in ("low", "high"))
+    return f" [{low:.5g} to {high:.5g}]" if low < high else ""
 
 
 def correlations_table(rows: pd.DataFrame, function: str) -> Table:

@@ -20,7 +20,7 @@ attributes. What makes the run stands twice, in the root and in RUN/units/zarr.j
 import zarr
 
 from stiffcore.store.inputs import PIXELS, images_chunk_bytes, read_image, same_images, write_images
-from stiffcore.store.metadata import FORMAT, is_there
+from stiffcore.store.metadata import is_there
 from stiffcore.store.remote import StoreError
 from stiffcore.store.runs import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
 from stiffcore.store.tiles import TiledMatrix, file_rows
@@ -28,7 +28,6 @@ from stiffcore.store.workspace import StoredWorkspace
 
 __all__ = [
     "DIVISION",
-    "FORMAT",
     "HISTOGRAM",
     "IMAGES",
     "PIXELS",

@@ -13,9 +13,9 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from stiffcore.errors import DamagedError
+from stiffcore.record import FORMAT
 from stiffcore.study import fingerprint
 
-FORMAT = 2
 # What zarr raises for stored bytes that are not what they should be: the checksum codec, and JSON, a ValueError;
 # metadata with a key changed or gone, the others.
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)

@@ -20,12 +20,12 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
-from stiffcore.spectra import Certificate, Ends, Spectrum, unspelled
+from stiffcore.record import FORMAT, Header, UnitRecord
+from stiffcore.spectra import Spectrum
 from stiffcore.store.metadata import (
     BEGUN,
     COPY,
     DIGEST,
-    FORMAT,
     GROUP_KEYS,
     ROOT,
     UNREADABLE,
@@ -104,6 +104,7 @@ class RunStore:
             StoreError: where a URL cannot be reached.
         """
         self.url = str(url)
+        self._header: Header | None = None
         self.local = None if "://" in self.url else Path(self.url).expanduser().absolute()
         if self.local is not None:
             # zarr would make the folder that it is asked to look at
@@ -209,23 +210,47 @@ class RunStore:
         return NoRunError(f"{self.url} was begun, but nothing is recorded in it: start the run again")
 
     @property
-    def header(self) -> dict[str, Any] | None:
-        """What made the run (study, identity, versions); None until it is written."""
-        return self.root.attrs.get("stiffcore")  # type: ignore[return-value]  # zarr's JSON may be of any type
+    def header(self) -> Header | None:
+        """What made the run; None until it is written.
+
+        Raises:
+            InputError: where this version does not understand it.
+        """
+        if self._header is None and "stiffcore" in self.root.attrs:
+            found: Any = self.root.attrs["stiffcore"]
+            try:
+                self._header = Header.from_json(found)
+            except ValueError as error:
+                made_by = found.get("version", "?")
+                raise InputError(
+                    f"{self.url}: the run's header (stiffcore {made_by}) is not understood here: {error}"
+                ) from error
+        return self._header
 
     @header.setter
-    def header(self, value: Mapping[str, Any]) -> None:
-        fields = {**BEGUN, "stiffcore": {**value, "format": FORMAT}}
+    def header(self, value: Header) -> None:
+        fields = {**BEGUN, "stiffcore": value.to_json()}
         fields[DIGEST] = digest(fields)
         # the copy first: without a header in the root it counts for nothing
         sync(self._store.set(COPY, group_buffer(fields)))
         self.root = self.root.update_attributes(fields)
+        self._header = value
+
+    def settled(self) -> Header:
+        """The header of a run that has one.
+
+        Raises:
+            NoRunError: where it is not written yet.
+        """
+        if self.header is None:
+            raise self.nothing_recorded()
+        return self.header
 
     def unit_group(self, key: str) -> zarr.Group:
         """The group of a unit, made where it does not exist."""
         return self.root.require_group(f"units/{key}")
 
-    def record(self, key: str) -> dict[str, Any]:
+    def record(self, key: str) -> UnitRecord:
         """What is recorded of a unit, as it stands on disk now.
 
         Raises:
@@ -234,22 +259,26 @@ class RunStore:
         where = f"{self.url}/units/{key}/zarr.json"
         try:
             attributes = zarr.open_group(store=self._store, path=f"units/{key}", mode="r", zarr_format=3).attrs
+            return UnitRecord.from_json(checked(dict(attributes), where))
         except UNREADABLE as error:
             raise DamagedError(f"{where}: {error}") from error
-        return checked(dict(attributes), where)
 
-    def update(self, key: str, /, **fields: Any) -> None:
-        """Add fields to a unit's record, in one atomic write."""
-        name = f"units/{key}/zarr.json"
-        now = self.record(key) if read_raw(self._store, name) is not None else {}
-        now |= fields
-        sync(self._store.set(name, group_buffer({**now, DIGEST: digest(now)})))
+    def put_record(self, key: str, record: UnitRecord) -> None:
+        """Write what is recorded of a unit, in one atomic write."""
+        fields = record.to_json()
+        sync(self._store.set(f"units/{key}/zarr.json", group_buffer({**fields, DIGEST: digest(fields)})))
+
+    def update(self, key: str, /, **found: Any) -> UnitRecord:
+        """Change fields of a unit's record, in one atomic write; the record as it is then."""
+        now = self.record(key).changed(**found)
+        self.put_record(key, now)
+        return now
 
     def clear(self, group: str) -> None:
         """Delete all that is stored of a group, so that it can be made anew; its metadata may be damaged."""
         sync(self._store.delete_dir(group))
 
-    def units(self) -> dict[str, dict[str, Any]]:
+    def units(self) -> dict[str, UnitRecord]:
         """The records of all units, by key.
 
         Raises:
@@ -261,10 +290,11 @@ class RunStore:
             raise DamagedError(f"{len(damaged)} units are damaged: {shown}. `stiffcore run {self.url}` makes them anew")
         return found
 
-    def whole_units(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    def whole_units(self) -> tuple[dict[str, UnitRecord], dict[str, str]]:
         """The records that can be trusted, by key; and what is wrong with each of the others."""
-        keys = (self.header or {}).get("units") or sync(names_in(self._store, "units"))
-        found, damaged = {}, {}
+        keys = list(self.header.units if self.header else ()) or sync(names_in(self._store, "units"))
+        found: dict[str, UnitRecord] = {}
+        damaged: dict[str, str] = {}
         for key in sorted(keys):
             try:
                 found[key] = self.record(key)
@@ -484,7 +514,7 @@ class RunStore:
 
     def _refresh(self) -> None:
         # who held the run before may have written a header since it was opened
-        self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+        self.root, self._header = zarr.open_group(store=self._store, mode="r+", zarr_format=3), None
 
     def _who(self) -> str:
         holder = self._read_json("holder.json") or {}
@@ -537,31 +567,32 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         DamagedError: where its eigenvalues cannot be read.
     """
     record = store.record(key)
-    if "certificate" not in record:
+    unit, certificate, shift = record.unit, record.certificate, record.shift
+    if certificate is None or shift is None:
         raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
-    has_values = record.get("values_kept", True)
-    values = store.get_array(f"units/{key}", "eigenvalues") if has_values else np.zeros(0, complex)
-    expected = record.get("found", record["k"])  # fewer than k where only the ends were solved
-    if has_values and len(values) != expected:
+    values = store.get_array(f"units/{key}", "eigenvalues") if record.values_kept else np.zeros(0, complex)
+    expected = unit.k if record.found is None else record.found  # fewer than k where only the ends were solved
+    if record.values_kept and len(values) != expected:
         raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {expected}")
+    growth = float("nan") if record.logarithmic_norm is None else record.logarithmic_norm
     return Spectrum(
         computed=values,
-        ones=record["ones"],
-        zeros=record["zeros"],
-        k=record["k"],
-        kind=record["kind"],
-        function=record["function"],
-        name=record["block"],
-        solver=record["plan"]["solver"],
-        reason=record["reason"],
-        certificate=Certificate.from_json(record["certificate"]),
+        ones=unit.ones,
+        zeros=unit.zeros,
+        k=unit.k,
+        kind=unit.kind,
+        function=unit.function,
+        name=unit.block,
+        solver=record.plan.solver,
+        reason=unit.reason,
+        certificate=certificate,
         record=record,
-        ends=Ends.from_json(record["ends"]) if record.get("ends") else None,
-        shift=record["shift"],
-        frobenius=record.get("moments", {}).get("frobenius", float("nan")),
-        numerical_abscissa=record["shift"] + record.get("logarithmic_norm", float("nan")),
-        given=unspelled(record["metrics"]) if record.get("metrics") else None,
-        has_values=has_values,
+        ends=record.ends,
+        shift=shift,
+        frobenius=record.moments.frobenius if record.moments else float("nan"),
+        numerical_abscissa=shift + growth,
+        given=record.metrics,
+        has_values=record.values_kept,
     )
 
 

@@ -32,7 +32,7 @@ class StoredWorkspace:
         """
         self._store, self._key, self._tile, self._panel, self._check = store, key, tile, panel, check
         self._group = store.root.require_group(f"units/{key}/{DIVISION}")
-        self._known: dict[str, Any] = store.record(key).get(DIVISION) or {}
+        self._known: dict[str, Any] = dict(store.record(key).division or {})
 
     def matrix(self, name: str, rows: int, columns: int, dtype: np.dtype = FLOAT64) -> TiledMatrix:
         """The matrix of that name; see `TiledMatrix.create`."""
@@ -49,7 +49,7 @@ class StoredWorkspace:
             found = compute()
             self._check()
             self._known[name] = found
-            self._store.update(self._key, **{DIVISION: self._known})
+            self._store.update(self._key, division=dict(self._known))
         return self._known[name]
 
     def once_array(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
