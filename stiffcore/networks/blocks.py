@@ -30,8 +30,7 @@ class BlockCall:
 
     Attributes:
         name: module path.
-        function: the module with its hooks, its other arguments as they were; of several results, the first floating
-            tensor.
+        function: the module with its hooks, its other arguments as they were.
         x: the first tensor among its arguments, as the network hands it over; a copy.
     """
 
@@ -262,18 +261,9 @@ def _call(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
 
     def function(t: Tensor) -> Tensor:
         now = {at: t} | {place: _copied(value) for place, value in rest.items()}
-        return first_tensor(module(*(now[i] for i in range(len(args))), **{key: now[key] for key in kwargs}))
+        return module(*(now[i] for i in range(len(args))), **{key: now[key] for key in kwargs})
 
     return BlockCall(name, function, x)
-
-
-def first_tensor(output: Any) -> Any:
-    """The first floating tensor of what a module returns: a tensor, or tuples, mappings or data classes of them.
-
-    Args:
-        output: anything; returned as it is where it holds none.
-    """
-    return next((t for t in _tensors(output) if t.is_floating_point()), output)
 
 
 def _tensors(value: Any) -> list[Tensor]:
