@@ -415,7 +415,7 @@ def _run(
     *,
     trust: bool = False,
 ) -> None:
-    check_free(url)
+    check_free(url, lambda text: _say(err, text))
     show = _Progress()
     with _interruptible(url), workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor:
         if executor.dashboard:
@@ -629,7 +629,25 @@ def main() -> None:
     """Run the command line; errors are one message, exit codes 2 wrong input, 1 failure, 3 busy, 130/143 stopped."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk is said here, not by the interpreter's end
     except StiffcoreError as error:
-        _say(err, f"error: {error}")
-        sys.exit(error.exit_code)
+        _end(f"error: {error}", error.exit_code)
+    except BrokenPipeError:
+        _end("", 1)
+    except OSError as error:
+        _end(f"error: {error}", 1)
+
+
+def _end(text: str, code: int) -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            if stream is sys.stderr and text:
+                _say(err, text)
+            stream.flush()
+        except OSError:  # what waits for a full disk, or a closed pipe, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
