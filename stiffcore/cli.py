@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
 from stiffcore.cluster import Executor, tls_security, workers_at
+from stiffcore.ending import at_end, handle
 from stiffcore.errors import InputError, StiffcoreError, UntrustedError
 from stiffcore.metrics import spell_share
 from stiffcore.plan import Plan, check_budget
@@ -417,7 +417,11 @@ def _run(
 ) -> None:
     check_free(url, lambda text: _say(err, text))
     show = _Progress()
-    with _interruptible(url), workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor:
+    continued = f"stopped; what is done is kept. To continue: stiffcore run {url}"
+    with (
+        at_end(show.bars.stop, continued),
+        workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor,
+    ):
         if executor.dashboard:
             _say(out, f"dashboard: {executor.dashboard}")
         prepared = _with_trust(partial(_looked, url, options, executor, workers), trust)
@@ -520,30 +524,6 @@ def _looking(quiet: bool = False) -> Iterator[None]:
         yield
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-@contextmanager
-def _interruptible(url: str) -> Iterator[None]:
-    def stop(signum: int, frame: Any) -> None:
-        raise Interrupted(signum)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except Interrupted as interrupted:
-        _say(err, f"stopped; what is done is kept. To continue: stiffcore run {url}")
-        raise typer.Exit(128 + interrupted.signum) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 STAGE_NAMES = {
     "built": "Jacobian",
     "reduced": "Hessenberg",
@@ -626,8 +606,9 @@ class _Progress:
 
 
 def main() -> None:
-    """Run the command line; errors are one message, exit codes 2 wrong input, 1 failure, 3 busy, 130/143 stopped."""
+    """Run the command line; errors are one message; exit codes 2 wrong input, 1 failure, 3 busy."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    handle()
     try:
         try:
             app()
