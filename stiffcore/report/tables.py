@@ -11,7 +11,7 @@ from rich.text import Text
 from stiffcore.metrics import spell, spell_share
 from stiffcore.plan import Plan, UnitPlan
 from stiffcore.record import UnitRecord
-from stiffcore.report.statistics import SIGNIFICANT, certified, correlations, labelled
+from stiffcore.report.statistics import SIGNIFICANT, certified, correlations, labelled, mean_between
 from stiffcore.run import DONE, Run, state_of
 from stiffcore.study import FAILED, Kind, Solver, counted, format_bytes
 
@@ -262,10 +262,8 @@ def mean_cells(rows: pd.DataFrame) -> list[str]:
 
 
 def _between(rows: pd.DataFrame, name: str, factor: int) -> str:
-    if f"{name}_low" not in rows:
-        return ""
-    low, high = (rows[f"{name}_{end}"].to_numpy(float).mean() * factor for end in ("low", "high"))
-    return f" [{low:.5g} to {high:.5g}]" if low < high else ""
+    low, high = mean_between(rows, name)
+    return f" [{low * factor:.5g} to {high * factor:.5g}]" if low < high else ""
 
 
 def correlations_table(rows: pd.DataFrame, function: str) -> Table:
