@@ -483,7 +483,7 @@ def _failures(
     for c in certified:
         if not c.converged:
             lines.append(f"no eigenvector found for {c.value:.6g}")
-        elif not c.residual <= RESIDUAL_TOLERANCE[dtype] * scale:
+        elif not c.residual <= RESIDUAL_TOLERANCE[dtype] * scale + distance_of(reduction):
             lines.append(f"residual of {c.value:.6g} is {c.residual:.1e}")
     if complete and not trace_error <= TRACE_TOLERANCE[dtype]:
         lines.append(f"the eigenvalues' sum misses the trace by {trace_error:.1e}")
