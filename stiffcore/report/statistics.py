@@ -67,7 +67,8 @@ def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRI
     Returns:
         One row a group and metric: the columns of `by`, `metric`, `images` (different ones), `values` (finite ones),
         `infinite` (of either sign), `unknown` (nan), `mean`, `std` (n - 1 in the denominator; both nan of fewer than
-        2 values), `min`, `q25`, `median`, `q75`, `max` of the finite ones.
+        2 values), `min`, `q25`, `median`, `q75`, `max` of the finite ones; `mean_low` and `mean_high`, between which
+        the mean is certain to be where single values are open within an interval; else nan.
     """
     found, by = [], [*BLOCK, *(name for name in by if name not in BLOCK)]
     for group, part in certified(rows).groupby(by, sort=True):
@@ -87,8 +88,18 @@ def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRI
                     "std": float(finite.std(ddof=1)) if len(finite) >= FEWEST_OF_MEAN else float("nan"),
                 }
                 | dict(zip(("min", "q25", "median", "q75", "max"), map(float, quantiles), strict=True))
+                | dict(zip(("mean_low", "mean_high"), mean_between(part, metric), strict=True))
             )
     return pd.DataFrame(found)
+
+
+def mean_between(rows: pd.DataFrame, metric: str) -> tuple[float, float]:
+    """The mean of what a metric is at least, and at most, over rows; nan where it is no interval, or not known."""
+    ends = [f"{metric}_low", f"{metric}_high"]
+    if not set(ends) <= set(rows) or rows.empty:
+        return float("nan"), float("nan")
+    low, high = (float(rows[end].to_numpy(float).mean()) for end in ends)
+    return low, high
 
 
 def correlations(rows: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
+from stiffcore.ending import at_end
 from stiffcore.errors import BusyError
 from stiffcore.store.metadata import json_buffer, read_raw
 
@@ -79,16 +80,20 @@ class Holder:
             thread = threading.Thread(target=self._beat, args=(me, stop), daemon=True, name="stiffcore-heartbeat")
             thread.start()
             try:
-                self._refresh()
-                yield me["token"]
+                with at_end(partial(self._release, me)):
+                    self._refresh()
+                    yield me["token"]
             finally:
                 stop.set()
                 thread.join()
-                _HELD.discard(me["token"])
-                # what cannot be reached any more keeps the record of a holder that will be silent, or dead
-                with suppress(OSError):
-                    if (self._read_json(HOLDER) or me)["token"] == me["token"]:
-                        sync(self._store.delete(HOLDER))
+                self._release(me)
+
+    def _release(self, me: Mapping[str, Any]) -> None:
+        _HELD.discard(me["token"])
+        # what cannot be reached any more keeps the record of a holder that will be silent, or dead
+        with suppress(OSError):
+            if (self._read_json(HOLDER) or me)["token"] == me["token"]:
+                sync(self._store.delete(HOLDER))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
