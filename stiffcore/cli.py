@@ -19,13 +19,13 @@ from stiffcore.cluster import Executor, tls_security, workers_at
 from stiffcore.ending import at_end, handle
 from stiffcore.errors import InputError, StiffcoreError, UntrustedError
 from stiffcore.metrics import spell_share
-from stiffcore.plan import Plan
+from stiffcore.plan import Plan, check_budget
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
 from stiffcore.report.terminal import Terminal
 from stiffcore.run import Run, open_run, state_of, status_summary
-from stiffcore.session import Prepared, carry_out_plan, check_free, prepare
+from stiffcore.session import Outcome, Prepared, carry_out_plan, check_free, prepare
 from stiffcore.store import IMAGES
 from stiffcore.study import Study, counted, format_bytes
 from stiffcore.version import __version__
@@ -223,18 +223,23 @@ def plan(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing."""
+    """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing.
+
+    Exit code 2 where the budget holds no unit.
+    """
     options = _options(locals())
     security = tls_security(tls_ca, tls_cert, tls_key)
-    with workers_at(scheduler, lambda event: None, security=security) as executor:
+    with workers_at(scheduler, lambda event: None, security=security, tell=_tell) as executor:
         look = partial(_looked, run, options, executor, workers, quiet=as_json, suppose=True)
         prepared = _with_trust(look, trust)
     if as_json:
-        _print_json(tables.plan_rows(prepared.plan))
-        return
-    _announce(prepared)
-    out.print(tables.plan_table(prepared.plan))
-    _say(out, tables.plan_summary(prepared.plan))
+        _print_json(tables.plan_rows(prepared.plan, prepared.left_out))
+    else:
+        _announce(prepared)
+        out.print(tables.plan_table(prepared.plan))
+        _say(out, tables.plan_summary(prepared.plan))
+    if not any(p.works for p in prepared.plan.units):
+        check_budget(prepared.plan)
 
 
 @app.command()
@@ -249,6 +254,8 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     _say(out, f"{run}: {by}")
     records = found.records()
     _say(out, status_summary(records))
+    for line in tables.left_out_lines(found.header.left_out):
+        _say(out, line)
     table = tables.status_table(records)
     if table.row_count:
         out.print(table)
@@ -394,6 +401,10 @@ def _say(console: Terminal, text: str, style: str | None = None) -> None:
     console.print(text, style=style, soft_wrap=True)
 
 
+def _tell(text: str) -> None:
+    _say(err, text)
+
+
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     renamed = {"function": "functions", "kind": "kinds"}
     options = {renamed.get(name, name): value for name, value in given.items()}
@@ -408,12 +419,12 @@ def _run(
     *,
     trust: bool = False,
 ) -> None:
-    check_free(url, lambda text: _say(err, text))
+    check_free(url, _tell)
     show = _Progress()
     continued = f"stopped; what is done is kept. To continue: stiffcore run {url}"
     with (
         at_end(show.bars.stop, continued),
-        workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor,
+        workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event, tell=_tell) as executor,
     ):
         if executor.dashboard:
             _say(out, f"dashboard: {executor.dashboard}")
@@ -429,7 +440,7 @@ def _run(
     _say(
         out,
         f"{spectra} in {url}; this session took {tables.seconds(outcome.wall_s)}, "
-        f"peak memory {format_bytes(outcome.peak_bytes)} of {allowed} allowed",
+        f"peak memory {_peaks(outcome)} of {allowed} allowed",
     )
     uncertain = [key for key, record in run.records().items() if state_of(record) == "not certified"]
     if uncertain:
@@ -437,6 +448,14 @@ def _run(
     if outcome.failed:
         lines = "\n".join(f"  - {key}: {why}" for key, why in outcome.failed.items())
         raise StiffcoreError(f"{len(outcome.failed)} units failed:\n{lines}\n`stiffcore run {url}` tries them again")
+
+
+def _peaks(outcome: Outcome) -> str:
+    if not outcome.worker_peak_bytes:
+        return format_bytes(outcome.peak_bytes)
+    return (
+        f"{format_bytes(outcome.peak_bytes)} here, and of the largest worker {format_bytes(outcome.worker_peak_bytes)}"
+    )
 
 
 # `show` lists every spectrum of a run of so many at most; `show --each` of any.
@@ -473,6 +492,8 @@ def _announce(prepared: Prepared) -> None:
         _say(out, f"weights: {prepared.study.weights}")
         _say(out, f"images: {len(prepared.survey.images['y'])} of {prepared.survey.source}")
         _say(out, f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
+    for line in tables.left_out_lines(prepared.left_out):
+        _say(out, line)
 
 
 def _print_json(value: Any) -> None:

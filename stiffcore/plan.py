@@ -24,7 +24,7 @@ from stiffcore.memory import default_allowed_bytes
 from stiffcore.record import UnitPlan
 from stiffcore.spectra import CERTIFIED_MOST
 from stiffcore.store import file_rows
-from stiffcore.study import PROBES, BlockFunction, Build, Device, Keep, Kind, Solver, Study, Unit, format_bytes
+from stiffcore.study import FAILED, PROBES, BlockFunction, Build, Device, Keep, Kind, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
 # for the whole matrix, 64 take 38 s (2 cores, float64). Late layers have small columns and large weights, which every
@@ -265,7 +265,7 @@ LADDER = (Solver.CUDA_DENSE, Solver.HOST_DENSE, Solver.DIVIDE)
 def _plan_unit(
     unit: Unit, study: Study, machine: Machine, data_bytes: int, recorded: UnitPlan | None = None
 ) -> UnitPlan:
-    if unit.route == "none":
+    if unit.route in ("none", FAILED):
         return UnitPlan(unit, Solver.NONE, unit.reason)
     asked: tuple[Solver, ...] = LADDER if study.solver is None else (study.solver,)
     if unit.kind is Kind.TENSOR_SLICES:

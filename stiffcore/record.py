@@ -287,6 +287,7 @@ class Header:
         versions: of the libraries that can change a digit, when the run began.
         threads: of each unit's arithmetic.
         units: the keys of all units.
+        left_out: of `--blocks all`, see `Survey`; runs of earlier versions do not say it.
     """
 
     version: str
@@ -297,11 +298,13 @@ class Header:
     versions: dict[str, str] = field(default_factory=dict)
     threads: AtLeastOne = 1
     units: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, with the format."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "left_out" or self.left_out}
         return {
-            **{f.name: getattr(self, f.name) for f in fields(self)},
+            **said,
             "study": self.study.model_dump(mode="json"),
             "identity": spelled(asdict(self.identity)),
             "units": list(self.units),

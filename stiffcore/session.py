@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from stiffcore.errors import (
     InputError,
     NoRunError,
     StiffcoreError,
+    refuse,
     writing_store,
 )
 from stiffcore.memory import PeakMeter, default_allowed_bytes, release_free_memory, tree_bytes
@@ -45,6 +46,7 @@ from stiffcore.store import (
     write_images,
 )
 from stiffcore.study import (
+    FAILED,
     Device,
     Keep,
     Solver,
@@ -71,12 +73,14 @@ class Outcome:
         failed: reasons by unit.
         wall_s: seconds of this session.
         peak_bytes: most memory seen in the process tree, see `tree_bytes`.
+        worker_peak_bytes: most that a worker of a cluster that is not ours held; 0 without one.
     """
 
     done: int
     failed: dict[str, str]
     wall_s: float
     peak_bytes: int
+    worker_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Prepared:
             these are written again.
         unreadable: what is wrong with the arrays of units that were done, by key; these are computed again.
         images: `Images`, where they are in memory.
+        left_out: see `Survey`.
     """
 
     study: Study
@@ -101,6 +106,7 @@ class Prepared:
     damaged: Mapping[str, str]
     unreadable: Mapping[str, str]
     images: Any = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(
@@ -134,6 +140,8 @@ def prepare(
     store = _existing(url)
     header = store.header if store else None
     units, damaged = _trusted(store) if store else ({}, {})
+    # what could not be had is looked at again: the block, or what it needs, may have changed
+    damaged = {key: r.unit.reason for key, r in units.items() if r.unit.route == FAILED} | damaged
     given = {name: value for name, value in options.items() if value is not None}
     begun = header.study if header else None
     study = without_downloads(begun, trust=trust).with_options(given) if begun else Study.ask(given)
@@ -149,6 +157,7 @@ def prepare(
             _check_same(asdict(header.identity), asdict(found.identity), url)
         study = found.study
         facts = list(found.units)
+        _refuse_all_failed(found)
     else:
         facts = [record.unit for record in units.values()]
     chunk_bytes = images_chunk_bytes(store) if store and header and IMAGES not in damaged else 0
@@ -166,7 +175,15 @@ def prepare(
     plan = make_plan(pending, study, machine, workers=most, recorded=recorded, inputs_bytes=inputs)
     if any(p.works for p in plan.units):
         check_code(study, trusted, url)
-    return Prepared(study, plan, machine, found, damaged, unreadable, images)
+    left_out = found.left_out if found else header.left_out if header else {}
+    return Prepared(study, plan, machine, found, damaged, unreadable, images, left_out)
+
+
+def _refuse_all_failed(found: Survey) -> None:
+    """Refuse a study none of whose blocks can be had, before anything is written."""
+    reasons = {unit.block: unit.reason for unit in found.units if unit.route == FAILED}
+    if all(unit.route == FAILED for unit in found.units):
+        refuse(reasons.values(), "no block can be analysed:")
 
 
 def _with_image(unit: Unit, chunk_bytes: int) -> Unit:
@@ -385,14 +402,16 @@ def _carry_out_plan(
             on_event(Restarted(key, note))
         try:
             _write_beginning(store, prepared, executor, token)
+            executor.pass_over(_sees, str(store.local or store.url), token)
             executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
-            failed = _work(store, prepared, executor, on_event, module, token)
+            missed = {p.unit.key: p.why for p in prepared.plan.units if p.unit.route == FAILED}
+            failed = missed | _work(store, prepared, executor, on_event, module, token)
         except BaseException:
             executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes
             raise
         run = Run(RunStore(store.url))
         done = sum(state_of(r) in DONE for r in run.records().values())
-        return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
+        return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes, executor.peak_bytes)
 
 
 def _write_beginning(store: RunStore, prepared: Prepared, executor: Executor, token: str) -> None:
@@ -425,6 +444,7 @@ def _write_beginning(store: RunStore, prepared: Prepared, executor: Executor, to
         identity=found.identity,
         description=found.description,
         source=found.source,
+        left_out=dict(found.left_out),
         versions=versions(),
         threads=prepared.plan.threads,
         units=tuple(plan.unit.key for plan in prepared.plan.units),
@@ -582,6 +602,11 @@ def _settle(store: RunStore, key: str, record: UnitRecord, study: Study, *, agai
     # matrices that were kept on request stay, whatever is asked of later units
     if spare and study.keep is not Keep.ALL and not record.kept:
         store.drop(key, *SCRATCH)
+
+
+def _sees(url: str, token: str) -> None:
+    """Whether this process has the run before it; a folder of that name on another disk is not the run."""
+    RunStore(url).check_held(token)
 
 
 def _carry_out(

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
+from stiffcore.metrics import spell_share
 from stiffcore.report.statistics import benjamini_hochberg, correlations, holm, spread
+from stiffcore.report.tables import mean_cells
 
 
 def study(images=40, blocks=("a", "b"), seed=0):
@@ -49,6 +51,33 @@ def test_means_are_over_certified_spectra_and_count_what_is_not_finite():
     by_label = spread(rows, ["label"], ["S_active"])
     assert by_label["label"].tolist() == [0, 1, 2, 3]
     assert by_label["values"].sum() == 77
+
+
+def test_the_mean_of_open_shares_is_an_interval():
+    rows = study().assign(negative=0.25, negative_low=0.25, negative_high=0.25, kind="matrix", function="block")
+    for name in ("zero", "abscissa", "min_re_active"):
+        rows[name] = 1.0
+    sure = spread(rows, ["number", "block"]).set_index(["block", "metric"]).loc[("a", "negative")]
+    assert (sure["mean_low"], sure["mean"], sure["mean_high"]) == (0.25, 0.25, 0.25)
+    assert mean_cells(rows)[1] == "25 (0)"
+    rows.loc[rows["image"] == 3, ["negative_low", "negative_high"]] = 0.0, 0.65
+    rows.loc[rows["image"] == 4, "certified"] = False
+    found = spread(rows, ["number", "block"]).set_index(["block", "metric"])
+    assert found.loc[("a", "negative"), "mean_low"] == pytest.approx(0.25 - 0.25 / 39)
+    assert found.loc[("a", "negative"), "mean_high"] == pytest.approx(0.25 + 0.4 / 39)
+    assert math.isnan(found.loc[("a", "S_active"), "mean_low"])
+    assert mean_cells(rows[rows["image"] == 3])[1] == "25 (0) [0 to 65]"
+
+
+def test_a_share_is_spelled_with_its_interval():
+    share = {"negative": 0.125, "negative_low": 0.125, "negative_high": 0.125}
+    assert spell_share(share, "negative") == "12.500"
+    assert spell_share(share | {"negative_high": 0.25}, "negative", 1) == "12.5 (12.5 to 25.0)"
+    assert (
+        spell_share({"negative": math.nan, "negative_low": 0.0, "negative_high": 0.5}, "negative", 0)
+        == "open (0 to 50)"
+    )
+    assert spell_share({"negative": math.nan}, "negative") == "open"
 
 
 def test_a_planted_correlation_is_found_and_a_constant_has_none():

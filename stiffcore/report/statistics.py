@@ -43,7 +43,8 @@ def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRI
     Returns:
         One row a group and metric: the columns of `by`, `metric`, `images` (different ones), `values` (finite ones),
         `infinite` (of either sign), `unknown` (nan), `mean`, `std` (n - 1 in the denominator), `min`, `q25`, `median`,
-        `q75`, `max` of the finite ones.
+        `q75`, `max` of the finite ones; `mean_low` and `mean_high`, between which the mean is certain to be where
+        single values are open within an interval; else nan.
     """
     found = []
     for group, part in certified(rows).groupby(list(by), sort=True):
@@ -63,8 +64,18 @@ def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRI
                     "std": float(finite.std(ddof=1)) if len(finite) > 1 else float("nan"),
                 }
                 | dict(zip(("min", "q25", "median", "q75", "max"), map(float, quantiles), strict=True))
+                | dict(zip(("mean_low", "mean_high"), mean_between(part, metric), strict=True))
             )
     return pd.DataFrame(found)
+
+
+def mean_between(rows: pd.DataFrame, metric: str) -> tuple[float, float]:
+    """The mean of what a metric is at least, and at most, over rows; nan where it is no interval, or not known."""
+    ends = [f"{metric}_low", f"{metric}_high"]
+    if not set(ends) <= set(rows) or rows.empty:
+        return float("nan"), float("nan")
+    low, high = (float(rows[end].to_numpy(float).mean()) for end in ends)
+    return low, high
 
 
 def correlations(rows: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
