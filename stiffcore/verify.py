@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from stiffcore.errors import DamagedError, StiffcoreError
-from stiffcore.record import Stage, UnitRecord
+from stiffcore.record import ARRAYS, Stage, UnitRecord
 from stiffcore.run import IMAGE_ARRAYS, Run
 from stiffcore.spectra import certified_choice
 from stiffcore.store import IMAGES, PIXELS, RunStore, same_images, stored_spectrum
@@ -89,7 +89,7 @@ def verify(
         with run.store.hold():
             _verify(run, found, certificates, module, tell)
             return found
-    except OSError:
+    except (OSError, DamagedError):
         found = Verification(recorded=False)
     _verify(run, found, certificates, module, tell)
     return found
@@ -104,7 +104,7 @@ def _verify(run: Run, found: Verification, certificates: bool, module: Any, tell
     _read_again(store, IMAGES, IMAGES, IMAGE_ARRAYS, found)
     if not found.findings and not same_images(store, run.header.identity.images):
         found.findings.append(Finding(IMAGES, f"{IMAGES}/{PIXELS}", "not the images that the run began with"))
-    records, _ = store.whole_units()
+    records, _ = store.whole_units(looking=True)
     keys = run.header.units
     for done, key in enumerate(keys):
         before = len(found.findings)
@@ -241,6 +241,7 @@ def _record(store: RunStore, found: Verification, records: dict[str, UnitRecord]
         if finding.unit in records:
             names = damaged.setdefault(finding.unit, [])
             name = finding.part.removeprefix(f"units/{finding.unit}").strip("/")
-            names += ["eigenvalues" if name == "certificate" else name] if name else []
+            name = "eigenvalues" if name == "certificate" else name
+            names += [name] if name.removesuffix("_tiles") in ARRAYS else []
     for key, names in damaged.items():  # where only white space of the record was damaged, this mends it
         store.update(key, damaged=tuple(sorted(set(names))))

@@ -17,7 +17,6 @@ import psutil
 import zarr
 from filelock import FileLock, Timeout
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
 from stiffcore.record import FORMAT, Header, UnitRecord
@@ -29,6 +28,8 @@ from stiffcore.store.metadata import (
     GROUP_KEYS,
     ROOT,
     UNREADABLE,
+    check_memory,
+    check_numbers,
     checked,
     create_array,
     digest,
@@ -40,11 +41,15 @@ from stiffcore.store.metadata import (
     names_in,
     only_begun,
     open_array,
+    open_group,
+    parsed,
     read_raw,
     torn,
 )
-from stiffcore.store.remote import open_store
+from stiffcore.store.place import StoreError, check_path, open_folder
+from stiffcore.store.remote import open_store, open_url
 from stiffcore.store.tiles import TiledMatrix
+from stiffcore.study import unit_key
 
 # The group of what a matrix is divided into, and the field of a unit's record that says what is known of it.
 DIVISION = "division"
@@ -72,7 +77,7 @@ class RunStore:
             StoreError: where a URL cannot be reached, or its bucket does not exist.
         """
         if "://" in url:
-            store = open_store(url)
+            store = open_url(url)
             names = sync(store.names())
             if foreign(names, read_raw(store, ROOT)):
                 raise InputError(f"{url} holds something that is not a run: give a new place")
@@ -87,7 +92,7 @@ class RunStore:
             raise InputError(f"{url} exists and is not a folder: give a new one")
         header = None
         with suppress(OSError):
-            header = (folder / "zarr.json").read_bytes()
+            header = read_raw(open_folder(folder), ROOT)
         if foreign((p.name for p in folder.iterdir()), header):
             raise InputError(f"{url} exists and is not a run: give a new folder")
 
@@ -115,9 +120,9 @@ class RunStore:
                 raise self._no_run()
             elif not self.local.is_dir():
                 raise InputError(f"{self.url} is not a folder, so it is no run")
-        self._store = LocalStore(self.local) if self.local else open_store(self.url)
+        self._store = open_store(self.url)
         try:
-            self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+            self.root = open_group(self._store)
         except FileNotFoundError:
             if self.local is None or self.local.exists():  # reading would make the folder
                 self._refuse_damaged("is gone")
@@ -184,7 +189,7 @@ class RunStore:
         folder = Path(url).expanduser().absolute()
         if "://" not in url and not folder.is_dir():
             return False
-        store = LocalStore(folder) if "://" not in url else open_store(url)
+        store = open_store(url)
         root, copy = read_raw(store, ROOT), read_raw(store, COPY)
         found = {ROOT: header_in(root), COPY: header_in(copy)}
         whole = [attributes for attributes in found.values() if attributes is not None]
@@ -198,7 +203,7 @@ class RunStore:
         # zarr looks first and writes then: a slow process would write over the header of the run of a fast one
         try:
             sync(self._store.set_if_not_exists(ROOT, group_buffer(BEGUN)))
-            return zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+            return open_group(self._store)
         except OSError as error:
             raise InputError(f"{self.url} cannot be made: {error}") from error
 
@@ -258,8 +263,12 @@ class RunStore:
         """
         where = f"{self.url}/units/{key}/zarr.json"
         try:
-            attributes = zarr.open_group(store=self._store, path=f"units/{key}", mode="r", zarr_format=3).attrs
-            return UnitRecord.from_json(checked(dict(attributes), where))
+            attributes = open_group(self._store, f"units/{key}").attrs
+            record = UnitRecord.from_json(checked(dict(attributes), where))
+            unit = record.unit
+            if not key == unit.key == unit_key(unit.image, unit.block, unit.function, unit.kind):
+                raise DamagedError(f"{where}: holds the record of another unit")
+            return record
         except UNREADABLE as error:
             raise DamagedError(f"{where}: {error}") from error
 
@@ -290,15 +299,28 @@ class RunStore:
             raise DamagedError(f"{len(damaged)} units are damaged: {shown}. `stiffcore run {self.url}` makes them anew")
         return found
 
-    def whole_units(self) -> tuple[dict[str, UnitRecord], dict[str, str]]:
-        """The records that can be trusted, by key; and what is wrong with each of the others."""
+    def whole_units(self, *, looking: bool = False) -> tuple[dict[str, UnitRecord], dict[str, str]]:
+        """The records that can be trusted, by key; and what is wrong with each of the others.
+
+        Args:
+            looking: whether what cannot be read now, by permissions or a fault of the disk, is told of like damage;
+                who makes damaged units anew would lose what may be whole.
+        """
+        count = len(self.header.identity.images) if self.header else 0
         keys = list(self.header.units if self.header else ()) or sync(names_in(self._store, "units"))
         found: dict[str, UnitRecord] = {}
         damaged: dict[str, str] = {}
         for key in sorted(keys):
             try:
                 found[key] = self.record(key)
+                if self.header and found[key].unit.image >= count:
+                    raise DamagedError(f"{self.url}/units/{key}: image: the run has {count}")
             except DamagedError as error:
+                found.pop(key, None)
+                damaged[key] = str(error)
+            except StoreError as error:
+                if self.local is None or not looking:
+                    raise
                 damaged[key] = str(error)
         return found, damaged
 
@@ -327,9 +349,8 @@ class RunStore:
         where = f"{self.url}/{group}/{name}"
         try:
             array = open_array(self.root, f"{group}/{name}")
-            # zarr reads a chunk that is not there as zeros
-            if array.nchunks_initialized < array.nchunks:
-                raise DamagedError(f"{where}: its numbers are not there")
+            check_numbers(array, where)
+            check_memory(array.nbytes, where)
             return np.asarray(array[...])
         except UNREADABLE as error:
             raise DamagedError(f"{where}: {error}") from error
@@ -357,8 +378,7 @@ class RunStore:
             size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
             try:
                 if len(parts) == 2:
-                    whole = zarr.open_group(store=self._store, path=group, mode="r", zarr_format=3)
-                    size += TiledMatrix(whole, name).check(complete=name in expected)
+                    size += TiledMatrix(open_group(self._store, group), name).check(complete=name in expected)
                 else:
                     size += self._read_through(f"{group}/{name}")
             except (*UNREADABLE, DamagedError) as error:
@@ -375,8 +395,10 @@ class RunStore:
             DamagedError: where some are not there; zarr reads these as zeros.
         """
         array = open_array(self.root, path)
-        if array.nchunks_initialized < array.nchunks:
-            raise DamagedError(f"{self.url}/{path}: its numbers are not there")
+        check_numbers(array, f"{self.url}/{path}")
+        check_memory(
+            array.nbytes // max(1, array.shape[0]) * min(array.chunks[0], array.shape[0]), f"{self.url}/{path}"
+        )
         for first in range(0, array.shape[0], max(1, array.chunks[0])):
             np.asarray(array[first : first + array.chunks[0]])
         return array.nbytes
@@ -392,7 +414,7 @@ class RunStore:
         if raw is None:
             return 0, f"{name} is gone"
         try:
-            found = json.loads(raw)
+            found = parsed(raw)
             if json.dumps(found, indent=2).encode() != raw:
                 return len(raw), f"{name}: not what was written"
             if found["node_type"] == "group":
@@ -455,6 +477,7 @@ class RunStore:
             BusyError: where another process holds it; the message says who.
         """
         if self.local is not None:
+            check_path(self.local, ".lock", "file")
             lock = FileLock(self.local / ".lock", timeout=0)
             try:
                 lock.acquire()
@@ -514,7 +537,7 @@ class RunStore:
 
     def _refresh(self) -> None:
         # who held the run before may have written a header since it was opened
-        self.root, self._header = zarr.open_group(store=self._store, mode="r+", zarr_format=3), None
+        self.root, self._header = open_group(self._store), None
 
     def _who(self) -> str:
         holder = self._read_json("holder.json") or {}
@@ -553,7 +576,7 @@ class RunStore:
             if found is None:
                 return None
             try:
-                return json.loads(found)
+                return _as_holder(parsed(found))
             except ValueError:
                 # a URL's file may be seen half written
                 time.sleep(0.05 * (attempt + 1))
@@ -594,6 +617,13 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         given=record.metrics,
         has_values=record.values_kept,
     )
+
+
+def _as_holder(found: dict[str, Any]) -> dict[str, Any]:
+    """Who holds a run, as read; nobody where it does not say so in the right types."""
+    numbers = (("pid", int, 2**31), ("since", (int, float), 2**33), ("heartbeat", (int, float), 2**33))
+    known = all(isinstance(found.get(name), kind) and 0 < found[name] < most for name, kind, most in numbers)
+    return found if known and all(isinstance(found.get(name), str) for name in ("token", "host")) else {}
 
 
 def _me() -> dict[str, Any]:
