@@ -5,18 +5,19 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
-from stiffcore.cluster import tls_security, workers_at
-from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.cluster import Executor, tls_security, workers_at
+from stiffcore.errors import InputError, StiffcoreError, UntrustedError
 from stiffcore.metrics import spell_share
 from stiffcore.plan import Plan
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
@@ -28,6 +29,11 @@ from stiffcore.session import Prepared, carry_out_plan, check_free, prepare
 from stiffcore.store import IMAGES
 from stiffcore.study import Study, counted, format_bytes
 from stiffcore.version import __version__
+
+if TYPE_CHECKING:
+    from stiffcore.picture import Picture
+
+T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,6 +124,10 @@ Memory = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto | cpu | cuda [default: auto]")]
 Keep = Annotated[str | None, typer.Option(help="metrics | spectra | all (the matrices too) [default: spectra]")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Let a RUN that exists import the code, and fetch the images, that it names."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="At most so many units side by side [default: one a core]")]
 
 
@@ -157,6 +167,7 @@ def run(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     dashboard: Dashboard = False,
+    trust: Trust = False,
 ) -> None:
     """Compute spectra: start a run, or continue one.
 
@@ -165,7 +176,7 @@ def run(
     Ctrl-C stops it cleanly.
     """
     cluster = {"scheduler": scheduler, "security": tls_security(tls_ca, tls_cert, tls_key), "dashboard": dashboard}
-    _run(run, _options(locals()), workers, cluster)
+    _run(run, _options(locals()), workers, cluster, trust=trust)
 
 
 @app.command()
@@ -209,13 +220,15 @@ def plan(
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing."""
     options = _options(locals())
     security = tls_security(tls_ca, tls_cert, tls_key)
-    with workers_at(scheduler, lambda event: None, security=security) as executor, _looking(quiet=as_json):
-        prepared = prepare(run, options, executor, workers=workers, suppose=True)
+    with workers_at(scheduler, lambda event: None, security=security) as executor:
+        look = partial(_looked, run, options, executor, workers, quiet=as_json, suppose=True)
+        prepared = _with_trust(look, trust)
     if as_json:
         _print_json(tables.plan_rows(prepared.plan))
         return
@@ -247,22 +260,29 @@ def verify(
     certificates: Annotated[
         bool, typer.Option("--certificates", help="Make the certificates again, too, from network and images.")
     ] = False,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Read everything in a run again: checksums, records, fingerprints; say what is damaged, for `run` to make anew.
 
     Exit code 1 where anything is.
     """
+    from stiffcore.verify import Verification
     from stiffcore.verify import verify as read_again
 
     found = open_run(run)
-    with Progress(console=err, transient=True) as bars:
-        bar = bars.add_task("units read", total=None)
-        said = read_again(
-            found,
-            certificates=certificates,
-            tell=lambda done, total: bars.update(bar, completed=done, total=total),
-        )
+
+    def read_all(trusting: bool) -> Verification:
+        with Progress(console=err, transient=True) as bars:
+            bar = bars.add_task("units read", total=None)
+            return read_again(
+                found,
+                certificates=certificates,
+                trust=trusting,
+                tell=lambda done, total: bars.update(bar, completed=done, total=total),
+            )
+
+    said = _with_trust(read_all, trust)
     if as_json:
         _print_json(asdict(said))
     else:
@@ -302,22 +322,28 @@ def picture(
     function: Annotated[str, typer.Option(help="block | branch")] = "block",
     grid: Annotated[int, typer.Option(help="Pseudospectrum: points along the longer side, one sparse LU each.")] = 0,
     memory: Annotated[str | None, typer.Option(help="What a sparse LU may take, as 4GiB [default: no limit]")] = None,
+    trust: Trust = False,
 ) -> None:
     """Compute the numerical range of one unit and, with --grid, its pseudospectrum; both stay in the run.
 
     They are of the matrix that was solved, which has the eigenvalues of the block's Jacobian in another basis.
     """
     found = open_run(run)
-    with Progress(console=err, transient=True) as bars:
-        bar = bars.add_task("picture", total=None)
-        taken = found.picture(
-            image,
-            block,
-            function,
-            grid=grid,
-            memory=memory,
-            tell=lambda done, total: bars.update(bar, completed=done, total=total),
-        )
+
+    def take(trusting: bool) -> "Picture":
+        with Progress(console=err, transient=True) as bars:
+            bar = bars.add_task("picture", total=None)
+            return found.picture(
+                image,
+                block,
+                function,
+                grid=grid,
+                memory=memory,
+                trust=trusting,
+                tell=lambda done, total: bars.update(bar, completed=done, total=total),
+            )
+
+    taken = _with_trust(take, trust)
     curve = taken.numerical_range
     _say(
         out,
@@ -374,14 +400,20 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in Study.model_fields if name in options}
 
 
-def _run(url: str, options: dict[str, Any], workers: int | None, cluster: dict[str, Any] | None = None) -> None:
+def _run(
+    url: str,
+    options: dict[str, Any],
+    workers: int | None,
+    cluster: dict[str, Any] | None = None,
+    *,
+    trust: bool = False,
+) -> None:
     check_free(url)
     show = _Progress()
     with _interruptible(url), workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor:
         if executor.dashboard:
             _say(out, f"dashboard: {executor.dashboard}")
-        with _looking():
-            prepared = prepare(url, options, executor, workers=workers)
+        prepared = _with_trust(partial(_looked, url, options, executor, workers), trust)
         _announce(prepared)
         _say(out, tables.plan_summary(prepared.plan))
         show.begin(url, prepared.plan)
@@ -441,6 +473,33 @@ def _announce(prepared: Prepared) -> None:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _looked(
+    url: str,
+    options: dict[str, Any],
+    executor: Executor,
+    workers: int | None,
+    trust: bool,
+    *,
+    quiet: bool = False,
+    suppose: bool = False,
+) -> Prepared:
+    with _looking(quiet):
+        return prepare(url, options, executor, workers=workers, suppose=suppose, trust=trust)
+
+
+def _with_trust(do: Callable[[bool], T], trust: bool) -> T:
+    """Do what may need the user's word for the code of a run; at a terminal, ask for it."""
+    try:
+        return do(trust)
+    except UntrustedError as error:
+        if trust or not (sys.stdin and sys.stdin.isatty() and err.is_terminal):
+            raise
+        _say(err, str(error))
+        if not typer.confirm("Do you trust it?", err=True):
+            raise InputError("not trusted: nothing was imported") from None
+    return do(True)
 
 
 @contextmanager

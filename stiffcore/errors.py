@@ -19,6 +19,10 @@ class InputError(StiffcoreError, ValueError):
     exit_code = 2
 
 
+class UntrustedError(InputError):
+    """A stored run asks for what only a user may order: code that it names, to be imported."""
+
+
 class NoRunError(InputError):
     """There is no run at the place that was named."""
 

@@ -47,6 +47,7 @@ def take_picture(
     *,
     memory_bytes: int | None = None,
     module: Any = None,
+    trusted: str = "",
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Picture:
     """Compute the picture of a unit and keep it in the store.
@@ -59,6 +60,7 @@ def take_picture(
         grid: points along the longer side of the numerical range; 0 leaves the pseudospectrum as it is.
         memory_bytes: what a sparse LU may take.
         module: the network, where the run has it in memory.
+        trusted: the network whose code may be imported, see `stiffcore.trust`.
         tell: told of points done and points in all.
 
     Returns:
@@ -68,7 +70,7 @@ def take_picture(
         InputError: where the unit has no matrix.
         FillError: where no LU fits.
     """
-    a = shifted_matrix(store, key, module)
+    a = shifted_matrix(store, key, module, trusted)
     _, curve = numerical_range(a)
     before = stored_picture(store, key)
     if not grid and before is not None:
@@ -103,7 +105,7 @@ def stored_picture(store: RunStore, key: str) -> Picture | None:
     return found if whole else None  # it was being written when its process was killed
 
 
-def shifted_matrix(store: RunStore, key: str, module: Any = None) -> sp.csc_array:
+def shifted_matrix(store: RunStore, key: str, module: Any = None, trusted: str = "") -> sp.csc_array:
     """shift I + M of a unit, which has k of the eigenvalues of J: as kept, or built again.
 
     Raises:
@@ -116,7 +118,7 @@ def shifted_matrix(store: RunStore, key: str, module: Any = None) -> sp.csc_arra
     if record.kept and shift is not None and is_there(store.unit_group(key), "matrix"):
         matrix = TiledMatrix(store.unit_group(key), "matrix").read_sparse()
     else:
-        reduction = open_operator(store, record, "cpu", module)
+        reduction = open_operator(store, record, "cpu", module, trusted)
         assert isinstance(reduction, Reduction)
         shift, matrix = reduction.shift, sparse_matrix(reduction, record.plan.chunk)
     exactly = matrix.astype(np.float64)

@@ -15,6 +15,7 @@ from stiffcore.spectra import Certificate, Count, Spectrum
 from stiffcore.store import IMAGES, RunStore, stored_spectrum
 from stiffcore.study import Kind, Solver, Study, parse_bytes
 from stiffcore.text import encodable
+from stiffcore.trust import trusted_network
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,6 +117,7 @@ class Run:
         grid: int = 0,
         memory: str | int | None = None,
         module: Any = None,
+        trust: bool = False,
         tell: Callable[[int, int], None] = lambda done, total: None,
     ) -> "Picture":
         """The numerical range of one unit and, with a `grid`, its pseudospectrum; kept in the run.
@@ -127,17 +129,21 @@ class Run:
             grid: points along the longer side; one sparse LU each.
             memory: what an LU may take; None: no limit.
             module: the network, where the run was made with one in memory.
+            trust: whether code that the run names (`package.module:factory`) may be imported; needed where the
+                matrix was not kept.
             tell: told of points done and points in all.
 
         Raises:
             InputError: where there is no such unit, or it has no matrix.
+            UntrustedError: where code would be imported without `trust`.
             StiffcoreError: where an LU does not fit `memory`, or the weights are not those of the run.
         """
         from stiffcore.picture import take_picture
 
         key = self._key(image, block, function, Kind.MATRIX)
         allowed = parse_bytes(memory) if isinstance(memory, str) else memory
-        return take_picture(self.store, key, grid, memory_bytes=allowed, module=module, tell=tell)
+        trusted = trusted_network(self.study, trust=trust)
+        return take_picture(self.store, key, grid, memory_bytes=allowed, module=module, trusted=trusted, tell=tell)
 
     def count_left(
         self,
@@ -148,6 +154,7 @@ class Run:
         *,
         memory: str | int | None = None,
         module: Any = None,
+        trust: bool = False,
     ) -> Count:
         """How many of the n eigenvalues of one unit have a real part under a threshold: proved, or open.
 
@@ -160,12 +167,15 @@ class Run:
             function: as for `spectrum`.
             memory: what a sparse LU may take; None: no limit.
             module: the network, where the run was made with one in memory.
+            trust: whether code that the run names (`package.module:factory`) may be imported; needed where the
+                matrix was not kept.
 
         Returns:
             The count, exact ones and zeros with it, what it rests on, and its margin.
 
         Raises:
             InputError: where there is no such unit, it has no matrix, or the threshold is not finite.
+            UntrustedError: where code would be imported without `trust`.
             StiffcoreError: where the weights are not those of the run.
         """
         from stiffcore.eigen.counting import count_left
@@ -173,7 +183,8 @@ class Run:
 
         key = self._key(image, block, function, Kind.MATRIX)
         allowed = parse_bytes(memory) if isinstance(memory, str) else memory
-        found = count_left(shifted_matrix(self.store, key, module), threshold, memory_bytes=allowed)
+        trusted = trusted_network(self.study, trust=trust)
+        found = count_left(shifted_matrix(self.store, key, module, trusted), threshold, memory_bytes=allowed)
         if found.count is None:
             return found
         unit = self.store.record(key).unit

@@ -48,6 +48,7 @@ from stiffcore.study import (
     merged,
     versions,
 )
+from stiffcore.trust import check_code, trusted_network, without_downloads
 
 OnEvent = Callable[[Event], None]
 
@@ -102,6 +103,7 @@ def prepare(
     *,
     workers: int | None = None,
     suppose: bool = False,
+    trust: bool = False,
 ) -> Prepared:
     """Look at a study before any work; writes nothing.
 
@@ -113,20 +115,26 @@ def prepare(
         images: `Images`, where they are in memory.
         workers: at most so many processes; None: one a core.
         suppose: plan for a CUDA device of `device_memory` bytes where there is none.
+        trust: whether the run, where it exists, may have code imported and images fetched, see `stiffcore.trust`.
 
     Raises:
         InputError: whatever is wrong with the request, or disagrees with what the run began with.
+        UntrustedError: where the run names code that would be imported, without `trust` or the same network given.
         NoRunError: where there is none, and no network is given.
     """
     store = _existing(url)
     header = store.header if store else None
     units, damaged = _trusted(store) if store else ({}, {})
     given = {name: value for name, value in options.items() if value is not None}
-    study = header.study.with_options(given) if header else Study.ask(given)
+    begun = header.study if header else None
+    study = without_downloads(begun, trust=trust).with_options(given) if begun else Study.ask(given)
+    # a network that is given is the user's own word; a study of none that exists is all of it
+    trusted = trusted_network(begun, trust=trust, given=given) if begun else study.network
     if not header and "network" not in given:
         raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
     found: Survey | None = None
     if not header or damaged or given.keys() - {"memory", "keep", "solver", "device_memory"}:
+        check_code(study, given.get("network", trusted), url)
         found = _surveyed(executor, study, module, images, workers)
         if header:
             _check_same(asdict(header.identity), asdict(found.identity), url)
@@ -147,6 +155,8 @@ def prepare(
     most = workers if processes else 1
     inputs = found.pixel_bytes if found and (not header or IMAGES in damaged) else 0
     plan = make_plan(pending, study, machine, workers=most, recorded=recorded, inputs_bytes=inputs)
+    if any(p.works for p in plan.units):
+        check_code(study, trusted, url)
     return Prepared(study, plan, machine, found, damaged, unreadable, images)
 
 
@@ -473,7 +483,8 @@ def _work(
                 if records[key].failure:
                     store.update(key, failure=None)
                 gpu = plan.device_bytes > 0
-                running[executor.submit(_carry_out, where, key, threads, module, token, gpu=gpu)] = plan
+                unit = (where, key, threads, module, prepared.study.network, token)
+                running[executor.submit(_carry_out, *unit, gpu=gpu)] = plan
         # a time-out, so that signals are seen while a long solve goes on
         finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
         for future in finished:
@@ -555,11 +566,11 @@ def _settle(store: RunStore, key: str, record: UnitRecord, study: Study, *, agai
         store.drop(key, *SCRATCH)
 
 
-def _carry_out(url: str, key: str, threads: int, module: Any, token: str, emit: OnEvent) -> str:
+def _carry_out(url: str, key: str, threads: int, module: Any, network: str, token: str, emit: OnEvent) -> str:
     from stiffcore.unit import carry_out, open_operator
 
     store = RunStore(url)
-    check, opener = partial(store.check_held, token), partial(open_operator, module=module)
+    check, opener = partial(store.check_held, token), partial(open_operator, module=module, trusted=network)
     plan = store.record(key).plan
     each = spread(threads, check, gpu=plan.device_bytes > 0) if plan.spread > 1 else one_by_one
     return carry_out(url, key, threads=threads, emit=emit, opener=opener, check=check, each=each)

@@ -60,6 +60,7 @@ from stiffcore.store import (
 )
 from stiffcore.study import BlockFunction, Build, Keep, Kind, Solver, Unit, format_bytes, versions
 from stiffcore.survey import image_input, open_network, operator_of
+from stiffcore.trust import check_code
 
 Emit = Callable[[Event], None]
 Opener = Callable[[RunStore, UnitRecord, str], Reduction | Slices | Factors]
@@ -74,15 +75,24 @@ _LIBRARY_FULL = re.compile(r"CUDA error: out of memory|_STATUS_ALLOC_FAILED")
 
 
 def open_operator(
-    store: RunStore, record: UnitRecord, device: str, module: nn.Module | None = None
+    store: RunStore, record: UnitRecord, device: str, module: nn.Module | None = None, trusted: str = ""
 ) -> Reduction | Slices | Factors:
     """The operator of a stored unit, made again from the study's network and the stored image.
 
+    Args:
+        store: the run.
+        record: of the unit.
+        device: where it works.
+        module: the network, where the study says `in memory`.
+        trusted: the network whose code may be imported, see `stiffcore.trust`.
+
     Raises:
+        UntrustedError: where the network is made by other code.
         StiffcoreError: where the weights are not those that the run began with.
     """
     header = store.settled()
     study, unit = header.study, record.unit
+    check_code(study, trusted, store.url)
     network = open_network(study, module)
     if network.weights_digest != header.identity.weights:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")

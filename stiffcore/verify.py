@@ -6,6 +6,7 @@ Nothing is mended here: what is found is recorded with its unit, and the next `s
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from stiffcore.run import IMAGE_ARRAYS, Run
 from stiffcore.spectra import certified_choice
 from stiffcore.store import IMAGES, PIXELS, RunStore, same_images, stored_spectrum
 from stiffcore.study import Kind, Solver
+from stiffcore.trust import check_code, trusted_network
 
+# Of a unit, from the store, its record and a device.
+Opener = Callable[[RunStore, UnitRecord, str], Any]
 # An error estimate made again may be so many times the stored one, and so much more, relative to the Frobenius norm:
 # other vectors of the same eigenvalues have other residuals.
 AGREEMENT = 100.0
@@ -66,6 +70,7 @@ def verify(
     *,
     certificates: bool = False,
     module: Any = None,
+    trust: bool = False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Read everything in a run again: checksums, digests, records of what is done, fingerprints of the images.
@@ -79,23 +84,37 @@ def verify(
             eigenvalues, those certified found again by inverse iteration on a matrix built anew; of another kind by
             computing the unit again. Memory: as the unit's plan says.
         module: the network, where the run was made with one in memory.
+        trust: whether code that the run names (`package.module:factory`) may be imported, for the certificates.
         tell: told of units done and units in all.
 
     Raises:
         BusyError: where another process works on the run.
+        UntrustedError: where code would be imported without `trust`.
     """
+    trusted = trusted_network(run.study, trust=trust)
+    if certificates:
+        check_code(run.study, trusted, run.store.url)
+    opener = partial(_open, module=module, trusted=trusted)
     found = Verification()
     try:
         with run.store.hold():
-            _verify(run, found, certificates, module, tell)
+            _verify(run, found, certificates, opener, tell)
             return found
     except (OSError, DamagedError):
         found = Verification(recorded=False)
-    _verify(run, found, certificates, module, tell)
+    _verify(run, found, certificates, opener, tell)
     return found
 
 
-def _verify(run: Run, found: Verification, certificates: bool, module: Any, tell: Callable[[int, int], None]) -> None:
+def _open(*args: Any, **options: Any) -> Any:
+    from stiffcore.unit import open_operator
+
+    return open_operator(*args, **options)
+
+
+def _verify(
+    run: Run, found: Verification, certificates: bool, opener: Opener, tell: Callable[[int, int], None]
+) -> None:
     from stiffcore.unit import stored_by
 
     store = run.store
@@ -114,7 +133,7 @@ def _verify(run: Run, found: Verification, certificates: bool, module: Any, tell
             _check_number(store, key, found)
         if certificates and len(found.findings) == before and _has_spectrum(records[key]):
             try:
-                problem = _recomputed(store, key, records[key], module)
+                problem = _recomputed(store, key, records[key], opener)
             except (StiffcoreError, RuntimeError) as error:
                 found.unchecked[key] = str(error)
             else:
@@ -150,16 +169,16 @@ def _check_number(store: RunStore, key: str, found: Verification) -> None:
         found.findings.append(Finding(key, f"units/{key}/eigenvalues", str(error)))
 
 
-def _recomputed(store: RunStore, key: str, record: UnitRecord, module: Any) -> str:
+def _recomputed(store: RunStore, key: str, record: UnitRecord, opener: Opener) -> str:
     """What the certificate of a unit, made again, says against the stored one; nothing where they agree."""
     if record.unit.kind is not Kind.MATRIX or not record.values_kept:
-        return _computed_again(store, key, module)
-    return _certified_again(store, key, record, module)
+        return _computed_again(store, key, opener)
+    return _certified_again(store, key, record, opener)
 
 
-def _computed_again(store: RunStore, key: str, module: Any) -> str:
+def _computed_again(store: RunStore, key: str, opener: Opener) -> str:
     """Carry the unit out once more, elsewhere, and compare the metrics."""
-    from stiffcore.unit import carry_out, open_operator
+    from stiffcore.unit import carry_out
 
     header, record = store.settled(), store.record(key)
     with tempfile.TemporaryDirectory(prefix="stiffcore-verify-") as folder:
@@ -171,7 +190,7 @@ def _computed_again(store: RunStore, key: str, module: Any) -> str:
             key,
             threads=header.threads,
             emit=lambda event: None,
-            opener=lambda _, planned, device: open_operator(store, planned, device, module),
+            opener=lambda _, planned, device: opener(store, planned, device),
         )
         before, now = stored_spectrum(store, key), stored_spectrum(again, key)
     if now.certificate.failures and not before.certificate.failures:
@@ -182,13 +201,13 @@ def _computed_again(store: RunStore, key: str, module: Any) -> str:
     return ""
 
 
-def _certified_again(store: RunStore, key: str, record: UnitRecord, module: Any) -> str:
+def _certified_again(store: RunStore, key: str, record: UnitRecord, opener: Opener) -> str:
     """Certify the stored eigenvalues with eigenvectors found anew, on a matrix built anew."""
     from stiffcore.eigen.certificate import certify, certify_ends, sparse_moments
     from stiffcore.jacobian.reduction import Reduction
-    from stiffcore.unit import division_checks, open_operator, sparse_matrix
+    from stiffcore.unit import division_checks, sparse_matrix
 
-    reduction = open_operator(store, record, "cpu", module)
+    reduction = opener(store, record, "cpu")
     assert isinstance(reduction, Reduction)
     if not reduction.k:
         return ""

@@ -13,9 +13,9 @@ from tests.test_run import OPTIONS, command, execute
 @pytest.mark.parametrize("keep", ["spectra", "all"])
 def test_a_picture_is_of_the_matrix_that_has_the_spectrum_and_stays_in_the_run(small, keep):
     run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "keep": keep})
-    found = run.picture(block=1, grid=7)
+    found = run.picture(block=1, grid=7, trust=True)
     key = next(iter(run.records()))
-    a = shifted_matrix(run.store, key).toarray()
+    a = shifted_matrix(run.store, key, trusted=OPTIONS["network"]).toarray()
     spectrum = run.spectrum(block=1)
     assert np.allclose(np.sort_complex(np.linalg.eigvals(a).round(9)), np.sort_complex(spectrum.computed.round(9)))
     for z, t in zip(found.numerical_range, 2 * np.pi * np.arange(72) / 72, strict=True):
@@ -32,7 +32,7 @@ def test_a_picture_is_of_the_matrix_that_has_the_spectrum_and_stays_in_the_run(s
         assert found.smallest[j, i] == pytest.approx(true, rel=1e-6)
     again = stored_picture(stiffcore.open_run(str(small / "run")).store, key)
     assert np.array_equal(again.smallest, found.smallest)
-    run.picture(block=1)
+    run.picture(block=1, trust=True)
     assert np.array_equal(stored_picture(run.store, key).smallest, found.smallest)
     # the run is as it was, and goes on
     assert execute(small / "run", {})[1].failed == {}
@@ -42,7 +42,7 @@ def test_a_picture_is_of_the_matrix_that_has_the_spectrum_and_stays_in_the_run(s
 @pytest.mark.parametrize("threshold", [-0.1, 0.0, 0.5, 0.97, 1.03, 5.0])
 def test_eigenvalues_left_of_any_line_are_counted_exact_ones_and_zeros_with_them(small, threshold):
     run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "functions": "block"})
-    found = run.count_left(threshold, block=1)
+    found = run.count_left(threshold, block=1, trust=True)
     values = run.spectrum(block=1).values
     if found.count is not None:
         assert found.count == (values.real < threshold).sum()
@@ -52,7 +52,9 @@ def test_eigenvalues_left_of_any_line_are_counted_exact_ones_and_zeros_with_them
 
 def test_the_command_says_what_it_found_and_refuses_a_unit_that_is_not_there(small):
     execute(small / "run", OPTIONS | {"blocks": "1,4", "solver": "extremes"})
-    process = command("picture", small / "run", "--block", "4", "--function", "branch", "--grid", "4", cwd=small)
+    process = command(
+        "picture", small / "run", "--block", "4", "--function", "branch", "--grid", "4", "--trust", cwd=small
+    )
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "numerical range: real parts" in printed
@@ -70,6 +72,6 @@ def test_a_kept_matrix_that_was_damaged_is_said_to_be(small):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(DamagedError, match=name):
-            run.picture(block=1)
+            run.picture(block=1, trust=True)
         path.write_bytes(whole)
-    run.picture(block=1)
+    run.picture(block=1, trust=True)

@@ -156,14 +156,14 @@ def open_factors(f: Function, x: Tensor, function: BlockFunction = BlockFunction
     rows, columns = np.arange(jacobian.m), np.arange(jacobian.n)
     if steps is None:
         why = f"not traced ({untraced})" if graph is None else "an operation is not known"
-        reason = f"J itself, by products: {why}"
+        reason = jacobian.noted(f"J itself, by products: {why}")
         return Factors(jacobian, rows, columns, None, (), items, kernels, reason, known.module)
     rows = by_position(torch.from_numpy(rows), (1, *steps.destination)).numpy()
     columns = by_position(torch.from_numpy(columns), (1, *steps.source)).numpy()
     everything = Accumulation(steps, columns, rows)
     used = everything.used_rows
     part = Accumulation(steps, columns, used)
-    reason = f"J itself: {len(used)} of {jacobian.m} rows are not zero"
+    reason = jacobian.noted(f"J itself: {len(used)} of {jacobian.m} rows are not zero")
     return Factors(jacobian, used, columns, None, (part,), items, kernels, reason, known.module)
 
 
@@ -182,6 +182,7 @@ def _by_waist(reduction: Reduction, items: int, kernels: int) -> Factors | None:
     index = reduction.index.numpy()
     parts = (Accumulation(tail, index, rows), Accumulation(head, columns, index))
     reason = f"U ({len(rows)} x {len(index)}) and V ({len(index)} x {n}) of the {reduction.reason}"
+    reason = reduction.jacobian.noted(reason)
     found = Factors(reduction.jacobian, rows, columns, reduction, parts, items, kernels, reason, reduction.traced)
     return found if 2 * found.order <= len(rows) else None
 

@@ -66,18 +66,25 @@ class FunctionGraph:
         """
         # without cuDNN the operations are the same ones on a device as on the host
         with differentiable_kernels(), torch.backends.cudnn.flags(enabled=False):
-            # of one argument: make_fx would ask for those that f has defaults for
-            trace = make_fx(
-                torch.func.functionalize(lambda v: f(v)), tracing_mode="real", _error_on_data_dependent_ops=False
-            )
-            self.module = trace(x.clone())
+            try:
+                # of one argument: make_fx would ask for those that f has defaults for
+                self.module = _traced(torch.func.functionalize(lambda v: f(v)), x)
+            except (
+                Exception
+            ):  # functions of the old style cannot be functionalised: unless they write, they need not be
+                self.module = _traced(lambda v: f(v), x)
+                if any(_writes(node) for node in self.module.graph.nodes):
+                    raise
         nodes = list(self.module.graph.nodes)
         self.input = next(n for n in nodes if n.op == "placeholder")
         result = nodes[-1].args[0]
         self.output = result[0] if isinstance(result, (tuple, list)) else result
         self._point = x
         for node in nodes:  # the traced values are not needed, and hold memory
-            node.meta = {"shape": _shape(node.meta.get("val"))}
+            value = node.meta.get("val")
+            node.meta = {"shape": _shape(value)}
+            if isinstance(value, Tensor) and value.is_complex():
+                node.meta["complex_items"] = 2 * value.numel()
 
     @cached_property
     def kernel_items(self) -> int:
@@ -226,6 +233,15 @@ class FunctionGraph:
                 seen.add(node)
                 stack.extend(node.all_input_nodes)
         return False
+
+
+def _traced(f: Function, x: Tensor) -> fx.GraphModule:
+    return make_fx(f, tracing_mode="real", _error_on_data_dependent_ops=False)(x.clone())
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def by_position(index: Tensor, shape: Sequence[int]) -> Tensor:
@@ -386,7 +402,7 @@ def _map_shape(node: fx.Node) -> Map | None:
 def _items(node: fx.Node) -> int:
     # a view holds no numbers of its own, and a tuple's items are counted once they are taken out
     if name_of(node) in IDENTITY - {"clone"} or not _is_tensor(node):
-        return 0
+        return node.meta.get("complex_items", 0)
     return math.prod(node.meta["shape"])
 
 

@@ -1,21 +1,38 @@
 """A function at a point as a linear operator: products with its Jacobian and with the transpose."""
 
+import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stiffcore.errors import InputError
+from stiffcore.errors import InputError, StiffcoreError
+from stiffcore.jacobian.modules import Untouched
 
 Function = Callable[[Tensor], Tensor]
+# Rows at once where J is held, and what a record holds for one, in the numbers that are alive in forward mode.
+ROWS_AT_ONCE = 16
+RECORD_COPIES = 4
+
+
+class Way(StrEnum):
+    """How products are computed; what forward mode and `torch.func` cannot differentiate takes a later one."""
+
+    TRANSFORMS = "forward and reverse mode"
+    TWICE = "reverse mode, and forward products by differentiating it"
+    TRACE = "reverse mode, and forward products of its graph"
+    ROWS = "all rows of J by reverse mode, held in memory"
 
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """Use only attention kernels that have forward-mode derivatives, inside the context.
+    """Use only kernels that have forward-mode derivatives, inside the context, and no compiled functions.
 
     The fused transformer layer and flash attention have none (torch 2.14); both compute what their plain
     versions compute.
@@ -23,7 +40,11 @@ def differentiable_kernels() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # something was compiled; the import takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.no_grad())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -33,12 +54,16 @@ class Linearisation:
     """The Jacobian J (m x n) of `f` at `x`, known by its products; rows and columns are row-major flattened.
 
     Products run all at once under `vmap`, or one after another where `f` uses an operation that it cannot batch.
-    Not supported: functions of several tensors (bind the others first), complex or integer tensors.
+    Not supported: functions of several tensors (bind the others first), complex or integer tensors; complex numbers
+    inside are.
 
     Attributes:
         n: numbers in `x`, the columns of J.
         m: numbers in `f(x)`, the rows of J.
         value: `f(x)`, detached.
+        way: how products are computed.
+        graph: a function with the same forward products, for `Way.TRACE`.
+        notes: what is unusual about the function and its products, for people.
     """
 
     def __init__(self, f: Function, x: Tensor, name: str = "the function") -> None:
@@ -50,7 +75,7 @@ class Linearisation:
             name: how error messages call `f`.
 
         Raises:
-            InputError: where `x` or `f(x)` is not a finite floating tensor, or two evaluations differ.
+            InputError: where `x` or `f(x)` is not a finite floating tensor, two evaluations differ, or `f` fails.
         """
         self.f, self.x, self.name = f, x.detach(), name
         if not x.is_floating_point():
@@ -59,8 +84,8 @@ class Linearisation:
             raise InputError(f"{name}: its input is empty, of shape {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
             raise InputError(f"{name}: its input has values that are not finite")
-        with differentiable_kernels():
-            first, second = self._call(self.x.clone()), self._call(self.x.clone())
+        self._recording = False
+        first, second = self._first_call(), self._first_call()
         if not torch.equal(first, second):
             if not bool(torch.isfinite(first).all()):
                 raise InputError(f"{name}: its output has values that are not finite")
@@ -71,12 +96,65 @@ class Linearisation:
         if not bool(torch.isfinite(first).all()):
             raise InputError(f"{name}: its output has values that are not finite")
         self.n, self.m, self.value = x.numel(), first.numel(), first
-        self._batched = True
+        self.notes: list[str] = []
+        self.take(Way.TRANSFORMS)
+
+    def take(self, way: Way, graph: Function | None = None) -> None:
+        """Compute products in another way.
+
+        Args:
+            way: which.
+            graph: for `Way.TRACE`.
+        """
+        self.way, self.graph = way, graph
+        self._batches: dict[str, bool] = {}  # whether products of this kind may go all at once
 
     @property
     def dtype(self) -> np.dtype:
         """Of `x`, as numpy has it."""
         return np.dtype("f8" if self.x.dtype == torch.float64 else "f4")
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Return `f(x)`, detached; recorded by autograd where `f` cannot do without (it registers hooks)."""
+        with differentiable_kernels():
+            if not self._recording:
+                try:
+                    return self._call(x.clone()).detach()
+                except (StiffcoreError, torch.OutOfMemoryError):
+                    raise
+                except Exception:
+                    found = self._recorded_value(x)
+                    self._recording = True
+                    return found
+            return self._recorded_value(x)
+
+    def _recorded_value(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self._call(x.clone().requires_grad_().clone()).detach()
+
+    def noted(self, reason: str) -> str:
+        """A line for people, and the notes after it."""
+        return "; ".join([reason, *self.notes])
+
+    def held(self, column_items: int, kernel_items: int) -> tuple[int, int]:
+        """Numbers alive while one product is computed, and in the largest kernel, from those of forward mode.
+
+        Autograd's record keeps every value, of both passes where it is differentiated again. J counts as a third of a
+        kernel: the plan makes room for a kernel and two copies.
+        """
+        if self.way is Way.TRANSFORMS:
+            return column_items, kernel_items
+        if self.way is Way.ROWS:
+            return RECORD_COPIES * column_items, kernel_items + -(-self.m * self.n // 3)
+        return RECORD_COPIES * column_items, kernel_items
+
+    def _first_call(self) -> Tensor:
+        try:
+            return self.evaluate(self.x)
+        except (StiffcoreError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise InputError(f"{self.name} fails at its input: {reason_of(error, self.x.dtype)}") from error
 
     def _call(self, x: Tensor) -> Tensor:
         y = self.f(x)
@@ -94,15 +172,18 @@ class Linearisation:
         Returns:
             (c, m).
         """
+        tangents = tangents.to(self.x.dtype)
+        if self.way is Way.ROWS:
+            return tangents.to(self._matrix.dtype) @ self._matrix.T
+        f = self.f if self.graph is None else self.graph
 
         def product(tangent: Tensor) -> Tensor:
             # f may work in place on its input: the clone inside keeps x and the tangent unchanged
-            return torch.func.jvp(lambda x: self.f(x.clone()), (self.x,), (tangent.reshape(self.x.shape),))[1].reshape(
-                -1
-            )
+            return torch.func.jvp(lambda x: f(x.clone()), (self.x,), (tangent.reshape(self.x.shape),))[1].reshape(-1)
 
         with differentiable_kernels():
-            return self._map(product, tangents.to(self.x.dtype), self.m)
+            make = self._differentiated if self.way is Way.TWICE else lambda: product
+            return self._map("jvp", make, tangents, self.m)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Return `cotangents @ J`: one reverse-mode product per row.
@@ -114,29 +195,117 @@ class Linearisation:
             (c, n).
         """
         with differentiable_kernels(), torch.enable_grad():
-            pull = torch.func.vjp(lambda x: self.f(x.clone()), self.x)[1]
+            make = self._transformed if self.way is Way.TRANSFORMS else self._recorded
+            return self._map("vjp", make, cotangents.to(self.value.dtype), self.n).detach()
 
-            def product(cotangent: Tensor) -> Tensor:
-                return pull(cotangent.reshape(self.value.shape))[0].reshape(-1)
+    def _transformed(self) -> Callable[[Tensor], Tensor]:
+        pull = torch.func.vjp(lambda x: self.f(x.clone()), self.x)[1]
+        return lambda cotangent: pull(cotangent.reshape(self.value.shape))[0].reshape(-1)
 
-            return self._map(product, cotangents.to(self.value.dtype), self.n).detach()
+    def _recorded(self) -> Callable[[Tensor], Tensor]:
+        """A product by autograd's record of one evaluation."""
+        x, y = self._evaluated()
+        if not y.requires_grad:
+            return lambda cotangent: self.x.new_zeros(self.n)
 
-    def _map(self, product: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
+        def product(cotangent: Tensor) -> Tensor:
+            row = cotangent.reshape(y.shape)
+            try:
+                found = torch.autograd.grad(y, x, row, allow_unused=True, materialize_grads=True)[0]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                found = self._accumulated(row)  # one kind of checkpoint knows no `grad`
+            return found.reshape(-1)
+
+        return product
+
+    def _evaluated(self) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = self.x.clone().requires_grad_()
+            return x, self._call(x.clone())
+
+    def _accumulated(self, cotangent: Tensor) -> Tensor:
+        """A reverse product by `backward`, which also adds to the gradients of parameters: these are put back."""
+        parameters = list(self.f.parameters()) if isinstance(self.f, Untouched) else []
+        before = [(p, p.grad) for p in parameters]
+        try:
+            x, y = self._evaluated()
+            y.backward(cotangent)
+        finally:
+            for p, gradient in before:
+                p.grad = gradient
+        assert x.grad is not None
+        return x.grad
+
+    def _differentiated(self) -> Callable[[Tensor], Tensor]:
+        """J v, the derivative of J^T u by u along v; J^T u is linear in u, so that any u serves."""
+        generator = torch.Generator().manual_seed(0)
+        u = torch.randn(self.value.shape, generator=generator, dtype=self.value.dtype).to(self.x.device)
+        with torch.enable_grad():
+            u.requires_grad_()
+            x, y = self._evaluated()
+            pulled = torch.autograd.grad(y, x, u, create_graph=True)[0].reshape(-1)
+        return lambda tangent: torch.autograd.grad(pulled, u, tangent)[0].reshape(-1)
+
+    @cached_property
+    def _matrix(self) -> Tensor:
+        """J (m x n), from one reverse product a row."""
+        found = self.x.new_empty((self.m, self.n))
+        for start in range(0, self.m, ROWS_AT_ONCE):
+            rows = range(start, min(start + ROWS_AT_ONCE, self.m))
+            cotangents = self.value.new_zeros((len(rows), self.m))
+            cotangents[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1
+            found[rows.start : rows.stop] = self.vjp(cotangents)
+        return found
+
+    def _map(self, which: str, make: Callable[[], Callable[[Tensor], Tensor]], rows: Tensor, size: int) -> Tensor:
+        """A product for each row: all from one record, or each from its own, as a hook may be gone after its first."""
         if not len(rows):
             return rows.new_zeros((0, size))
-        if self._batched:
+        with self.f.held() if isinstance(self.f, Untouched) else nullcontext():
+            return self._mapped(which, make, rows)
+
+    def _mapped(self, which: str, make: Callable[[], Callable[[Tensor], Tensor]], rows: Tensor) -> Tensor:
+        if self._batches.get(which, True):
             try:
-                return torch.func.vmap(product)(rows)
-            except RuntimeError as error:
-                if not _is_about_batching(error):
-                    raise
-                self._batched = False
-        return torch.stack([product(row) for row in rows])
+                found = torch.func.vmap(make())(rows)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever it is, a single product either works or says what is wrong
+                found = self._single(make, rows)
+                self._batches[which] = False
+                return found
+            # plain autograd's backward passes were not all made for batches: that of cdist is wrong in one (torch 2.14)
+            if self.way is Way.TRANSFORMS or which in self._batches:
+                return found
+            single = self._single(make, rows[-1:])
+            apart = float((found[-1:] - single).abs().max())
+            self._batches[which] = apart <= torch.finfo(found.dtype).eps ** 0.75 * float(single.abs().max())
+            if self._batches[which]:
+                return found
+        return self._single(make, rows)
+
+    @staticmethod
+    def _single(make: Callable[[], Callable[[Tensor], Tensor]], rows: Tensor) -> Tensor:
+        return torch.stack([make()(row) for row in rows])
 
 
-def _is_about_batching(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return ("vmap" in text or "batching rule" in text) and "random" not in text
+def reason_of(error: BaseException, dtype: torch.dtype) -> str:
+    """One line of an error that a function raised at a point of `dtype`, with a remedy where precisions were mixed."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    if not isinstance(error, RuntimeError) and lines:
+        reason = f"{type(error).__name__}: {reason}"
+    if re.search(r"\b(dtype|scalar type|same type|Float|Double|FloatTensor|DoubleTensor)\b", reason):
+        other = "float32" if dtype == torch.float64 else "float64"
+        reason += (
+            f". Does it make numbers of its own in {other}, or cast to it? Ask for --dtype {other} "
+            f"(from Python: dtype='{other}', or x.{'float' if other == 'float32' else 'double'}())"
+        )
+    return reason
 
 
 def complex_product(product: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

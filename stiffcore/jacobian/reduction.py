@@ -13,8 +13,7 @@ the waist that nothing reaches, or that reach nothing, are left out: their rows 
 their eigenvalues.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -28,21 +27,18 @@ from torch import Tensor, fx
 from stiffcore.errors import InputError
 from stiffcore.jacobian.accumulation import Accumulation, Steps
 from stiffcore.jacobian.colouring import Colouring, Integers, Reach, ReachError
+from stiffcore.jacobian.derivatives import derivatives_of, differentiate
 from stiffcore.jacobian.graph import FunctionGraph, Waist, by_position, live_items, reach_of
-from stiffcore.jacobian.linearise import Function, Linearisation, complex_product
+from stiffcore.jacobian.linearise import Function, Linearisation, Way, complex_product
+from stiffcore.jacobian.modules import Untouched
 from stiffcore.jacobian.rounding import (
-    BEYOND,
     Comparison,
     Probes,
     Rows,
     few_at_once,
     is_of_one_precision,
-    length,
-    noise_of,
     recast,
     rounding_of,
-    tangents,
-    with_sums,
 )
 from stiffcore.study import PROBES, BlockFunction, Build
 
@@ -397,9 +393,11 @@ def reduce_jacobian(
     """
     function = BlockFunction(function)
     jacobian, graph, untraced = open_function(f, x, function, name, square=True)
-    if not reduce:
-        return _full(jacobian, "full matrix, as asked", graph)
-    return reduce_opened(jacobian, graph, untraced, function)
+    if reduce:
+        found = reduce_opened(jacobian, graph, untraced, function)
+    else:
+        found = _full(jacobian, "full matrix, as asked", graph)
+    return replace(found, reason=jacobian.noted(found.reason))
 
 
 def reduce_opened(
@@ -408,6 +406,8 @@ def reduce_opened(
     """As `reduce_jacobian`, of a square Jacobian from `open_function`."""
     if graph is None:
         return _active(jacobian, graph, untraced)
+    if jacobian.way is Way.ROWS:  # whatever else: J is there
+        return _full(jacobian, "full matrix", None)
     return _smallest(jacobian, graph, Probes(jacobian), split_skip=function is BlockFunction.BLOCK)
 
 
@@ -432,15 +432,18 @@ def open_function(
     """
     if x.is_floating_point() and x.dtype not in PROBE_TOLERANCE:
         raise InputError(f"{name}: its input is {str(x.dtype).removeprefix('torch.')}; give it as float32 or float64")
-    whole = Linearisation(f, x, name)
-    graph, untraced = _trace(f, x)
+    untouched = Untouched(f)
+    whole = Linearisation(untouched, x, name)
+    if untouched.outputs > 1:
+        whole.notes.append(f"of its {untouched.outputs} outputs, the first floating tensor")
+    graph, untraced = _trace(untouched, x)
     branch = function is BlockFunction.BRANCH
     if branch:
         if graph is None:
             raise NoSpectrumError(
                 f"{name}: its graph could not be traced for the branch ({untraced})", whole.n, whole.m
             )
-        _check_derivatives(whole)
+        differentiate(whole, graph)
     jacobian = _branch(graph, whole) if branch and graph is not None else whole
     if square and jacobian.n != jacobian.m:
         raise NoSpectrumError(
@@ -451,13 +454,13 @@ def open_function(
     if branch:
         graph, untraced = _trace(jacobian.f, x)
     else:
-        _check_derivatives(whole)
+        differentiate(whole, graph)
     return jacobian, graph, f"{'branch ' if branch else ''}not traced ({untraced})" if graph is None else ""
 
 
 def is_residual(f: Function, x: Tensor) -> bool:
     """Whether the output of `f` is a sum of two things that depend on `x`, up to elementwise operations."""
-    graph, _ = _trace(f, x)
+    graph, _ = _trace(Untouched(f), x)
     if graph is None:
         return False
     identity, others = graph.residual_sum(graph.activation_start(graph.output))
@@ -466,6 +469,10 @@ def is_residual(f: Function, x: Tensor) -> bool:
 
 def _trace(f: Function, x: Tensor) -> tuple[FunctionGraph | None, str]:
     try:
+        if isinstance(f, Untouched):
+            f.meet(x)
+            if f.replaces:
+                raise RuntimeError("it replaces the data of its parameters")
         return FunctionGraph(f, x), ""
     except Exception as error:  # any failure to trace only costs the reduction, never the result
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
@@ -483,7 +490,10 @@ def _branch(graph: FunctionGraph, whole: Linearisation) -> Linearisation:
     # traced again, for its own waists
     branch = Linearisation(graph.between(graph.input, terms, fast=False), whole.x, f"the branch of {whole.name}")
     rest = Linearisation(graph.between(graph.input, [shortcut]), whole.x, f"the shortcut of {whole.name}")
-    with _derivatives_of(whole):
+    if whole.way is not Way.TRANSFORMS:
+        differentiate(branch, None)
+        differentiate(rest, None)
+    with derivatives_of(whole):
         probes, slope = Probes(whole), _chain_slope(graph, end).reshape(-1)
         parts = (few_at_once(part.jvp, probes.tangents) for part in (branch, rest))
         check = probes.compare(slope * sum(parts))
@@ -495,41 +505,6 @@ def _branch(graph: FunctionGraph, whole: Linearisation) -> Linearisation:
             whole.m,
         )
     return branch
-
-
-def _check_derivatives(jacobian: Linearisation) -> None:
-    """Compare C (J T^T) with (C J) T^T, for a few random rows C and T, by their rounding.
-
-    Raises:
-        InputError: where these disagree, or are not finite.
-    """
-    x = jacobian.x
-    inside, outside = with_sums(tangents(x, jacobian.n, 2)), with_sums(tangents(x, jacobian.m, 2, seed=1))
-    with _derivatives_of(jacobian):
-        forward, reverse = jacobian.jvp(inside).double(), jacobian.vjp(outside).double()
-    if not bool(torch.isfinite(forward).all() and torch.isfinite(reverse).all()):
-        raise InputError(f"{jacobian.name}: its derivative at this input is not finite")
-    a, b = outside.double() @ forward.T, reverse @ inside.double().T
-    gap, noise = length((a - b).reshape(-1, 1)), length(noise_of(forward)) + length(noise_of(reverse))
-    # the rounding of entries, of which a number a or b is a random sum
-    noise += torch.finfo(x.dtype).eps * (length(forward) + length(reverse))
-    if not gap <= BEYOND * noise:
-        relative = gap / max(length(a.reshape(-1, 1)), length(b.reshape(-1, 1)))
-        raise InputError(
-            f"{jacobian.name}: its forward and reverse derivatives disagree (by {relative:.1e}): is there a "
-            "torch.no_grad() inside, a custom autograd.Function with a wrong jvp, or low precision?"
-        )
-
-
-@contextmanager
-def _derivatives_of(jacobian: Linearisation) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # NotImplementedError is one: operations without a forward derivative
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{jacobian.name} cannot be differentiated: {reason}") from error
 
 
 def _smallest(jacobian: Linearisation, graph: FunctionGraph, probes: Probes, *, split_skip: bool) -> Reduction:
@@ -697,14 +672,15 @@ def structure(jacobian: Linearisation, graph: FunctionGraph | None, probes: Prob
     """Read the structure of a function from its graph, where there is one."""
     shape = tuple(jacobian.value.shape)
     if graph is None:  # nothing to count: eight copies of input and output hold any block seen so far
-        return Structure(8 * (jacobian.n + jacobian.m), 0, shape, None, None, None)
+        items = 8 * (jacobian.n + jacobian.m)
+        return Structure(*jacobian.held(items, 0), shape, None, None, None)
     module = graph.between(graph.input, [graph.output])
-    items = live_items(module) + jacobian.n + jacobian.m
+    items, kernels = jacobian.held(live_items(module) + jacobian.n + jacobian.m, graph.kernel_items)
     reach, steps = reach_of(module), Steps.of(module, jacobian.x)
     if (local := steps or reach) is not None:
         shape = (1, *local.destination)
     whole = _is_graph_of(module, jacobian, probes or Probes(jacobian))
-    return Structure(items, graph.kernel_items, shape, reach, steps if whole else None, module if whole else None)
+    return Structure(items, kernels, shape, reach, steps if whole else None, module if whole else None)
 
 
 def rounding_of_function(jacobian: Linearisation, traced: fx.GraphModule | None) -> float:
@@ -736,12 +712,12 @@ def rounding_of_function(jacobian: Linearisation, traced: fx.GraphModule | None)
 
 def _is_graph_of(module: fx.GraphModule, jacobian: Linearisation, probes: Probes) -> bool:
     """Whether a graph has the derivative J: what is hidden from autograd is in no graph."""
-    products = Linearisation(module, jacobian.x, f"the graph of {jacobian.name}")
     try:
+        products = Linearisation(module, jacobian.x, f"the graph of {jacobian.name}")
         return probes.compare(few_at_once(products.jvp, probes.tangents)).same
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # an operation of the graph that has no forward derivative
+    except (RuntimeError, ValueError):  # an operation of the graph that has no forward derivative
         return False
 
 

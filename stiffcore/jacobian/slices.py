@@ -196,7 +196,16 @@ def open_slices(f: Function, x: Tensor, function: BlockFunction = BlockFunction.
     if steps is None:
         why = f"not traced ({untraced})" if graph is None else "an operation has no window that is known"
         bound = jacobian.m * channels * side
-        return Slices(jacobian, side, None, bound, 0, items, kernels, f"one reverse product for each output: {why}")
+        return Slices(
+            jacobian,
+            side,
+            None,
+            bound,
+            0,
+            items,
+            kernels,
+            jacobian.noted(f"one reverse product for each output: {why}"),
+        )
     reached = steps.reached()
     first, last = np.maximum(reached[0], reached[2]), np.minimum(reached[1], reached[3])
     plane = first.size
@@ -205,7 +214,7 @@ def open_slices(f: Function, x: Tensor, function: BlockFunction = BlockFunction.
     columns = by_position(torch.arange(jacobian.n), (1, *steps.source)).numpy()
     found = Accumulation(steps, columns, rows, np.stack([first, last, first, last]))
     width = np.maximum(last - first + 1, 0)
-    live = found.live_rows
+    live, widest = found.live_rows, int(width.max(initial=0))
     return Slices(
         jacobian,
         side,
@@ -214,6 +223,6 @@ def open_slices(f: Function, x: Tensor, function: BlockFunction = BlockFunction.
         int((live * width**2).max(initial=0)) * channels,
         items,
         kernels,
-        f"squares of up to {int(width.max(initial=0))} x {int(width.max(initial=0))} where windows meet the diagonal",
+        jacobian.noted(f"squares of up to {widest} x {widest} where windows meet the diagonal"),
         reached,
     )

@@ -1,0 +1,308 @@
+"""Claims about functions that autograd differentiates and `torch.func` does not, and about modules left as they were.
+
+The truth is plain autograd's: each row of J from a function made anew, so that no call sees what another one left.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torchvision.ops import deform_conv2d, roi_align
+
+from stiffcore.jacobian.linearise import Way
+from stiffcore.jacobian.reduction import reduce_jacobian
+from tests.cases import randomised, seeded
+from tests.reference import assert_spectra_match
+
+A, X = seeded((6, 6), 4), seeded((6,), 9)
+UP, DOWN = seeded((6, 2), 5), seeded((2, 6), 6)
+MAP, GRID, OFFSETS, TAPS = (
+    seeded((1, 2, 4, 4), 1),
+    seeded((1, 4, 4, 2), 2),
+    seeded((1, 18, 4, 4), 3),
+    seeded((2, 2, 3, 3)),
+)
+
+
+def rows_by_autograd(build, x):
+    """(m, n), one row from each new function."""
+    rows, m = [], first(build()(x.clone())).numel()
+    for i in range(m):
+        f = build()
+        t = x.clone().requires_grad_()
+        y = first(f(t.clone()))
+        cotangent = torch.zeros(m, dtype=y.dtype)
+        cotangent[i] = 1
+        y.backward(cotangent.reshape(y.shape))
+        rows.append(torch.zeros_like(x) if t.grad is None else t.grad)
+    return torch.stack([row.reshape(-1) for row in rows]).numpy()
+
+
+def first(y):
+    while not isinstance(y, torch.Tensor):
+        y = next(v for v in (y.values() if isinstance(y, dict) else y) if not isinstance(v, int))
+    return y
+
+
+class Old(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * g
+
+
+class Once(Old):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return Old.backward(ctx, g)
+
+
+class ByNumpy(Old):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(np.sin(x.numpy(force=True)))
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(np.cos(x.numpy(force=True)) * g.numpy(force=True))
+
+
+class Rounded(Old):
+    """Straight-through: its values are steps, its derivative is that of the identity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class NoForward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class WrongForward(NoForward):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        NoForward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 3 * t * ctx.saved_tensors[0]
+
+
+class Equilibrium(nn.Module):
+    """z = tanh(U z + V x), differentiated by a hook on z that may be used once."""
+
+    def __init__(self, once):
+        super().__init__()
+        self.u, self.v, self.once = nn.Parameter(0.2 * seeded((6, 6), 1)), nn.Parameter(seeded((6, 6), 2)), once
+
+    def step(self, z, x):
+        return torch.tanh(z @ self.u.T + x @ self.v.T)
+
+    def forward(self, x):
+        with torch.no_grad():
+            z = torch.zeros_like(x)
+            for _ in range(100):
+                z = self.step(z, x)
+        z = self.step(z, x)
+        with torch.enable_grad():
+            inside = z.detach().clone().requires_grad_()
+            again = self.step(inside, x)
+
+        def solve(gradient):
+            if self.once:
+                self.handle.remove()
+            y = gradient
+            for _ in range(100):
+                y = torch.autograd.grad(again, inside, y, retain_graph=True)[0] + gradient
+            return y
+
+        self.handle = z.register_hook(solve)
+        return z
+
+
+class Counting(nn.Module):
+    """Buffers that are changed in place, replaced, and used."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = randomised(nn.Linear(6, 6))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+        self.register_buffer("last", torch.zeros(6, dtype=torch.float64))
+        self.seen, self.python_calls = None, 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.python_calls += 1
+        h = self.linear(x)
+        self.mean.mul_(0.9).add_(0.1 * h)
+        self.last = 0.5 * self.last + h
+        self.seen = h
+        return torch.tanh(h - self.mean) * self.calls * self.python_calls + self.last
+
+
+class SpectralByData(nn.Module):
+    """Spectral normalisation as it was first published: parameters that `.data` replaces in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.u = randomised(nn.Linear(6, 6)), nn.Parameter(seeded((6,), 3), requires_grad=False)
+
+    def forward(self, x):
+        w = self.linear.weight
+        self.u.data = F.normalize(w.data @ F.normalize(w.data.T @ self.u.data, dim=0), dim=0)
+        return F.linear(x, w / (self.u @ w).norm())
+
+
+def hooked():
+    module = nn.Sequential(randomised(nn.Linear(6, 6)), nn.Tanh())
+    module[1].register_full_backward_hook(lambda module, inside, outside: None)
+    return module
+
+
+def normalised_by(make):
+    def build():
+        torch.manual_seed(0)
+        module = nn.Sequential(make(nn.Linear(6, 6).double()), nn.Tanh())
+        module(X)  # what is computed in a pass is no leaf any more
+        return module.eval()
+
+    return build
+
+
+def pruned(linear):
+    prune.random_unstructured(linear, "weight", 0.3)
+    return linear
+
+
+SPARSE = (A * (A > 0.3)).to_sparse()
+# name: (makes the function, point, the ways that may be taken)
+AUTOGRAD = {
+    "old-style function": (lambda: lambda x: Old.apply(A @ x) + x, X, [Way.TWICE]),
+    "old-style function before a relu": (
+        lambda: lambda x: F.relu(UP @ F.relu(Old.apply(DOWN @ x)) + x),
+        X,
+        [Way.TWICE],
+    ),
+    "differentiable once": (lambda: lambda x: Once.apply(A @ x) + x, X, [Way.TRACE]),
+    "a function of numpy": (lambda: lambda x: ByNumpy.apply(A @ x) + x, X, [Way.ROWS]),
+    "no jvp": (lambda: lambda x: NoForward.apply(A @ x) + x, X, [Way.TWICE]),
+    "wrong jvp": (lambda: lambda x: WrongForward.apply(A @ x) + x, X, [Way.TWICE]),
+    "straight-through": (lambda: lambda x: Rounded.apply(A @ x) + x, X, [Way.TWICE]),
+    "checkpoint": (lambda: lambda x: checkpoint(lambda t: torch.tanh(A @ t), x, use_reentrant=False), X, None),
+    "reentrant checkpoint": (lambda: lambda x: checkpoint(torch.tanh, A @ x, use_reentrant=True) + x, X, [Way.TRACE]),
+    "checkpointed sequence": (
+        lambda: lambda x: checkpoint_sequential([torch.tanh, lambda t: A @ t], 2, x, use_reentrant=True),
+        X,
+        [Way.TRACE],
+    ),
+    "grid_sample": (
+        lambda: lambda x: F.grid_sample(x, torch.tanh(GRID), align_corners=False) + torch.sin(x),
+        MAP,
+        None,
+    ),
+    "grid_sample at x": (
+        lambda: lambda x: F.grid_sample(MAP, torch.tanh(x.reshape(1, 4, 4, 2)), align_corners=False),
+        MAP,
+        None,
+    ),
+    "deform_conv2d": (lambda: lambda x: deform_conv2d(x, 0.3 * OFFSETS, TAPS, padding=1) + x, MAP, [Way.ROWS]),
+    "roi_align": (lambda: lambda x: roi_align(x, torch.tensor([[0, 0, 0, 3.0, 3.0]]).double(), 4), MAP, [Way.ROWS]),
+    "cdist": (
+        lambda: lambda x: torch.cdist(x.reshape(3, 2), torch.tanh(x).reshape(3, 2) + 1)[:, :2].flatten(),
+        X,
+        None,
+    ),
+    "sparse product": (lambda: lambda x: torch.sparse.mm(SPARSE, torch.tanh(x)[:, None])[:, 0] + x, X, None),
+    "sparse rows": (lambda: lambda x: SPARSE.to_sparse_csr() @ torch.tanh(x), X, None),
+    "embedding_bag": (lambda: lambda x: F.embedding_bag(torch.arange(6)[None], x.reshape(6, 1)) * x, X, None),
+    "fake quantisation": (lambda: lambda x: torch.fake_quantize_per_tensor_affine(A @ x, 0.1, 0, -128, 127), X, None),
+    "gradient inside": (lambda: descended, X, None),
+    "equilibrium": (lambda: Equilibrium(False), X, [Way.ROWS]),
+    "equilibrium, hook used once": (lambda: Equilibrium(True), X, [Way.ROWS]),
+    "module with backward hooks": (hooked, X, [Way.TWICE]),
+    "buffers in forward": (Counting, X, None),
+    "spectral norm by data": (SpectralByData, X, None),
+    "training batch norm": (lambda: nn.BatchNorm1d(2).double(), seeded((3, 2), 1), None),
+    "several outputs": (lambda: lambda x: {"step": 3, "out": (torch.tanh(A @ x), x)}, X, None),
+    "random, but seeded": (
+        lambda: lambda x: torch.tanh(A @ x) * torch.randn(6, generator=torch.Generator().manual_seed(3)).double(),
+        X,
+        None,
+    ),
+    "linear solve": (lambda: lambda x: torch.linalg.solve(A + torch.diag(x), torch.sin(x)), X, [Way.TRANSFORMS]),
+    "weight_norm": (normalised_by(nn.utils.weight_norm), X, None),
+    "weight_norm, parametrised": (normalised_by(parametrizations.weight_norm), X, None),
+    "spectral_norm": (normalised_by(nn.utils.spectral_norm), X, None),
+    "spectral_norm, parametrised": (normalised_by(parametrizations.spectral_norm), X, None),
+    "pruned": (normalised_by(pruned), X, None),
+}
+
+
+def descended(x):
+    with torch.enable_grad():
+        t = x if x.requires_grad else x.detach().requires_grad_()
+        return x - torch.autograd.grad(torch.tanh(A @ t).square().sum(), t, create_graph=True)[0]
+
+
+@functools.cache
+def truth(name):
+    build, x, _ = AUTOGRAD[name]
+    return rows_by_autograd(build, x)
+
+
+@pytest.mark.parametrize("name", AUTOGRAD)
+def test_what_autograd_differentiates_has_its_jacobian(name):
+    build, x, ways = AUTOGRAD[name]
+    r, j = reduce_jacobian(build(), x, reduce=False), truth(name)
+    scale = np.abs(j).max()
+    assert ways is None or r.jacobian.way in ways
+    assert (r.jacobian.way is Way.TRANSFORMS) == ("derivatives by" not in r.reason)
+    assert np.allclose(r.columns(0, r.k).numpy(), j[r.index][:, r.index], rtol=0, atol=1e-12 * scale)
+    t, c = seeded((3, r.n), 5), seeded((3, r.n), 6)
+    assert np.allclose(r.jacobian.jvp(t), t @ j.T, rtol=0, atol=1e-11 * scale)
+    assert np.allclose(r.jacobian.vjp(c), c @ j, rtol=0, atol=1e-11 * scale)
+    reduced = reduce_jacobian(build(), x)
+    values = reduced.shift + np.linalg.eigvals(reduced.columns(0, reduced.k).numpy()) if reduced.k else []
+    assert_spectra_match(values, reduced.zeros, reduced.ones, np.linalg.eigvals(j))
+
+
+SINGLE = [
+    "old-style function",
+    "differentiable once",
+    "deform_conv2d",
+    "grid_sample",
+    "equilibrium",
+    "buffers in forward",
+]
