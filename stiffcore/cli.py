@@ -17,7 +17,7 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
 from stiffcore.cluster import Executor, tls_security, workers_at
-from stiffcore.errors import InputError, StiffcoreError, UntrustedError
+from stiffcore.errors import DamagedError, InputError, StiffcoreError, UntrustedError
 from stiffcore.metrics import spell_share
 from stiffcore.plan import Plan
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
@@ -243,15 +243,17 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     found = open_run(run)
     if as_json:
         _print_json(tables.status_rows(found))
+        _refuse_damaged(found)
         return
     holder = found.store.holder()
     by = f"being worked on by process {holder['pid']} on {holder['host']}" if holder else "nobody works on it now"
     _say(out, f"{run}: {by}")
-    records = found.records()
-    _say(out, status_summary(records))
-    table = tables.status_table(records)
+    records, damaged = found.readable()
+    _say(out, status_summary(records, damaged))
+    table = tables.status_table(records, damaged)
     if table.row_count:
         out.print(table)
+    _refuse_damaged(found)
 
 
 @app.command()
@@ -312,6 +314,7 @@ def show(
         _print_json(tables.json_rows(found.metrics()))
     else:
         _show(found, each=each)
+    _refuse_damaged(found)
 
 
 @app.command()
@@ -370,7 +373,9 @@ def export(
     from stiffcore.exports import export as write
 
     check_target(to)
-    _say(out, write(open_run(run), to))
+    found = open_run(run)
+    _say(out, write(found, to))
+    _refuse_damaged(found)
 
 
 @app.command()
@@ -387,6 +392,17 @@ def report(
         raise InputError(f"{error}; pip install 'stiffcore[report]'") from error
 
     _say(out, write_report(found, to, figures))
+    _refuse_damaged(found)
+
+
+def _refuse_damaged(found: Run) -> None:
+    """End with what could not be read, once the rest was said."""
+    if found.damaged:
+        lines = "\n".join(f"  - {key}: {why}" for key, why in found.damaged.items())
+        raise DamagedError(
+            f"{counted(len(found.damaged), 'unit is', 'units are')} damaged:\n{lines}\n"
+            f"`stiffcore run {found.store.url}` makes them anew"
+        )
 
 
 def _say(console: Terminal, text: str, style: str | None = None) -> None:
@@ -443,7 +459,7 @@ def _show(run: Run, *, each: bool = False) -> None:
     rows = run.metrics()
     listed = each or len(rows) <= LISTED
     if not listed:
-        _say(out, status_summary(run.records()) + "; --each lists every spectrum")
+        _say(out, run.summary + "; --each lists every spectrum")
     images = rows["image"].nunique()
     for kind, part in rows.groupby("kind", sort=False):
         if listed:

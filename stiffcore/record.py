@@ -19,23 +19,11 @@ FORMAT = 2
 
 # All arrays that a unit may have; of a matrix, NAME_tiles too.
 ARRAYS = frozenset(
-    [
-        "matrix",
-        "hessenberg",
-        "tau",
-        "scale",
-        "reduced_eigenvalues",
-        "right_vectors",
-        "left_vectors",
-        "division",
-        "eigenvalues",
-        "histogram",
-        "histogram_edges",
-        "numerical_range",
-        "pseudospectrum",
-        "pseudospectrum_re",
-        "pseudospectrum_im",
-    ]
+    (
+        *("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors", "division"),
+        *("eigenvalues", "histogram", "histogram_edges"),
+        *("numerical_range", "pseudospectrum", "pseudospectrum_re", "pseudospectrum_im"),
+    )
 )
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]

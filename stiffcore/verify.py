@@ -121,14 +121,20 @@ def _verify(
     for path in ("", "units"):
         _add(found, "", path or "zarr.json", *store.read_metadata(path))
     _read_again(store, IMAGES, IMAGES, IMAGE_ARRAYS, found)
-    if not found.findings and not same_images(store, run.header.identity.images):
-        found.findings.append(Finding(IMAGES, f"{IMAGES}/{PIXELS}", "not the images that the run began with"))
-    records, _ = store.whole_units(looking=True)
+    if not found.findings:
+        try:
+            problem = "" if same_images(store, run.header.identity.images) else "not the images that the run began with"
+        except DamagedError as error:
+            problem = str(error)
+        found.findings += [Finding(IMAGES, f"{IMAGES}/{PIXELS}", problem)] if problem else []
+    records, damaged = store.whole_units(looking=True)
     keys = run.header.units
     for done, key in enumerate(keys):
         before = len(found.findings)
         expected = stored_by(records[key]) if key in records else ()
         _read_again(store, f"units/{key}", key, expected, found)
+        if key in damaged and len(found.findings) == before:
+            found.findings.append(Finding(key, f"units/{key}", damaged[key]))
         if len(found.findings) == before and _has_spectrum(records[key]):
             _check_number(store, key, found)
         if certificates and len(found.findings) == before and _has_spectrum(records[key]):

@@ -517,7 +517,7 @@ def test_a_unit_that_is_gone_is_named_and_it_and_one_whose_spectrum_is_damaged_a
         run.records()
     events.clear()
     execute(small / "run", {}, events.append)
-    assert {e["unit"] for e in events} == {second}
+    assert {e.unit for e in events} == {second}
     assert spectra_bytes(small / "run") == expected
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from zarr.core.sync import sync
 
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
+from stiffcore.metrics import NAMES
 from stiffcore.record import FORMAT, Header, UnitRecord
 from stiffcore.spectra import Spectrum
 from stiffcore.store.metadata import (
@@ -49,7 +50,7 @@ from stiffcore.store.metadata import (
 from stiffcore.store.place import StoreError, check_path, open_folder
 from stiffcore.store.remote import open_store, open_url
 from stiffcore.store.tiles import TiledMatrix
-from stiffcore.study import unit_key
+from stiffcore.study import Kind, unit_key
 
 # The group of what a matrix is divided into, and the field of a unit's record that says what is known of it.
 DIVISION = "division"
@@ -365,8 +366,14 @@ class RunStore:
         Yields:
             The path of a thing, its bytes, and what is wrong with it, or nothing.
         """
-        yield (group, *self.read_metadata(group))
-        names, expected = sorted(sync(names_in(self._store, group))), set(expected)
+        try:
+            yield (group, *self.read_metadata(group))
+            names, expected = sorted(sync(names_in(self._store, group))), set(expected)
+        except (DamagedError, StoreError) as error:
+            if self.local is None and isinstance(error, StoreError):
+                raise
+            yield group, 0, str(error)
+            return
         yield from ((f"{group}/{name}", 0, "is gone") for name in sorted(expected.difference(names)))
         for name in names:
             if name.endswith("_tiles") and name.removesuffix("_tiles") in names:
@@ -374,14 +381,17 @@ class RunStore:
             if name in SCRATCH and name not in expected and f"{name}_tiles" not in names:
                 continue  # of a stage that was not finished: made again
             parts = [part for part in (name, f"{name}_tiles") if part in names]
-            checks = [self.read_metadata(f"{group}/{part}") for part in parts]
-            size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
+            size, problem = 0, ""
             try:
+                checks = [self.read_metadata(f"{group}/{part}") for part in parts]
+                size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
                 if len(parts) == 2:
                     size += TiledMatrix(open_group(self._store, group), name).check(complete=name in expected)
                 else:
                     size += self._read_through(f"{group}/{name}")
-            except (*UNREADABLE, DamagedError) as error:
+            except (*UNREADABLE, DamagedError, StoreError) as error:
+                if self.local is None and isinstance(error, StoreError):
+                    raise
                 problem = problem or str(error)
             yield f"{group}/{name}", size, problem
 
@@ -410,7 +420,10 @@ class RunStore:
             path: of it; empty for the root.
         """
         name = f"{path}/zarr.json".lstrip("/")
-        raw = read_raw(self._store, name)
+        try:
+            raw = read_raw(self._store, name)
+        except DamagedError as error:
+            return 0, str(error)
         if raw is None:
             return 0, f"{name} is gone"
         try:
@@ -594,6 +607,8 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
     if certificate is None or shift is None:
         raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
     values = store.get_array(f"units/{key}", "eigenvalues") if record.values_kept else np.zeros(0, complex)
+    if record.values_kept and (values.ndim != 1 or values.dtype.kind != ("f" if unit.kind is Kind.SINGULAR else "c")):
+        raise DamagedError(f"{store.url}, {key}: what is stored are no eigenvalues")
     expected = unit.k if record.found is None else record.found  # fewer than k where only the ends were solved
     if record.values_kept and len(values) != expected:
         raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {expected}")
@@ -614,7 +629,7 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         shift=shift,
         frobenius=record.moments.frobenius if record.moments else float("nan"),
         numerical_abscissa=shift + growth,
-        given=record.metrics,
+        given=record.metrics and {name: record.metrics.get(name, float("nan")) for name in NAMES},
         has_values=record.values_kept,
     )
 
