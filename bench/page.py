@@ -215,13 +215,30 @@ def growth(f: dict[str, Any]) -> str:
 
 
 def honesty(f: dict[str, Any]) -> str:
-    rows: dict[str, list[str]] = {}
-    for m in f["matrices"]:
-        rows.setdefault(m["matrix"], [m["matrix"]]).append(f"{m['verdict']}: {m['why']}")
-    said = ", ".join(f"{number} {verdict}" for verdict, number in f["counts"].items())
-    return f"Of {len(f['matrices'])} answers: {said}.\n\n" + table(
-        list(rows.values()), ["matrix", "host-dense", "extremes"]
+    def row(name: str) -> list[str]:
+        r = f["rows"][name]
+        ratios = ["-", "-"] if r["median_ratio"] is None else [f"{r['median_ratio']:.1e}", f"{r['worst_ratio']:.2g}"]
+        counts = [f"{r[n]:,}" for n in ("answers", "refused", "certified", "plain", "values")]
+        return [name, *counts, *ratios, f"{r['above']:,}", f"{r['lies']:,}"]
+
+    header = [
+        "",
+        "answers",
+        "refused",
+        "certified",
+        "nothing open",
+        "values",
+        "median ratio",
+        "worst",
+        "above 1",
+        "lies",
+    ]
+    said = (
+        f"{f['functions']:,} matrices and functions, {f['rows']['all']['answers']:,} answers, "
+        f"{f['cpu_s'] / 3600:.1f} hours of the processor. A ratio is a true error over the stated one, rounded up to a "
+        "quarter of a power of ten."
     )
+    return "\n\n".join([said, table([row(name) for name in f["rows"]], header)])
 
 
 def stages(f: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,9 +16,10 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
 from stiffcore.cluster import Executor, tls_security, workers_at
+from stiffcore.ending import at_end, handle
 from stiffcore.errors import DamagedError, InputError, StiffcoreError, UntrustedError
 from stiffcore.metrics import spell_share
-from stiffcore.plan import Plan
+from stiffcore.plan import Plan, check_budget
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
 from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
@@ -223,18 +223,23 @@ def plan(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing."""
+    """Say what `run` with the same options would take, unit by unit: k, solver, memory, disk, time; write nothing.
+
+    Exit code 2 where the budget holds no unit.
+    """
     options = _options(locals())
     security = tls_security(tls_ca, tls_cert, tls_key)
     with workers_at(scheduler, lambda event: None, security=security) as executor:
         look = partial(_looked, run, options, executor, workers, quiet=as_json, suppose=True)
         prepared = _with_trust(look, trust)
     if as_json:
-        _print_json(tables.plan_rows(prepared.plan))
-        return
-    _announce(prepared)
-    out.print(tables.plan_table(prepared.plan))
-    _say(out, tables.plan_summary(prepared.plan))
+        _print_json(tables.plan_rows(prepared.plan, prepared.left_out))
+    else:
+        _announce(prepared)
+        out.print(tables.plan_table(prepared.plan))
+        _say(out, tables.plan_summary(prepared.plan))
+    if not any(p.works for p in prepared.plan.units):
+        check_budget(prepared.plan)
 
 
 @app.command()
@@ -250,6 +255,8 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     _say(out, f"{run}: {by}")
     records, damaged = found.readable()
     _say(out, status_summary(records, damaged))
+    for line in tables.left_out_lines(found.header.left_out):
+        _say(out, line)
     table = tables.status_table(records, damaged)
     if table.row_count:
         out.print(table)
@@ -424,9 +431,13 @@ def _run(
     *,
     trust: bool = False,
 ) -> None:
-    check_free(url)
+    check_free(url, lambda text: _say(err, text))
     show = _Progress()
-    with _interruptible(url), workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor:
+    continued = f"stopped; what is done is kept. To continue: stiffcore run {url}"
+    with (
+        at_end(show.bars.stop, continued),
+        workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor,
+    ):
         if executor.dashboard:
             _say(out, f"dashboard: {executor.dashboard}")
         prepared = _with_trust(partial(_looked, url, options, executor, workers), trust)
@@ -485,6 +496,8 @@ def _announce(prepared: Prepared) -> None:
         _say(out, f"weights: {prepared.study.weights}")
         _say(out, f"images: {len(prepared.survey.images['y'])} of {prepared.survey.source}")
         _say(out, f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
+    for line in tables.left_out_lines(prepared.left_out):
+        _say(out, line)
 
 
 def _print_json(value: Any) -> None:
@@ -525,30 +538,6 @@ def _looking(quiet: bool = False) -> Iterator[None]:
         return
     with err.status("looking at network, images and blocks"):
         yield
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-@contextmanager
-def _interruptible(url: str) -> Iterator[None]:
-    def stop(signum: int, frame: Any) -> None:
-        raise Interrupted(signum)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except Interrupted as interrupted:
-        _say(err, f"stopped; what is done is kept. To continue: stiffcore run {url}")
-        raise typer.Exit(128 + interrupted.signum) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 STAGE_NAMES = {
@@ -633,10 +622,29 @@ class _Progress:
 
 
 def main() -> None:
-    """Run the command line; errors are one message, exit codes 2 wrong input, 1 failure, 3 busy, 130/143 stopped."""
+    """Run the command line; errors are one message; exit codes 2 wrong input, 1 failure, 3 busy."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    handle()
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk is said here, not by the interpreter's end
     except StiffcoreError as error:
-        _say(err, f"error: {error}")
-        sys.exit(error.exit_code)
+        _end(f"error: {error}", error.exit_code)
+    except BrokenPipeError:
+        _end("", 1)
+    except OSError as error:
+        _end(f"error: {error}", 1)
+
+
+def _end(text: str, code: int) -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            if stream is sys.stderr and text:
+                _say(err, text)
+            stream.flush()
+        except OSError:  # what waits for a full disk, or a closed pipe, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

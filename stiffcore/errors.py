@@ -1,6 +1,16 @@
 """Errors a user can act on: each says the stage, what was needed, what was found and what to change."""
 
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+# What the system says where a path, not the disk, is at fault.
+_PATH_ERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class StiffcoreError(Exception):
@@ -39,6 +49,48 @@ class DeviceFullError(StiffcoreError):
 
 class DamagedError(StiffcoreError):
     """Something stored cannot be trusted: a checksum failed, or a recorded tile is not there."""
+
+
+@contextmanager
+def writing_store() -> Iterator[None]:
+    """Whatever the system refuses while a run is written is one `StiffcoreError`.
+
+    Raises:
+        StiffcoreError: with the reason, and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        room = "free some space, then " if _is_full(error) else ""
+        raise StiffcoreError(f"the store cannot be written: {error}; {room}run again to continue") from error
+
+
+@contextmanager
+def writing_file(option: str) -> Iterator[None]:
+    """Whatever the system refuses while a file is written is one error.
+
+    Args:
+        option: that named the file, and the name.
+
+    Raises:
+        InputError: where the path is at fault.
+        StiffcoreError: where the disk is.
+    """
+    try:
+        yield
+    except StiffcoreError:
+        raise
+    except (OSError, RuntimeError) as error:  # HDF5 raises the latter where a file cannot be closed
+        number = getattr(error, "errno", None)
+        kind = InputError if number in _PATH_ERRORS else StiffcoreError
+        # HDF5 says it in many words, over several lines
+        reason = os.strerror(number) if number in _DISK_ERRORS else " ".join(str(error).split())
+        room = ": free some space and try again" if _is_full(error) else ""
+        raise kind(f"{option}: {reason}; nothing was written{room}") from error
+
+
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def refuse(problems: Iterable[str], title: str = "") -> None:

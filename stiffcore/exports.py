@@ -1,7 +1,11 @@
 """A run in the formats of others: metrics as CSV or parquet, spectra as HDF5."""
 
+import errno
 import json
-from collections.abc import Callable
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from stiffcore.errors import InputError
+from stiffcore.errors import InputError, writing_file
 from stiffcore.run import DONE, Run
 from stiffcore.store import IMAGES
 from stiffcore.study import counted
@@ -36,14 +40,47 @@ def export(run: Run, to: Path) -> str:
 
     Raises:
         InputError: where the suffix is unknown, the file exists or cannot be written, or a package is missing.
+        StiffcoreError: where the disk is full or fails; nothing is left of the file.
     """
     check_target(to)
+    with whole_file(to, f"--to {to}") as beside:
+        try:
+            return f"{WRITERS[to.suffix](run, beside)} in {to}"
+        except ImportError as error:
+            raise InputError(f"--to {to}: {error}; pip install 'stiffcore[export]'") from error
+
+
+@contextmanager
+def whole_file(to: Path, option: str) -> Iterator[Path]:
+    """A new file that is there whole or not at all: it is written beside its place, and takes it when the context ends.
+
+    Args:
+        to: must not exist.
+        option: that named it, for errors.
+
+    Yields:
+        Where to write it; of the same suffix.
+
+    Raises:
+        InputError: where it exists, or its path is at fault.
+        StiffcoreError: where the disk is full or fails.
+    """
+    beside = to.with_name(f".{uuid.uuid4().hex[:12]}{to.suffix}")
     try:
-        return WRITERS[to.suffix](run, to)
-    except ImportError as error:
-        raise InputError(f"--to {to}: {error}; pip install 'stiffcore[export]'") from error
-    except OSError as error:
-        raise InputError(f"--to {to}: {error}") from error
+        with writing_file(option):
+            yield beside
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())  # some file systems say only here that they are full
+            try:
+                os.link(beside, to)  # unlike a rename, it replaces nothing
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                if to.exists():
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+                beside.rename(to)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_target(to: Path) -> None:
@@ -63,13 +100,13 @@ def check_target(to: Path) -> None:
 def _write_csv(run: Run, to: Path) -> str:
     rows = _with_texts(run.metrics(), spreadsheet_cell)
     rows.to_csv(to, index=False, na_rep="nan")
-    return f"{counted(len(rows), 'row', 'rows')} in {to}"
+    return counted(len(rows), "row", "rows")
 
 
 def _write_parquet(run: Run, to: Path) -> str:
     rows = _with_texts(run.metrics(), visible)
     rows.to_parquet(to, index=False, engine="pyarrow")
-    return f"{counted(len(rows), 'row', 'rows')} in {to}"
+    return counted(len(rows), "row", "rows")
 
 
 def write_hdf5(run: Run, to: Path) -> str:
@@ -112,7 +149,7 @@ def write_hdf5(run: Run, to: Path) -> str:
             complete = spectrum.ends is None and spectrum.has_values
             group.attrs.update({"complete": int(complete), "certified": int(spectrum.certificate.passed)})
             written += 1
-    return f"{counted(written, 'spectrum', 'spectra')} in {to}"
+    return counted(written, "spectrum", "spectra")
 
 
 WRITERS: dict[str, Callable[[Run, Path], str]] = {

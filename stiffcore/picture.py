@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from stiffcore.eigen.numerical_range import numerical_range
 from stiffcore.eigen.sparse import smallest_singular_value
-from stiffcore.errors import DamagedError, InputError
+from stiffcore.errors import DamagedError, InputError, writing_store
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.store import RunStore, TiledMatrix, is_there
 from stiffcore.unit import open_operator, sparse_matrix
@@ -21,6 +21,7 @@ from stiffcore.unit import open_operator, sparse_matrix
 # How far beyond the numerical range the grid reaches, relative to its size.
 BORDER = 0.1
 ARRAYS = ("numerical_range", "pseudospectrum_re", "pseudospectrum_im", "pseudospectrum")
+DIMENSIONS = (("angle",), ("re",), ("im",), ("im", "re"))
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def take_picture(
     Raises:
         InputError: where the unit has no matrix.
         FillError: where no LU fits.
+        StiffcoreError: where the store cannot be written.
     """
     a = shifted_matrix(store, key, module, trusted)
     _, curve = numerical_range(a)
@@ -77,11 +79,23 @@ def take_picture(
         re, im, smallest = before.re, before.im, before.smallest
     else:
         re, im, smallest = _pseudospectrum(a, curve, grid, memory_bytes, tell)
-    for name, values, dims in zip(
-        ARRAYS, (curve, re, im, smallest), (("angle",), ("re",), ("im",), ("im", "re")), strict=True
-    ):
-        store.put_array(f"units/{key}", name, values, dims)
-    return Picture(curve, re, im, smallest)
+    taken = Picture(curve, re, im, smallest)
+    with writing_store():
+        _keep(store, key, taken, before)
+    return taken
+
+
+def _keep(store: RunStore, key: str, taken: Picture, before: Picture | None) -> None:
+    """Write what is not stored yet; where that fails, of the picture nothing stays."""
+    values = (taken.numerical_range, taken.re, taken.im, taken.smallest)
+    stored = (before.numerical_range, before.re, before.im, before.smallest) if before else (None,) * len(ARRAYS)
+    try:
+        for name, now, old, dims in zip(ARRAYS, values, stored, DIMENSIONS, strict=True):
+            if old is None or not np.array_equal(now, old):
+                store.put_array(f"units/{key}", name, now, dims)
+    except BaseException:
+        store.drop(key, *ARRAYS)
+        raise
 
 
 def _pseudospectrum(

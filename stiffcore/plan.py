@@ -17,13 +17,14 @@ import numpy as np
 
 from stiffcore.eigen import dense
 from stiffcore.eigen.extremes import DENSE_SHARE
+from stiffcore.eigen.inclusion import FULL_ORDER, inclusion_bytes
 from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.record import UnitPlan
 from stiffcore.spectra import CERTIFIED_MOST
 from stiffcore.store import file_rows
-from stiffcore.study import PROBES, BlockFunction, Build, Device, Keep, Kind, Solver, Study, Unit, format_bytes
+from stiffcore.study import FAILED, PROBES, BlockFunction, Build, Device, Keep, Kind, Solver, Study, Unit, format_bytes
 
 # Working sets near the cache are faster than large ones: 16 columns of ResNet50's block 2 (2 MB each) take 21 s
 # for the whole matrix, 64 take 38 s (2 cores, float64). Late layers have small columns and large weights, which every
@@ -264,7 +265,7 @@ LADDER = (Solver.CUDA_DENSE, Solver.HOST_DENSE, Solver.DIVIDE)
 def _plan_unit(
     unit: Unit, study: Study, machine: Machine, data_bytes: int, recorded: UnitPlan | None = None
 ) -> UnitPlan:
-    if unit.route == "none":
+    if unit.route in ("none", FAILED):
         return UnitPlan(unit, Solver.NONE, unit.reason)
     asked: tuple[Solver, ...] = LADDER if study.solver is None else (study.solver,)
     if unit.kind is Kind.TENSOR_SLICES:
@@ -857,9 +858,14 @@ def _build_bytes(unit: Unit, rows: int, column_bytes: int, itemsize: int, chunk:
 
 
 def _certify_bytes(vectors: int, unit: Unit, column_bytes: int, itemsize: int) -> int:
-    """The operator, and products of so many lifted vectors, right and left, each with its eigenvalue's pair."""
+    """The operator, products of so many lifted vectors, right and left, each with its eigenvalue's pair."""
     lifted = 2 * vectors * (column_bytes + 2 * (unit.n + unit.k) * itemsize)
     return lifted + operator_bytes(unit.kernel_items, column_bytes, itemsize)
+
+
+def _located_bytes(k: int) -> int:
+    """Of the certificate of a whole spectrum: what locates all eigenvalues, where that is always done."""
+    return inclusion_bytes(k) if k <= FULL_ORDER else 0
 
 
 Stages = Callable[[Unit, int, int, int], dict[str, int]]
@@ -883,7 +889,7 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
     eigenvalues, before LAPACK: the Hessenberg form, and a shard of it.
     eigenvectors holds the operator too, for what follows: its kernels and the values it was linearised at:
         + 3 * kernel_items * itemsize + 2 * column_bytes.
-    certify: after the matrices of the inverse iteration are gone.
+    certify: after the matrices of the inverse iteration are gone; small orders are located (`_located_bytes`).
     """
     k, matrix, a_shard = unit.k, unit.k**2 * itemsize, _shard_bytes(unit.k, shard, itemsize)
     operator = operator_bytes(unit.kernel_items, column_bytes, itemsize)
@@ -893,7 +899,7 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
         ),
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, matrix + a_shard),
         "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED_MOST, itemsize) + BLAS_BYTES + operator,
-        "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize),
+        "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize) + _located_bytes(unit.k),
     }
 
 
@@ -911,7 +917,7 @@ def _divide_stages(
     return {
         "divide": max(here * (divide_held_bytes(k, width, held) + BLAS_BYTES), sparse + _krylov_bytes(k)),
         "leaf": dense.to_hessenberg_bytes(leaf, 8) + 16 * width * leaf + BLAS_BYTES,
-        "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize),
+        "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize) + _located_bytes(unit.k),
     }
 
 

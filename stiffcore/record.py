@@ -169,6 +169,8 @@ class UnitRecord:
         ihi: likewise.
         moments: of the matrix.
         logarithmic_norm: of the matrix.
+        range_left: left of every real part in the matrix's numerical range; None at orders that are solved once more.
+        range_right: right of every one.
         how: the ends of the spectrum were found.
         converged: which of them.
         divided: how the matrix was divided, once it is.
@@ -194,6 +196,8 @@ class UnitRecord:
     ihi: Size | None = None
     moments: Moments | None = None
     logarithmic_norm: float | None = None
+    range_left: float | None = None
+    range_right: float | None = None
     how: str | None = None
     converged: Converged | None = None
     divided: Divided | None = None
@@ -292,7 +296,17 @@ _NAMES = {f.name for f in fields(UnitRecord)}
 # What is not written, beside what is None or empty.
 NOT_SAID: dict[str, Any] = {"values_kept": True}
 # Fields with numbers that may be infinite or nan, which strict JSON spells out.
-WITH_FLOATS = {"moments", "logarithmic_norm", "divided", "division", "ends", "certificate", "metrics"}
+WITH_FLOATS = {
+    "moments",
+    "logarithmic_norm",
+    "range_left",
+    "range_right",
+    "divided",
+    "division",
+    "ends",
+    "certificate",
+    "metrics",
+}
 
 
 def _as_stored(options: Any) -> Study:
@@ -318,6 +332,7 @@ class Header:
         versions: of the libraries that can change a digit, when the run began.
         threads: of each unit's arithmetic.
         units: the keys of all units.
+        left_out: of `--blocks all`, see `Survey`; runs of earlier versions do not say it.
     """
 
     version: str
@@ -328,6 +343,7 @@ class Header:
     versions: dict[str, str] = field(default_factory=dict)
     threads: AtLeastOne = 1
     units: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, with the format."""

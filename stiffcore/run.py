@@ -14,7 +14,7 @@ from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.record import Stage, UnitRecord
 from stiffcore.spectra import Certificate, Count, Spectrum
 from stiffcore.store import IMAGES, RunStore, StoreError, stored_spectrum
-from stiffcore.study import Kind, Solver, Study, parse_bytes, unit_key
+from stiffcore.study import FAILED, Kind, Solver, Study, parse_bytes, unit_key
 from stiffcore.text import encodable
 from stiffcore.trust import trusted_network
 
@@ -350,7 +350,7 @@ def _certificate_row(certificate: Certificate) -> tuple[float, ...]:
 def state_of(record: UnitRecord) -> str:
     """A unit's state: `done`, `not certified`, `stored` (matrix), `failed`, `under way`, `planned` or `no spectrum`."""
     if not record.plan.works:
-        return "no spectrum"
+        return "failed" if record.unit.route == FAILED else "no spectrum"
     if record.stage is Stage.DONE and record.plan.solver is Solver.MATRIX_ONLY:
         return "stored"
     if record.stage is Stage.DONE:

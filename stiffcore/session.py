@@ -1,6 +1,5 @@
 """A session of a run: it is begun or continued, planned for this machine, and carried out under its budget."""
 
-import errno
 import json
 import os
 import time
@@ -8,7 +7,8 @@ import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,16 @@ from threadpoolctl import threadpool_limits
 
 from stiffcore.cluster import DEATHS, ConnectionLostError, Executor, Worker, WorkerDiedError, spread
 from stiffcore.eigen.panels import one_by_one
-from stiffcore.errors import BusyError, DamagedError, DeviceFullError, InputError, NoRunError, StiffcoreError
+from stiffcore.errors import (
+    BusyError,
+    DamagedError,
+    DeviceFullError,
+    InputError,
+    NoRunError,
+    StiffcoreError,
+    refuse,
+    writing_store,
+)
 from stiffcore.memory import PeakMeter, default_allowed_bytes, release_free_memory, tree_bytes
 from stiffcore.plan import Machine, Plan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Header, Restarted, Stage, UnitPlan, UnitRecord
@@ -31,11 +40,13 @@ from stiffcore.store import (
     SCRATCH,
     RunStore,
     images_chunk_bytes,
+    lease,
     same_images,
     stored_spectrum,
     write_images,
 )
 from stiffcore.study import (
+    FAILED,
     Device,
     Keep,
     Solver,
@@ -83,6 +94,7 @@ class Prepared:
             these are written again.
         unreadable: what is wrong with the arrays of units that were done, by key; these are computed again.
         images: `Images`, where they are in memory.
+        left_out: see `Survey`.
     """
 
     study: Study
@@ -92,6 +104,7 @@ class Prepared:
     damaged: Mapping[str, str]
     unreadable: Mapping[str, str]
     images: Any = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(
@@ -125,6 +138,8 @@ def prepare(
     store = _existing(url)
     header = store.header if store else None
     units, damaged = _trusted(store) if store else ({}, {})
+    # what could not be had is looked at again: the block, or what it needs, may have changed
+    damaged = {key: r.unit.reason for key, r in units.items() if r.unit.route == FAILED} | damaged
     given = {name: value for name, value in options.items() if value is not None}
     begun = header.study if header else None
     study = without_downloads(begun, trust=trust).with_options(given) if begun else Study.ask(given)
@@ -140,6 +155,7 @@ def prepare(
             _check_same(asdict(header.identity), asdict(found.identity), url)
         study = found.study
         facts = list(found.units)
+        _refuse_all_failed(found)
     else:
         facts = [record.unit for record in units.values()]
     chunk_bytes = images_chunk_bytes(store) if store and header and IMAGES not in damaged else 0
@@ -157,7 +173,15 @@ def prepare(
     plan = make_plan(pending, study, machine, workers=most, recorded=recorded, inputs_bytes=inputs)
     if any(p.works for p in plan.units):
         check_code(study, trusted, url)
-    return Prepared(study, plan, machine, found, damaged, unreadable, images)
+    left_out = found.left_out if found else header.left_out if header else {}
+    return Prepared(study, plan, machine, found, damaged, unreadable, images, left_out)
+
+
+def _refuse_all_failed(found: Survey) -> None:
+    """Refuse a study none of whose blocks can be had, before anything is written."""
+    reasons = {unit.block: unit.reason for unit in found.units if unit.route == FAILED}
+    if all(unit.route == FAILED for unit in found.units):
+        refuse(reasons.values(), "no block can be analysed:")
 
 
 def _with_image(unit: Unit, chunk_bytes: int) -> Unit:
@@ -175,19 +199,24 @@ def _counted(plan: UnitPlan, unit: Unit) -> UnitPlan:
     return replace(plan, stages={**stages, "open": stages["open"] + more})
 
 
-def check_free(url: str) -> None:
+def check_free(url: str, tell: Callable[[str], None] = lambda text: None) -> None:
     """Say at once where another process works on the run, before anything is loaded.
 
     A damaged header is written again from its copy.
 
+    Args:
+        url: of the run, which may exist.
+        tell: told what is waited for, where the session before this one ended without a word.
+
     Raises:
         BusyError: where one does.
     """
-    RunStore.restore(url)
-    store = _existing(url)
-    if store:
-        with store.hold():
-            pass
+    with nullcontext() if "://" in url else writing_store():  # what is wrong on the wire says so itself
+        RunStore.restore(url)
+        store = _existing(url)
+        if store:
+            with store.hold(tell=tell):
+                pass
 
 
 def _existing(url: str) -> RunStore | None:
@@ -354,8 +383,14 @@ def carry_out_plan(
         StiffcoreError: where the store cannot be written.
     """
     check_budget(prepared.plan)
-    store = RunStore(url, create=True)
-    with store.hold() as token, PeakMeter() as meter:
+    with writing_store():
+        return _carry_out_plan(RunStore(url, create=True), prepared, executor, on_event, module)
+
+
+def _carry_out_plan(
+    store: RunStore, prepared: Prepared, executor: Executor, on_event: OnEvent, module: Any
+) -> tuple[Run, Outcome]:
+    with store.hold(leased=executor.separate) as token, PeakMeter() as meter:
         start = time.perf_counter()
         store.sweep()
         there = {plan.unit.key: store.stored_bytes(plan.unit.key) for plan in prepared.plan.units}
@@ -366,13 +401,12 @@ def carry_out_plan(
         try:
             _write_beginning(store, prepared, executor, token)
             executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
-            failed = _work(store, prepared, executor, on_event, module, token)
-        except BaseException as error:
+            missed = {p.unit.key: p.why for p in prepared.plan.units if p.unit.route == FAILED}
+            failed = missed | _work(store, prepared, executor, on_event, module, token)
+        except BaseException:
             executor.stop()  # while the run is held: nobody else may begin as long as a worker of ours writes
-            if isinstance(error, OSError):
-                raise _unwritable(error) from error
             raise
-        run = Run(RunStore(url))
+        run = Run(RunStore(store.url))
         done = sum(state_of(r) in DONE for r in run.records().values())
         return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
 
@@ -407,6 +441,7 @@ def _write_beginning(store: RunStore, prepared: Prepared, executor: Executor, to
         identity=found.identity,
         description=found.description,
         source=found.source,
+        left_out=dict(found.left_out),
         versions=versions(),
         threads=prepared.plan.threads,
         units=tuple(plan.unit.key for plan in prepared.plan.units),
@@ -483,7 +518,7 @@ def _work(
                 if records[key].failure:
                     store.update(key, failure=None)
                 gpu = plan.device_bytes > 0
-                unit = (where, key, threads, module, prepared.study.network, token)
+                unit = (where, key, threads, module, prepared.study.network, (token, executor.separate))
                 running[executor.submit(_carry_out, *unit, gpu=gpu)] = plan
         # a time-out, so that signals are seen while a long solve goes on
         finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -566,27 +601,23 @@ def _settle(store: RunStore, key: str, record: UnitRecord, study: Study, *, agai
         store.drop(key, *SCRATCH)
 
 
-def _carry_out(url: str, key: str, threads: int, module: Any, network: str, token: str, emit: OnEvent) -> str:
+def _carry_out(
+    url: str, key: str, threads: int, module: Any, network: str, held: tuple[str, bool], emit: OnEvent
+) -> str:
     from stiffcore.unit import carry_out, open_operator
 
     store = RunStore(url)
-    check, opener = partial(store.check_held, token), partial(open_operator, module=module, trusted=network)
+    check, opener = partial(store.check_held, held[0]), partial(open_operator, module=module, trusted=network)
     plan = store.record(key).plan
     each = spread(threads, check, gpu=plan.device_bytes > 0) if plan.spread > 1 else one_by_one
-    return carry_out(url, key, threads=threads, emit=emit, opener=opener, check=check, each=each)
+    common: dict[str, Any] = {"threads": threads, "emit": emit, "opener": opener, "check": check, "each": each}
+    return carry_out(url, key, **common, held=lease(url, *held))
 
 
 def _failure(error: BaseException) -> str:
     """Why a unit failed; raises where the whole session ends with it."""
-    if isinstance(error, (ConnectionLostError, BusyError)):
+    if isinstance(error, (ConnectionLostError, BusyError, OSError)):
         raise error
-    if isinstance(error, OSError):
-        raise _unwritable(error) from error
     if isinstance(error, (StiffcoreError, MemoryError)):
         return str(error) or type(error).__name__
     return f"{type(error).__name__}: {error}"
-
-
-def _unwritable(error: OSError) -> StiffcoreError:
-    room = "free some space, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return StiffcoreError(f"the store cannot be written: {error}; {room}run again to continue")

@@ -162,7 +162,8 @@ class Certificate:
         s_error: error estimate of S; inf where min Re is within its error of zero.
         s_active_error: error estimate of S_active.
         near_axis: of how many computed eigenvalues the sign of the real part is not known: `negative` is open by that.
-        axis_error: none of these has a larger |Re|; 0 where there are none.
+        axis_error: none of these has a larger |Re|; 0 where there are none. At orders that are not located as a whole
+            (`stiffcore.eigen.inclusion`), the largest error among the certified ones that reaches the axis.
         failures: one line for each check that failed; empty where all passed.
         negative: how many of the k eigenvalues computed have a negative real part, at least and at most; None of other
             kinds, and of runs of an older version.
@@ -291,6 +292,8 @@ class Spectrum:
         share = self._metrics().get("negative", float("nan"))
         if np.isnan(share):
             return (0, self.k) if self.n else None
+        if self.ends is not None:
+            return round(share * self.n), round(share * self.n)  # proved, or it would be nan
         found, near = round(share * self.n), self.certificate.near_axis
         return max(0, found - near), min(self.n, found + near)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from importlib.metadata import version
 from os import PathLike
@@ -127,6 +127,8 @@ class Pool(StrEnum):
 
 
 IN_MEMORY = "in memory"
+# The route of a unit whose block cannot be had.
+FAILED = "failed"
 # Random tangents on which a reduction, or a matrix, is compared with the function itself.
 PROBES = 3
 MAX_NAME = 120
@@ -307,7 +309,8 @@ class Unit(BaseModel):
             most).
         ones: exact eigenvalues 1.
         zeros: exact eigenvalues 0.
-        route: which matrix is solved (`waist`, `active`, `full`); `none` where there is no spectrum.
+        route: which matrix is solved (`waist`, `active`, `full`); `none` where there is no spectrum; `FAILED` where the
+            block cannot be had (n and m are 0 where they are not known).
         reason: why, in one line.
         column_items: numbers alive at once while one column is computed.
         column_s: seconds a column took when tried.
@@ -395,6 +398,7 @@ class Survey:
             unknown). Their pixels stay where they are.
         pixel_bytes: of all images together.
         units: in order of image, block, function.
+        left_out: of `--blocks all`: the modules that may be residual blocks, or are, but cannot be had, and why.
     """
 
     study: Study
@@ -404,6 +408,7 @@ class Survey:
     images: dict[str, np.ndarray]
     pixel_bytes: int
     units: tuple[Unit, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def merged(parts: Sequence[Survey]) -> Survey:

@@ -13,10 +13,19 @@ from stiffcore.errors import InputError, refuse
 from stiffcore.jacobian.factors import Factors, open_factors
 from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual, reduce_jacobian
 from stiffcore.jacobian.slices import Slices, open_slices
-from stiffcore.networks.blocks import BlockCall, capture, choose_blocks, loss_and_prediction, residual_blocks
+from stiffcore.networks.blocks import (
+    PASSES,
+    BlockCall,
+    capture,
+    choose_blocks,
+    loss_and_prediction,
+    refuse_random,
+    residual_blocks,
+)
 from stiffcore.networks.images import Images, load_images, network_input
 from stiffcore.networks.zoo import Network, load_network, wrap_network
 from stiffcore.study import (
+    FAILED,
     IN_MEMORY,
     BlockFunction,
     Device,
@@ -56,8 +65,9 @@ def survey(
     """
     network, images = _open_both(study, module, images)
     settled = study.with_options({"normalize": study.normalize or network.normalize, "weights": network.weights})
-    found = residual_blocks(network.module, image_input(images.x[0], settled), is_residual)
-    blocks = choose_blocks(study.blocks, found, network.module)
+    left_out: dict[str, str] = {}
+    found = residual_blocks(network.module, image_input(images.x[0], settled), is_residual, left_out)
+    blocks = choose_blocks(study.blocks, found, network.module, left_out)
     made_of = {
         "network": network.name,
         "weights": network.weights_digest,
@@ -80,13 +90,15 @@ def survey(
         digest = image_digest(pixels)
         digests.append(digest)
         pixel_bytes += pixels.nbytes
-        calls, output = capture(network.module, x, blocks)
+        missed: dict[str, str] = {}
+        calls, output = capture(network.module, x, blocks, missed)
+        refuse_random(network.module, x, calls, passes=1 if j else PASSES)
         loss, prediction = loss_and_prediction(output, int(images.y[at]))
         predictions.append(prediction)
         losses.append(loss)
         for block, function, kind in product(blocks, study.functions, study.kinds):
             asked = {"image": digest, "block": block, "function": function, "kind": kind}
-            common = {
+            common: dict[str, Any] = {
                 "key": unit_key(i, block, function, kind),
                 "image": i,
                 "label": int(images.y[at]),
@@ -98,7 +110,10 @@ def survey(
                 "image_bytes": image_bytes(pixels.nbytes, pixels.size * x.element_size()),
                 "fingerprint": fingerprint(made_of | asked | {"versions": versions()}),
             }
-            units.append(_look(calls[block], function, study.reduce, common, seconds))
+            if block in missed:
+                units.append(Unit(**common, n=0, m=0, route=FAILED, reason=missed[block]))
+            else:
+                units.append(_look(calls[block], function, study.reduce, common, seconds))
     identity = Identity(
         **made_of,
         images=tuple(digests),
@@ -119,6 +134,7 @@ def survey(
         },
         pixel_bytes=pixel_bytes,
         units=tuple(units),
+        left_out={name: why for name, why in left_out.items() if name not in blocks},
     )
 
 
@@ -231,16 +247,21 @@ def _look(
     common: dict[str, Any],
     seconds: dict[tuple[str, BlockFunction], float],
 ) -> Unit:
-    """The facts of one unit; `seconds` a column took at the first image are those of the others."""
+    """The facts of one unit, or why it has none; `seconds` a column took at the first image are those of the others."""
     try:
         if common["kind"] is Kind.TENSOR_SLICES:
             return _slices_facts(open_slices(call.function, call.x, function, name=call.name), common)
         if common["kind"] is Kind.SINGULAR:
             return _factors_facts(open_factors(call.function, call.x, function, name=call.name), common)
         found = reduce_jacobian(call.function, call.x, function, reduce=reduce is Reduce.AUTO, name=call.name)
+        facts = unit_facts(found, common, seconds.get((call.name, function)))
     except NoSpectrumError as error:
         return Unit(**common, n=error.n, m=error.m, route="none", reason=str(error))
-    facts = unit_facts(found, common, seconds.get((call.name, function)))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a user's block raises is anything; the other blocks go on
+        reason = str(error) if isinstance(error, InputError) else f"block {call.name}: {type(error).__name__}: {error}"
+        return Unit(**common, n=call.x.numel(), m=0, route=FAILED, reason=reason)
     if facts.column_s:
         seconds[call.name, function] = facts.column_s
     return facts

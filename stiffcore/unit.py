@@ -24,13 +24,14 @@ from torch import nn
 from stiffcore.eigen import certificate, dense, device, divide, panels, singular
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.extremes import extremes
-from stiffcore.eigen.numerical_range import logarithmic_norm
+from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER, inclusion_bytes
+from stiffcore.eigen.numerical_range import logarithmic_norm, range_bounds
 from stiffcore.eigen.panels import Each
 from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
 from stiffcore.jacobian.factors import Factors
-from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction
+from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction, Route
 from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
@@ -52,6 +53,7 @@ from stiffcore.store import (
     DIVISION,
     HISTOGRAM,
     SCRATCH,
+    Lease,
     RunStore,
     StoredWorkspace,
     TiledMatrix,
@@ -237,6 +239,7 @@ def carry_out(
     opener: Opener = open_operator,
     check: Callable[[], None] = lambda: None,
     each: Each = panels.one_by_one,
+    held: Lease | None = None,
 ) -> str:
     """Bring one unit to `done`, from wherever its record says it is.
 
@@ -248,6 +251,7 @@ def carry_out(
         opener: makes the unit's operator.
         check: raises where the unit may no longer be written to; asked before every step.
         each: who works on the blocks of a matrix that is divided.
+        held: the right to write, asked for before every write; None: the caller holds the run.
 
     Returns:
         The key.
@@ -257,7 +261,7 @@ def carry_out(
         StiffcoreError: where it cannot be done; what is recorded stays.
     """
     with _threads(threads), threadpool_limits(threads):
-        run = UnitRun(RunStore(url), key, emit, opener, check, each)
+        run = UnitRun(RunStore(url, lease=held), key, emit, opener, check, each)
         _restart_if_foreign(run)
         if run.record.stage is not Stage.DONE and run.record.metrics:  # of an earlier solve
             run.store.drop(key, *HISTOGRAM)
@@ -602,7 +606,8 @@ def _reduce(run: UnitRun) -> dict[str, Any]:
         run.drop("reduction")  # its tensors are not needed until the certificate
     run.store.drop(run.key, "hessenberg", "tau", "scale")  # of a session that was killed, maybe in part
     a = _read_matrix(run)
-    moments, growth = certificate.matrix_moments(a), _growth(run, a)
+    moments = certificate.matrix_moments(a)
+    growth = _growth(run, a, moments.frobenius)
     release_free_memory()  # of reading: LAPACK's work would come on top
     h = dense.to_hessenberg(a)
     target = run.matrix("hessenberg")
@@ -629,7 +634,7 @@ def _divide(run: UnitRun) -> dict[str, Any]:
     with _division(run, Stage.BUILT) as space:
         moments = space.once("moments", lambda: arranged(space))
         whole = space.matrix("whole", k, k)
-        growth = space.once("growth", lambda: _growth(run, _product_operator(whole)))
+        growth = space.once("growth", lambda: _growth(run, _product_operator(whole), moments[2]))
         on_device: dict[str, Any] = {}
         if plan.device_bytes:
             on_device = {"device": run.device, "solve": partial(device.device_eigenvalues, device=run.device)}
@@ -666,20 +671,26 @@ def _has_room_for_operator(run: UnitRun) -> bool:
     return room and run.unit.k < SLOW_ORDER
 
 
-def _growth(run: UnitRun, a: np.ndarray | LinearOperator) -> dict[str, float]:
-    """The logarithmic 2-norm of M, from its sparse form where it has one."""
+def _growth(run: UnitRun, a: np.ndarray | LinearOperator, frobenius: float) -> dict[str, float]:
+    """The logarithmic 2-norm of M, and bounds of its numerical range, from its sparse form where it has one."""
+    matrix: csc_array | LinearOperator
     if run.plan.build != Build.COLUMNS:
         with _undoing(run, Stage.PLANNED, "matrix"):
-            sparse = run.matrix("matrix").read_sparse()
-        return {"logarithmic_norm": logarithmic_norm(sparse)}
-    if isinstance(a, LinearOperator):
-        return {"logarithmic_norm": logarithmic_norm(a)}
+            matrix = run.matrix("matrix").read_sparse()
+    elif isinstance(a, LinearOperator):
+        matrix = a
+    else:
 
-    def product(m: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda x: (m @ x.astype(a.dtype)).astype(np.float64)
+        def product(m: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+            return lambda x: (m @ x.astype(a.dtype)).astype(np.float64)
 
-    operator = LinearOperator(a.shape, product(a), rmatvec=product(a.T), dtype=np.dtype(np.float64))
-    return {"logarithmic_norm": logarithmic_norm(operator)}
+        matrix = LinearOperator(a.shape, product(a), rmatvec=product(a.T), dtype=np.dtype(np.float64))
+    found = {"logarithmic_norm": logarithmic_norm(matrix)}
+    if run.unit.k <= FULL_ORDER:
+        return found
+    split = run.unit.route == Route.WAIST and run.unit.function != BlockFunction.BRANCH  # only steps depend on it
+    left, right = range_bounds(matrix, -1.0 if split else 0.0, frobenius)
+    return found | {"range_left": left, "range_right": right}
 
 
 def _hessenberg(run: UnitRun) -> dense.Hessenberg:
@@ -704,7 +715,8 @@ def _solve(run: UnitRun) -> dict[str, Any]:
 
 def _solve_on_device(run: UnitRun) -> dict[str, Any]:
     a = _read_matrix(run)
-    moments, growth = certificate.matrix_moments(a), _growth(run, a)
+    moments = certificate.matrix_moments(a)
+    growth = _growth(run, a, moments.frobenius)
     values = device.device_eigenvalues(a, run.device)
     return _store_eigenvalues(run, values) | {"moments": moments, **growth}
 
@@ -793,7 +805,18 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         )
     else:
         values, chosen, some = _solved(run)
-        found = certificate.certify(run.reduction, values, chosen, some, moments, **division_checks(run.record))
+        left, right = run.record.range_left, run.record.range_right
+        between = None if left is None or right is None else (left, right)
+        found = certificate.certify(
+            run.reduction,
+            values,
+            chosen,
+            some,
+            moments,
+            matrix=_located_matrix(run, between),
+            real_parts=between,
+            **division_checks(run.record),
+        )
     run.store.put_array(
         where,
         "eigenvalues",
@@ -805,6 +828,19 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         exact_zeros=run.unit.zeros,
     )
     return {"ends": ends, "certificate": found, "shift": run.reduction.shift, "found": len(values)}
+
+
+def _located_matrix(run: UnitRun, real_parts: tuple[float, float] | None) -> np.ndarray | None:
+    """M, where all of its eigenvalues are to be located: of a small order, or where nothing cheaper gives the signs."""
+    k = run.unit.k
+    if k > FULL_ORDER:
+        fits = (
+            k <= MOST_ORDER
+            and (run.plan.stages or {}).get("certify", 0) + inclusion_bytes(k) <= run.plan.projected_bytes
+        )
+        if not fits or certificate.side_of_axis(run.reduction, real_parts) is not None:
+            return None
+    return _read_matrix(run) if k else None
 
 
 def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | None]:

@@ -1,5 +1,7 @@
 """A run whose store fails at any operation, by an error, a kill or a torn write, continues to the same bytes."""
 
+import ast
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -136,3 +138,218 @@ def test_a_store_that_fails_at_some_operation_loses_nothing(small):
 @pytest.mark.slow
 def test_a_store_that_fails_at_any_operation_loses_nothing(small):
     check(small, 1, 1)
+
+
+# The disk is full from its `at`-th write on: no file or folder can be made, and none grows; or no file may be longer
+# than `size`, which the kernel sees to, for libraries of C. Units are worked on in the command's process, so that their
+# writes count too.
+FULL = """
+import builtins, errno, io, os, resource, sys
+from contextlib import nullcontext
+sys.path.insert(0, {folder!r})
+import h5py, jinja2, matplotlib.figure, pyarrow
+import stiffcore.preload
+from stiffcore import cli
+from stiffcore.cluster import InProcess
+import stiffcore.verify
+import stiffcore.report.page
+
+count, limit = 0, 0
+opened, made, os_opened = io.open, os.mkdir, os.open
+
+def due():
+    global count
+    count += 1
+    if limit and count >= limit:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+class File:
+    def __init__(self, file):
+        self._file = file
+    def write(self, data):
+        due()
+        return self._file.write(data)
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+    def __enter__(self):
+        self._file.__enter__()
+        return self
+    def __exit__(self, *exc):
+        return self._file.__exit__(*exc)
+    def __iter__(self):
+        return iter(self._file)
+
+def ours(path):
+    return isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith({folder!r})
+
+def open_(file, mode="r", *args, **kwargs):
+    if not ours(file) or not set(mode) & set("wax+"):
+        return opened(file, mode, *args, **kwargs)
+    due()
+    return File(opened(file, mode, *args, **kwargs))
+
+def mkdir(path, *args, **kwargs):
+    if ours(path) and not os.path.exists(path):
+        due()
+    return made(path, *args, **kwargs)
+
+def os_open(path, flags, *args, **kwargs):
+    if ours(path) and flags & os.O_CREAT and not os.path.exists(path):
+        due()
+    return os_opened(path, flags, *args, **kwargs)
+
+def session(at, size, command):
+    global limit
+    sys.stdout.flush()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        said = opened(reader).read()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *said.rsplit("COUNT", 1)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    limit = at
+    if size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    cli.workers_at = lambda *args, **kwargs: nullcontext(InProcess(lambda event: None))
+    builtins.open = io.open = open_
+    os.mkdir, os.open = mkdir, os_open
+    sys.argv = ["stiffcore", *command]
+    code = 70
+    try:
+        cli.main()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    print("COUNT", count, flush=True)
+    os._exit(code or 0)
+
+for asked in {sessions!r}:
+    code, said, writes = session(*asked)
+    print(repr((code, int(writes), said)), flush=True)
+"""
+
+
+def on_a_full_disk(small, asked):
+    """Exit code, writes and output of commands; each with the write that fails, and how long a file may be."""
+    code = FULL.format(folder=str(small), sessions=asked)
+    program = [sys.executable, "-W", "ignore", "-c", code]
+    found = subprocess.run(program, cwd=small, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    return [ast.literal_eval(line) for line in found.stdout.splitlines()]
+
+
+def spread_over(writes, points):
+    return sorted({1 + i * (writes - 1) // max(1, points - 1) for i in range(points)})
+
+
+def said_once(code, said):
+    """Whether a command ended with exit code 1 and one clear line."""
+    last = said.strip().splitlines()[-1]
+    why = "No space left" in last or "File too large" in last or "errno = 27" in last
+    return code == 1 and last.startswith("error: ") and why and "Traceback" not in said
+
+
+RUN = ("--network", "smallnet:make", "--images", "six.npz", "--blocks", "4", "--count", "1")
+
+
+def check_run_on_a_full_disk(small, points):
+    [(code, writes, said)] = on_a_full_disk(small, [(0, 0, ("run", "whole", *RUN))])
+    assert code == 0, said
+    assert writes > 50
+    expected = spectra_bytes(small / "whole")
+    places = spread_over(writes, points or writes)
+    ends = on_a_full_disk(small, [(at, 0, ("run", f"full{at}", *RUN)) for at in places])
+    for at, (code, count, said) in zip(places, ends, strict=True):
+        # threads that make the same folder differ in how often they try
+        assert said_once(code, said) or (code == 0 and count < at), (at, code, said)
+    assert sum(code == 1 for code, _, _ in ends) >= len(ends) - 10
+    retried = on_a_full_disk(small, [(0, 0, ("run", f"full{at}", *RUN)) for at in places])
+    for at, (code, _, said) in zip(places, retried, strict=True):
+        assert code == 0, (at, said)
+        assert spectra_bytes(small / f"full{at}") == expected, at
+        assert verify(open_run(str(small / f"full{at}"))).findings == [], at
+        left = [p.name for p in (small / f"full{at}").rglob("*") if p.name.endswith(".partial")]
+        assert left == [], at
+
+
+# What else writes, where its last file comes to be, and whether in Python: outside of the run, or into it.
+WRITERS = {
+    "csv": (("export", "run", "--to", "out/m.csv"), "out/m.csv", True),
+    "parquet": (("export", "run", "--to", "out/m.parquet"), "out/m.parquet", False),
+    "h5": (("export", "run", "--to", "out/s.h5"), "out/s.h5", False),
+    "report": (("report", "run", "--to", "out/r.html", "--figures", "out/figures/of/it"), "out/r.html", True),
+    "picture": (("picture", "run", "--trust", "--block", "4", "--grid", "3"), "", True),
+}
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def check_writers_on_a_full_disk(small, name, points):
+    command, to, in_python = WRITERS[name]
+    (small / "out").mkdir()
+    [(code, _, said)] = on_a_full_disk(small, [(0, 0, ("run", "run", *RUN))])
+    assert code == 0, said
+    before = tree(small / "run"), tree(small / "out")
+    shutil.copytree(small / "run", small / "whole")
+    [(code, writes, said)] = on_a_full_disk(small, [(0, 0, command)])
+    assert code == 0, said
+    size = (small / to).stat().st_size if to else 0
+    assert writes > 1 or not in_python
+    # as it was before, and then without room
+    shutil.rmtree(small / "out")
+    shutil.rmtree(small / "run")
+    (small / "out").mkdir()
+    (small / "whole").rename(small / "run")
+    faults = [(at, 0) for at in spread_over(writes, points or writes)] if in_python else []
+    faults += [(0, longest) for longest in spread_over(size - 1, points or 20)] if size else []
+    for fault, (code, _, said) in zip(faults, on_a_full_disk(small, [(*f, command) for f in faults]), strict=True):
+        assert said_once(code, said), (fault, code, said)
+    assert (tree(small / "run"), tree(small / "out")) == before
+    [(code, _, said)] = on_a_full_disk(small, [(0, 0, command)])
+    assert code == 0, said
+
+
+def test_a_run_on_a_disk_that_fills_says_so_and_goes_on_when_there_is_room(small):
+    check_run_on_a_full_disk(small, 4)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_written_from_a_run_on_a_disk_that_fills_is_whole_or_not_there(small, name):
+    check_writers_on_a_full_disk(small, name, 2)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_disk_that_fills_at_any_write(small):
+    check_run_on_a_full_disk(small, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_written_from_a_run_on_a_disk_that_fills_at_any_write(small, name):
+    check_writers_on_a_full_disk(small, name, None)
+
+
+def test_an_output_that_takes_nothing_is_one_clear_error(small):
+    [(code, _, said)] = on_a_full_disk(small, [(0, 0, ("run", "run", *RUN))])
+    assert code == 0, said
+    program = [sys.executable, "-W", "ignore", "-c", "from stiffcore.cli import main; main()"]
+    for command in (("show", "run"), ("show", "run", "--json"), ("--help",)):
+        with open("/dev/full", "w") as full:
+            found = subprocess.run([*program, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert said_once(found.returncode, found.stderr), (command, found.stderr)
+        assert len(found.stderr.splitlines()) == 1
+    # who closes a pipe has what was wanted
+    quiet = subprocess.run(
+        f"{sys.executable} -W ignore -c 'from stiffcore.cli import main; main()' show run --json | head -c 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (quiet.stdout, quiet.stderr) == ("[", "")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # The way of the data; a module may import from its own line and those above it.
 STAGES = [
-    ["version", "errors", "text"],
+    ["version", "errors", "text", "ending"],
     ["memory", "metrics"],
     ["study", "spectra"],
     ["record"],

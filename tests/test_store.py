@@ -2,9 +2,12 @@
 
 import json
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import warnings
@@ -614,8 +617,8 @@ def test_holding_the_same_run_twice_in_one_process_is_refused(store):
 class TestHeartbeat:
     @pytest.fixture
     def url(self, store, monkeypatch):
-        monkeypatch.setattr(store_module.runs, "HEARTBEAT_S", 0.05)
-        monkeypatch.setattr(store_module.runs, "DEAD_AFTER_S", 0.5)
+        monkeypatch.setattr(store_module.lock, "HEARTBEAT_S", 0.05)
+        monkeypatch.setattr(store_module.lock, "DEAD_AFTER_S", 0.5)
         return f"file://{store.local}"
 
     def elsewhere(self, store, **fields):
@@ -625,14 +628,78 @@ class TestHeartbeat:
 
     def test_a_beating_holder_elsewhere_is_respected_and_a_silent_one_is_not(self, url):
         store = RunStore(url)
-        self.elsewhere(store)
-        assert store.holder()["host"] == "elsewhere"
-        with pytest.raises(BusyError, match="on elsewhere"), store.hold():
-            pass
+        stop = threading.Event()
+
+        def beat(skew):
+            while not stop.wait(0.05):
+                self.elsewhere(store, heartbeat=time.time() + skew)
+
+        for skew in (0, -3600, 3600):  # clocks of two machines need not agree
+            stop.clear()
+            beating = threading.Thread(target=beat, args=(skew,))
+            beating.start()
+            time.sleep(0.2)
+            with pytest.raises(BusyError, match="on elsewhere"), store.hold():
+                pass
+            stop.set()
+            beating.join()
         self.elsewhere(store, heartbeat=time.time() - 1)
         assert store.holder() is None
         with store.hold():
             pass
+
+    @pytest.mark.parametrize("first", ["", "file://"])
+    def test_a_path_and_its_url_exclude_each_other(self, url, store, first):
+        second = "file://" if not first else ""
+        one, other = (RunStore(scheme + str(store.local)) for scheme in (first, second))
+        with one.hold(), pytest.raises(BusyError), other.hold():
+            pass
+
+    def test_a_worker_writes_while_its_session_lives_and_not_after(self, url, store, monkeypatch):
+        monkeypatch.setattr(store_module.lock, "LEASE_S", 0.4)
+        with store.hold(leased=True) as token:
+            held = pickle.loads(pickle.dumps(store_module.lease(store.url, token, True)))
+            worker = RunStore(store.url, lease=held)
+            worker.put_array("images", "a", np.ones(3), ("d",))
+            time.sleep(0.6)  # a long call of LAPACK, in which the session is renewed
+            worker.put_array("images", "b", np.ones(3), ("d",))
+            # the session dies without a word: its record stays as it is
+            now = json.loads((store.local / "holder.json").read_text())
+            monkeypatch.setattr(store_module.lock, "HEARTBEAT_S", 60)
+            time.sleep(0.1)
+            (store.local / "holder.json").write_text(json.dumps(now))
+            time.sleep(0.6)
+            for act in (
+                lambda: worker.put_array("images", "c", np.ones(3), ("d",)),
+                lambda: worker.clear("images"),
+            ):
+                with pytest.raises(BusyError, match="silent"):
+                    act()
+            (store.local / "holder.json").write_text(json.dumps(now | {"token": "another"}))
+            with pytest.raises(BusyError, match="over"):
+                worker.put_array("images", "d", np.ones(3), ("d",))
+        assert sorted(p.name for p in (store.local / "images").iterdir() if p.is_dir()) == ["a", "b"]
+
+    def test_who_takes_a_run_over_waits_for_a_write_that_is_under_way(self, url, store, monkeypatch):
+        monkeypatch.setattr(store_module.lock, "DEAD_AFTER_S", 0.5)
+        self.elsewhere(store)
+        with store_module.lock._beside(store.local):
+            with pytest.raises(BusyError, match="still writing"), store.hold():
+                pass
+            assert store._read_json("holder.json")["host"] == "elsewhere"
+        with store.hold():
+            pass
+
+    def test_a_dead_session_whose_workers_live_elsewhere_is_waited_for(self, url, store):
+        told = []
+        self.elsewhere(store, host=socket.gethostname(), pid=2**22 + 1, leased=True)
+        began = time.monotonic()
+        with store.hold(tell=told.append):
+            assert time.monotonic() - began > 0.4
+        self.elsewhere(store, host=socket.gethostname(), pid=2**22 + 1, leased=False)
+        began = time.monotonic()
+        with store.hold():
+            assert time.monotonic() - began < 10
 
     def test_the_heart_beats(self, url):
         store = RunStore(url)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import psutil
 from threadpoolctl import threadpool_limits
 
 from stiffcore.eigen.panels import Each, Panels, Work, one_by_one
+from stiffcore.ending import terminal_signals_blocked
 from stiffcore.errors import InputError, StiffcoreError, refuse
 from stiffcore.memory import default_allowed_bytes, keep_freed_pages, own_bytes, release_free_memory
 from stiffcore.record import Event, event_from_json, event_to_json
@@ -528,6 +530,9 @@ def local_workers(on_event: Callable[[Event], None], *, dashboard: bool = False)
             get_mp_context().set_forkserver_preload(["stiffcore.cluster.local", "stiffcore.preload"])
         os.environ.update(ENVIRONMENT)
         try:
+            if forked:
+                with terminal_signals_blocked():
+                    forkserver.ensure_running()
             cluster = start(dashboard=dashboard)
         except RuntimeError as error:
             raise StiffcoreError(

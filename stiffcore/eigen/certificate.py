@@ -22,7 +22,7 @@ from stiffcore.eigen.sparse import host_matrix
 from stiffcore.jacobian.linearise import complex_product
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.metrics import stiffness_error
-from stiffcore.spectra import EACH_END, Certificate, Certified, Ends, Moments
+from stiffcore.spectra import Certificate, Certified, Ends, Moments
 
 PANEL = 32
 # Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
@@ -31,8 +31,6 @@ RESIDUAL_TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
 # eigenvalues of M + E with |E| a small multiple of eps F, so the sum misses by trace(E), at most sqrt(k) |E|. The sum
 # of |l| would not do as a measure: it can be tiny for a far from normal M.
 TRACE_TOLERANCE = {np.dtype("f8"): 1e-10, np.dtype("f4"): 1e-3}
-# Correct float32 solvers differ by this much of the norm at large n (published MAGMA tests).
-FLOAT32_SPREAD = 2e-5
 # What an end of the numerical range may be short of, relative to `_scale`: Lanczos approaches it from inside.
 RANGE_SLACK = 1e-6
 # Random vectors for the norm of an operator.
@@ -122,6 +120,7 @@ def certify(
     neglected: float = 0.0,
     right: int | None = None,
     matrix: np.ndarray | None = None,
+    real_parts: tuple[float, float] | None = None,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -136,7 +135,9 @@ def certify(
             rounding is.
         right: how many eigenvalues of J have a positive real part, where the solver counted them in another way, by a
             projector's trace. Values that may lie on either side, by their errors, may differ from that.
-        matrix: (k, k) M, where k is at most `stiffcore.eigen.inclusion.FULL_ORDER`; made again where it is not given.
+        matrix: (k, k) M, where the whole spectrum is to be located; where k is at most
+            `stiffcore.eigen.inclusion.FULL_ORDER`, it is made again where it is not given.
+        real_parts: bounds of those in the numerical range of M: at larger orders, what signs are certified by.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
@@ -151,7 +152,7 @@ def certify(
     if complete:
         trace_error = float(abs(complex(exactly.sum()) - moments.trace)) / norm
         square_error = float(abs(complex(((exactly / norm) ** 2).sum()) - moments.trace_square / norm / norm))
-    signs = _signs(reduction, values, certified, moments, located)
+    signs = _signs(reduction, values, certified, located, real_parts, complete)
     failures = _failures(
         reduction,
         values,
@@ -174,7 +175,7 @@ def certify(
         near_axis=signs.unsure,
         axis_error=signs.axis_error,
         failures=tuple(failures),
-        negative=signs.negative,
+        negative=signs.negative if complete else None,
         outside=_outside(reduction, located),
     )
 
@@ -187,12 +188,25 @@ def distance_of(reduction: Reduction) -> float:
 def _located(reduction: Reduction, values: np.ndarray, matrix: np.ndarray | None) -> Inclusion | None:
     """Where all eigenvalues of M are, where its order allows for that."""
     k = reduction.k
-    if not 0 < k <= FULL_ORDER or len(values) != k or not np.isfinite(values).all():
+    if not k or len(values) != k or not np.isfinite(values).all() or (matrix is None and k > FULL_ORDER):
         return None
     if matrix is None:
         starts = range(0, k, PANEL)
         matrix = np.hstack([reduction.columns(at, min(at + PANEL, k)).cpu().numpy() for at in starts])
     return inclusion(matrix.astype(np.float64), distance_of(reduction))
+
+
+def side_of_axis(reduction: Reduction, real_parts: tuple[float, float] | None) -> int | None:
+    """How many eigenvalues of M, shifted, are negative, where its numerical range is on one side: none or all.
+
+    Args:
+        reduction: what M is.
+        real_parts: bounds of those in its numerical range; None where unknown.
+    """
+    axis, allowed = -float(reduction.shift), distance_of(reduction)
+    if real_parts is not None and real_parts[0] - allowed > axis:
+        return 0
+    return reduction.k if real_parts is not None and real_parts[1] + allowed < axis else None
 
 
 @dataclass(frozen=True)
@@ -217,25 +231,26 @@ def _signs(
     reduction: Reduction,
     values: np.ndarray,
     certified: tuple[Certified, ...],
-    moments: Moments,
     located: Inclusion | None,
+    real_parts: tuple[float, float] | None,
+    complete: bool,
 ) -> _Signs:
-    real = np.asarray(values.real, float) + reduction.shift
+    real, k, axis = np.asarray(values.real, float) + reduction.shift, reduction.k, -float(reduction.shift)
+    if not k:
+        return _Signs((0, 0), 0.0)
     if located is not None:
-        low, high = located.counted(LeftOf(-float(reduction.shift)))
+        low, high = located.counted(LeftOf(axis))
         if low == high:
             return _Signs((low, high), 0.0)
         open_ones = [abs(x) for x, value in zip(real, values, strict=True) if located.error(complex(value)) >= abs(x)]
         return _Signs((low, high), float(max(open_ones, default=np.abs(real).max())))
-    # where no error reaches the axis, a defective eigenvalue far from it says nothing of those beside it
-    unsure = [c for c in certified if c.error >= abs(c.value.real)]
-    beside = unsure or sorted(certified, key=lambda c: abs(c.value.real))[:EACH_END]
-    axis_error = max((c.error for c in beside), default=0.0)
-    if reduction.jacobian.dtype.itemsize == 4:
-        axis_error = max(axis_error, FLOAT32_SPREAD * moments.frobenius)
-    near = int(np.count_nonzero(np.abs(real) <= axis_error))
-    low = int(np.count_nonzero(real < -axis_error))
-    return _Signs((low, low + near), axis_error)
+    side = side_of_axis(reduction, real_parts)
+    if side is not None:
+        return _Signs((side, side), 0.0)
+    axis_error = max((c.error for c in certified if c.error >= abs(c.value.real)), default=0.0)
+    if not complete:
+        return _Signs((0, int(np.count_nonzero(np.abs(real) <= axis_error))), axis_error)
+    return _Signs((0, k), axis_error)
 
 
 def _outside(reduction: Reduction, located: Inclusion | None) -> tuple[int, int] | None:

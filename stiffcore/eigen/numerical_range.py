@@ -32,6 +32,8 @@ from stiffcore.eigen.sparse import (
 
 # Lanczos steps for a support line: the line is then about 3 % of the width of W(A) outside of it.
 SUPPORT_STEPS = 100
+# Those for both ends, the second where the first leave open what a second may decide.
+BOUND_STEPS = (80, 240)
 # How far left of the computed end inertia is tried, relative to the norm: first near, then where Lanczos was off.
 _GAPS = (1e-6, 1e-3, 3e-2)
 
@@ -112,6 +114,30 @@ def range_ends(a: Any) -> tuple[float, float]:
         return math.inf, -math.inf
     h = _symmetric_part(a)
     return _extreme(h, "SA"), _extreme(h, "LA")
+
+
+def range_bounds(a: Any, line: float, size: float) -> tuple[float, float]:
+    """Bounds of the real parts in W(A), from Lanczos steps: computed, see `stiffcore.eigen.sparse`.
+
+    Args:
+        a: (k, k) real, sparse or dense, or a `LinearOperator` with a transpose; k over `DENSE_ORDER`.
+        line: where it matters: more steps are made only where they may tell on which side of it W(A) is.
+        size: the Frobenius norm of A, for the rounding of products.
+
+    Returns:
+        The left and the right bound.
+    """
+    h = _symmetric_part(a if isinstance(a, LinearOperator) else as_sparse(a))
+    k, low, high = h.shape[0], -math.inf, math.inf
+    for steps in BOUND_STEPS:
+        ritz = lanczos(lambda x: h @ x.ravel(), k, min(steps, k), np.dtype(float), np.random.default_rng(4))
+        error = lanczos_error(k, min(steps, k))
+        # either end may be missed by `error` times the true spread, which the Ritz values underestimate
+        beyond = error * float(ritz[-1] - ritz[0]) / (1 - 2 * error) + 10 * k * EPS * size
+        low, high = max(low, float(ritz[0]) - beyond), min(high, float(ritz[-1]) + beyond)
+        if low > line or high < line or ritz[0] <= line <= ritz[-1]:
+            break
+    return low, high
 
 
 def numerical_range(a: Any, angles: int = 72) -> tuple[Array, Array]:

@@ -73,7 +73,10 @@ def least_singular(shifted: Shifted, k: int, rng: np.random.Generator) -> float:
     most, lost = 0.0, 0.0  # of |R| so far, and of what the last solution is off by
     with np.errstate(all="ignore"):
         for i in range(SOLVES):
-            y = shifted.solve(x, adjoint=i % 2 == 1)
+            try:
+                y = shifted.solve(x, adjoint=i % 2 == 1)
+            except np.linalg.LinAlgError:  # exactly singular
+                return 0.0
             wrong = float(shifted.residual(x, y, adjoint=i % 2 == 1).max())
             size = float(np.linalg.norm(y, axis=0).max())
             if i == 0:
@@ -89,7 +92,7 @@ def least_singular(shifted: Shifted, k: int, rng: np.random.Generator) -> float:
     return (1 - 1e-6) / most
 
 
-def clear_boundary(t: Array, region: Region, distance: float, most: int = MOST_DISCS) -> bool:
+def clear_boundary(t: Array, region: Region, distance: float, most: int = MOST_DISCS) -> int:
     """Whether no T + F, |F| <= distance, has an eigenvalue on the boundary of a region, shown by discs.
 
     Args:
@@ -99,7 +102,7 @@ def clear_boundary(t: Array, region: Region, distance: float, most: int = MOST_D
         most: discs that are tried.
 
     Returns:
-        False where it has, or where too many discs would be needed.
+        How many singular values that took; 0 where it has, or where too many discs would be needed.
     """
     q, size = len(t), float(np.linalg.norm(t))
     eye, rng = np.eye(q), np.random.default_rng(3)
@@ -115,7 +118,7 @@ def clear_boundary(t: Array, region: Region, distance: float, most: int = MOST_D
     values = np.diagonal(t)
     nearest = values[np.argmin(region.distance(values))]
     if least(complex(around[np.argmin(np.abs(around - nearest))])) <= distance:
-        return False
+        return 0
     pieces, tried = [(0.0, length)], 0
     while pieces:
         start, stop = pieces.pop()
@@ -128,6 +131,6 @@ def clear_boundary(t: Array, region: Region, distance: float, most: int = MOST_D
         if value - half > distance:
             continue
         if value <= distance or tried >= most:
-            return False
+            return 0
         pieces += [(start, start + half), (start + half, stop)]
-    return True
+    return tried + 1

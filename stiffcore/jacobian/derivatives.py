@@ -22,6 +22,8 @@ from stiffcore.jacobian.rounding import BEYOND, length, noise_of, tangents, with
 # What forward and reverse products may differ by, in their size, whatever their noise: solving by factors that are
 # rounded is linear and has no noise, yet rounds otherwise for the transpose.
 ADJOINT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
+# What rounding leaves of linearity in plain autograd's products, even in half precision.
+LINEAR = 0.02
 # Steps of difference quotients, relative to the largest number of x (or 1); how many combinations of the numbers of the
 # result are compared; what the best step may miss by.
 STEPS = {torch.float64: (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7), torch.float32: (1e-1, 1e-2, 1e-3)}
@@ -81,6 +83,8 @@ def check_derivatives(jacobian: Linearisation) -> None:
         forward, reverse = jacobian.jvp(inside).double(), jacobian.vjp(outside).double()
     if not bool(torch.isfinite(forward).all() and torch.isfinite(reverse).all()):
         raise InputError(f"{jacobian.name}: its derivative at this input is not finite")
+    if jacobian.way is not Way.TRANSFORMS and not length(noise_of(reverse)) <= LINEAR * length(reverse):
+        raise InputError(f"{jacobian.name}: its reverse derivatives are not linear")
     a, b = outside.double() @ forward.T, reverse @ inside.double().T
     gap, noise = length((a - b).reshape(-1, 1)), length(noise_of(forward)) + length(noise_of(reverse))
     # the rounding of entries, of which a number a or b is a random sum

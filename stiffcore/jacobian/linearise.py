@@ -18,7 +18,7 @@ from stiffcore.jacobian.modules import Untouched
 Function = Callable[[Tensor], Tensor]
 # Rows at once where J is held, and what a record holds for one, in the numbers that are alive in forward mode.
 ROWS_AT_ONCE = 16
-RECORD_COPIES = 4
+RECORD_COPIES = 2
 
 
 class Way(StrEnum):

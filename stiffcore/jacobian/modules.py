@@ -19,10 +19,12 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.attributes = module, dict(vars(module))
         self.parameters, self.buffers = dict(module._parameters), dict(module._buffers)
+        self.children = dict(module._modules)
 
     def put_back(self) -> None:
         _put_back(self.module._parameters, self.parameters)
         _put_back(self.module._buffers, self.buffers)
+        _put_back(self.module._modules, self.children)
         _put_back(vars(self.module), self.attributes)
 
 
@@ -42,11 +44,18 @@ class Untouched:
     """
 
     def __init__(self, f: Callable[[Tensor], Any]) -> None:
-        self.f = getattr(f, "_torchdynamo_orig_callable", f)  # what `torch.compile` was given
+        written: Any = _modules_of(f).get("_orig_mod", f) if isinstance(f, nn.Module) else f
+        self.f: Callable[[Tensor], Any] = getattr(written, "_torchdynamo_orig_callable", written)
         self.modules = list({id(m): m for root in modules_of(f) for m in root.modules()}.values())
         self.replaces, self.outputs = False, 1
         self._lent: list[tuple[nn.Module, str]] | None = None  # known after the first call
         self._before: list[_State] | None = None
+        # what `torch.compile` and `Module.compile` made goes by its original
+        self._originals = [(m, name, child._orig_mod) for m, name, child in self._compiled_children()]
+
+    def _compiled_children(self) -> Iterator[tuple[nn.Module, str, Any]]:
+        for m in self.modules:
+            yield from ((m, name, child) for name, child in m._modules.items() if "_orig_mod" in _modules_of(child))
 
     def meet(self, x: Tensor) -> None:
         """Call it once, where it was not yet, so that what it changes is known."""
@@ -74,6 +83,9 @@ class Untouched:
             assert self._before is not None
             for state in self._before:  # what an earlier call has changed
                 state.put_back()
+                state.module._compiled_call_impl = None
+            for m, name, original in self._originals:
+                m._modules[name] = original
             if self._lent is None:
                 return self._first(self._first_call(x, self._before))
             self._lend(self._lent)
@@ -121,6 +133,10 @@ class Untouched:
 
 def _changed(now: Tensor | None, copy: Tensor, original: Tensor | None) -> bool:
     return now is not copy or original is None or copy._version > 0 or not torch.equal(copy, original)
+
+
+def _modules_of(module: nn.Module | None) -> dict[str, Any]:
+    return {} if module is None else module._modules
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -64,6 +64,10 @@ class NoSpectrumError(InputError):
         return type(self), (str(self), self.n, self.m)  # it crosses from a worker
 
 
+class UntracedError(InputError):
+    """The function cannot be traced, so that nothing is known of its parts."""
+
+
 class Route(StrEnum):
     """Which matrix is built."""
 
@@ -459,10 +463,14 @@ def open_function(
 
 
 def is_residual(f: Function, x: Tensor) -> bool:
-    """Whether the output of `f` is a sum of two things that depend on `x`, up to elementwise operations."""
-    graph, _ = _trace(Untouched(f), x)
+    """Whether the output of `f` is a sum of two things that depend on `x`, up to elementwise operations.
+
+    Raises:
+        UntracedError: where it cannot be told.
+    """
+    graph, untraced = _trace(Untouched(f), x)
     if graph is None:
-        return False
+        raise UntracedError(f"not traced ({untraced})")
     identity, others = graph.residual_sum(graph.activation_start(graph.output))
     return len(identity) + len(others) > 1
 

@@ -1,6 +1,8 @@
 """The report: one self-contained page, from the stored run alone."""
 
 import io
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from stiffcore.errors import InputError
+from stiffcore.errors import InputError, writing_file
+from stiffcore.exports import whole_file
 from stiffcore.metrics import spell, spell_share
 from stiffcore.report import figures
 from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations, labelled
@@ -40,6 +43,7 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
 
     Raises:
         InputError: where the page or a figure exists, or cannot be written.
+        StiffcoreError: where the disk is full or fails; nothing is left of what was written.
     """
     if to.suffix != ".html":
         raise InputError(f"--to {to}: the report is a page, give a name that ends in .html")
@@ -52,17 +56,30 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
     if figures_folder is not None and existing:
         raise InputError(f"--figures: {existing[0]} exists: give a new folder")
     page = render(run, rows, drawn)
-    try:
-        with to.open("x", encoding="utf-8") as file:
-            file.write(page)
+    with ExitStack() as stack:  # all of it, or nothing; the page comes to its place last
+        stack.enter_context(whole_file(to, f"--to {to}")).write_text(page, encoding="utf-8")
         if figures_folder is not None:
-            figures_folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_new_folder(figures_folder))
             for path in wanted:
-                drawn[path.stem][0].savefig(path, dpi=200)
-    except OSError as error:
-        raise InputError(f"--to {to}: {error}") from error
+                beside = stack.enter_context(whole_file(path, f"--figures {figures_folder}"))
+                drawn[path.stem][0].savefig(beside, dpi=200)
     more = f", {len(drawn)} figures in {figures_folder}" if figures_folder is not None else ""
     return f"report in {to}{more}"
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """A folder, made where it is not there, and gone again where what follows fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with writing_file(f"--figures {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # somebody else has put something into it
+                path.rmdir()
+        raise
 
 
 def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:

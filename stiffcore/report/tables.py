@@ -13,7 +13,7 @@ from stiffcore.plan import Plan, UnitPlan
 from stiffcore.record import UnitRecord
 from stiffcore.report.statistics import SIGNIFICANT, certified, correlations, labelled
 from stiffcore.run import DAMAGED, DONE, Run, state_of
-from stiffcore.study import Kind, Solver, counted, format_bytes
+from stiffcore.study import FAILED, Kind, Solver, counted, format_bytes
 
 
 def plan_table(plan: Plan) -> Table:
@@ -27,7 +27,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("solver")
     table.add_column("why", overflow="fold")
     for p in plan.units:
-        cells = [_block(p.unit.number, p.unit.block), str(p.unit.function), f"{p.unit.n:,}"]
+        n = "-" if p.unit.route == FAILED else f"{p.unit.n:,}"
+        cells = [_block(p.unit.number, p.unit.block), str(p.unit.function), n]
         if p.works:
             device = format_bytes(p.device_bytes) if p.device_bytes else "-"
             cells += [f"{p.unit.k:,}", format_bytes(p.projected_bytes), device, format_bytes(p.disk_bytes)]
@@ -35,13 +36,18 @@ def plan_table(plan: Plan) -> Table:
             cells += [str(p.solver), f"{p.why}; {p.unit.reason}"]
         else:
             cells += [f"{p.unit.k:,}" if p.refused else "-", *["-"] * 6]
-            cells += ["refused" if p.refused else "-", p.why]
+            cells += ["refused" if p.refused else "failed" if p.unit.route == FAILED else "-", p.why]
         table.add_row(*([str(p.unit.image)] if images else []), *cells)
     return table
 
 
-def plan_rows(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON values, all bytes in integers."""
+def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
+    """A sentence for each module that `--blocks all` leaves out, and why."""
+    return [f"left out of --blocks all: {why}" for why in left_out.values()]
+
+
+def plan_rows(plan: Plan, left_out: Mapping[str, str]) -> dict[str, Any]:
+    """The plan as JSON values, all bytes in integers, and what `--blocks all` leaves out."""
     return {
         "allowed_bytes": plan.allowed_bytes,
         "reserved_bytes": plan.reserved_bytes,
@@ -55,6 +61,7 @@ def plan_rows(plan: Plan) -> dict[str, Any]:
         "separate": plan.separate,
         "threads": plan.threads,
         "seconds": plan.seconds,
+        "left_out": dict(left_out),
         "units": [_plan_row(p) for p in plan.units],
     }
 
@@ -66,12 +73,14 @@ def _plan_row(p: UnitPlan) -> dict[str, Any]:
 def plan_summary(plan: Plan) -> str:
     """The run's totals in one sentence."""
     working, refused = [p for p in plan.units if p.works], len(plan.refused)
-    without = len(plan.units) - len(working) - refused
+    failed = sum(p.unit.route == FAILED for p in plan.units)
+    without = len(plan.units) - len(working) - refused - failed
     largest = max((p.projected_bytes for p in working), default=0)
     return (
         f"to compute: {counted(len(working), 'spectrum', 'spectra')}"
         + (f" ({counted(without, 'unit has', 'units have')} none)" if without else "")
         + (f"; refused: {counted(refused, 'unit', 'units')}, the budget is too small" if refused else "")
+        + (f"; {counted(failed, 'unit', 'units')} cannot be had" if failed else "")
         + f"; about {seconds(plan.seconds)} by rates measured now, {plan.workers} side by side; "
         f"memory{' of each worker' if plan.separate else ''}: {format_bytes(plan.allowed_bytes)} allowed, "
         f"{format_bytes(plan.reserved_bytes)} reserved, "
@@ -110,6 +119,7 @@ def status_rows(run: Run) -> dict[str, Any]:
         "run": run.store.url,
         "holder": run.store.holder(),
         "study": run.study.model_dump(mode="json"),
+        "left_out": run.header.left_out,
         "units": [
             *(
                 {"key": key, "state": state_of(r), "stage": str(r.stage), "note": _note(r)}
@@ -188,6 +198,7 @@ def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") ->
             table.add_row(*lead, *cells, verdict + (f": {row['note']}" if row["note"] else ""))
         else:
             n = f"{row['n']:,}" if row["n"] == row["m"] else f"{row['m']:,} x {row['n']:,}"
+            n = "-" if row["route"] == FAILED else n
             table.add_row(*lead, n, *["-"] * (len(columns) - 1), row["state"])
     return table
 

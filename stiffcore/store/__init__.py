@@ -20,6 +20,7 @@ attributes. What makes the run stands twice, in the root and in RUN/units/zarr.j
 import zarr
 
 from stiffcore.store.inputs import PIXELS, images_chunk_bytes, read_image, same_images, write_images
+from stiffcore.store.lock import Lease, lease
 from stiffcore.store.metadata import is_there
 from stiffcore.store.place import StoreError
 from stiffcore.store.runs import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
@@ -32,6 +33,7 @@ __all__ = [
     "IMAGES",
     "PIXELS",
     "SCRATCH",
+    "Lease",
     "RunStore",
     "StoreError",
     "StoredWorkspace",
@@ -39,6 +41,7 @@ __all__ = [
     "file_rows",
     "images_chunk_bytes",
     "is_there",
+    "lease",
     "read_image",
     "same_images",
     "stored_spectrum",

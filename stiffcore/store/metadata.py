@@ -33,7 +33,7 @@ BEGUN = {"stiffcore_begun": FORMAT}
 ROOT, COPY = "zarr.json", "units/zarr.json"
 GROUP_KEYS = {"attributes", "zarr_format", "node_type"}
 # What a run that was killed before it wrote anything may leave.
-_LEFT = re.compile(r"\.lock|holder\.json|(zarr|holder)\.[0-9a-f]{32}\.partial")
+_LEFT = re.compile(r"\.lock|\.writers|holder\.json|(zarr|holder)\.[0-9a-f]{32}\.partial")
 
 
 def json_buffer(value: Mapping[str, Any]) -> Buffer:

@@ -3,25 +3,20 @@
 import json
 import os
 import shutil
-import socket
-import threading
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import zarr
-from filelock import FileLock, Timeout
 from zarr.core.sync import sync
 
-from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
+from stiffcore.errors import DamagedError, InputError, NoRunError
 from stiffcore.metrics import NAMES
 from stiffcore.record import FORMAT, Header, UnitRecord
 from stiffcore.spectra import Spectrum
+from stiffcore.store.lock import Holder, Lease, LeasedStore
 from stiffcore.store.metadata import (
     BEGUN,
     COPY,
@@ -37,7 +32,6 @@ from stiffcore.store.metadata import (
     foreign,
     group_buffer,
     header_in,
-    json_buffer,
     metadata_digest,
     names_in,
     only_begun,
@@ -47,7 +41,7 @@ from stiffcore.store.metadata import (
     read_raw,
     torn,
 )
-from stiffcore.store.place import StoreError, check_path, open_folder
+from stiffcore.store.place import StoreError, open_folder
 from stiffcore.store.remote import open_store, open_url
 from stiffcore.store.tiles import TiledMatrix
 from stiffcore.study import Kind, unit_key
@@ -58,15 +52,11 @@ DIVISION = "division"
 SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors", DIVISION)
 # What a unit keeps of real parts where its spectrum is not kept.
 HISTOGRAM = ("histogram", "histogram_edges")
-HEARTBEAT_S = 15.0
-DEAD_AFTER_S = 60.0
 # The group of the inputs.
 IMAGES = "images"
-# Tokens of the runs that this process holds.
-_HELD: set[str] = set()
 
 
-class RunStore:
+class RunStore(Holder):
     """The hierarchy of one run."""
 
     @staticmethod
@@ -97,12 +87,13 @@ class RunStore:
         if foreign((p.name for p in folder.iterdir()), header):
             raise InputError(f"{url} exists and is not a run: give a new folder")
 
-    def __init__(self, url: str, *, create: bool = False) -> None:
+    def __init__(self, url: str, *, create: bool = False, lease: Lease | None = None) -> None:
         """Open a run.
 
         Args:
             url: a folder, or a URL that fsspec knows.
             create: make it where it does not exist; never touches one that does.
+            lease: asked before every write; None: whoever opens it holds it, or only reads.
 
         Raises:
             NoRunError: where there is no run.
@@ -122,6 +113,8 @@ class RunStore:
             elif not self.local.is_dir():
                 raise InputError(f"{self.url} is not a folder, so it is no run")
         self._store = open_store(self.url)
+        if lease is not None:
+            self._store = LeasedStore(self._store, lease)
         try:
             self.root = open_group(self._store)
         except FileNotFoundError:
@@ -476,124 +469,9 @@ class RunStore:
         folder = None if self.local is None else self.local / "units" / key
         return 0 if folder is None else sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
 
-    @contextmanager
-    def hold(self) -> Iterator[str]:
-        """Hold the run against other processes while the context lasts.
-
-        On a folder the lock is the operating system's, and ends with its process. On a URL it is a record with
-        a heartbeat, taken over where the heartbeat stopped.
-
-        Yields:
-            The session's token, see `check_held`.
-
-        Raises:
-            BusyError: where another process holds it; the message says who.
-        """
-        if self.local is not None:
-            check_path(self.local, ".lock", "file")
-            lock = FileLock(self.local / ".lock", timeout=0)
-            try:
-                lock.acquire()
-            except Timeout:
-                raise BusyError(self._who()) from None
-            me = _me()
-            try:
-                _HELD.add(me["token"])
-                self._write_json("holder.json", me)
-                self._refresh()
-                yield me["token"]
-            finally:
-                _HELD.discard(me["token"])
-                sync(self._store.delete("holder.json"))
-                lock.release()
-            return
-        yield from self._hold_by_heartbeat()
-
-    def _hold_by_heartbeat(self) -> Iterator[str]:
-        holder = self._read_json("holder.json")
-        if holder and not self._dead(holder):
-            raise BusyError(self._who())
-        me = _me()
-        if holder is not None:
-            sync(self._store.delete("holder.json"))
-        sync(self._store.set_if_not_exists("holder.json", json_buffer(me)))
-        # not every service can refuse to write over what is there, and two may have deleted a dead one's:
-        # of two that write at once, the later one is left, and the other sees it here
-        time.sleep(0.5)
-        if (self._read_json("holder.json") or {}).get("token") != me["token"]:
-            raise BusyError(self._who())
-        _HELD.add(me["token"])
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(HEARTBEAT_S):
-                try:
-                    if (self._read_json("holder.json") or me)["token"] != me["token"]:
-                        return  # this process slept too long and was taken for dead: the run is another's now
-                    self._write_json("holder.json", {**me, "heartbeat": time.time()})
-                except OSError:
-                    continue  # a network's hiccup; the next beat may come through in time
-
-        thread = threading.Thread(target=beat, daemon=True, name="stiffcore-heartbeat")
-        thread.start()
-        try:
-            self._refresh()
-            yield me["token"]
-        finally:
-            stop.set()
-            thread.join()
-            _HELD.discard(me["token"])
-            # what cannot be reached any more keeps the record of a holder that will be silent, or dead
-            with suppress(OSError):
-                if (self._read_json("holder.json") or me)["token"] == me["token"]:
-                    sync(self._store.delete("holder.json"))
-
     def _refresh(self) -> None:
         # who held the run before may have written a header since it was opened
         self.root, self._header = open_group(self._store), None
-
-    def _who(self) -> str:
-        holder = self._read_json("holder.json") or {}
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", time.time())))
-        return (
-            f"{self.url} is being worked on by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
-            f"since {since}: wait for it, or stop it; `stiffcore status {self.url}` shows how far it is"
-        )
-
-    def holder(self) -> dict[str, Any] | None:
-        """Who holds the run now, if a living process does."""
-        holder = self._read_json("holder.json")
-        return holder if holder and not self._dead(holder) else None
-
-    def check_held(self, token: str) -> None:
-        """Refuse to go on where the session with this token is over, so that a late worker spoils no other's work.
-
-        Raises:
-            BusyError: where nobody holds the run, or somebody else does.
-        """
-        if (self._read_json("holder.json") or {}).get("token") != token:
-            raise BusyError(f"the session that began this on {self.url} is over")
-
-    def _dead(self, holder: Mapping[str, Any]) -> bool:
-        # the holder of a folder does not beat: its lock is the operating system's
-        silent = self.local is None and time.time() - holder["heartbeat"] >= DEAD_AFTER_S
-        return silent or _dead_here(holder)
-
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        sync(self._store.set(name, json_buffer(value)))
-
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        """What a JSON file holds: None where it is not there, nothing where a killed writer left it half written."""
-        for attempt in range(3):
-            found = read_raw(self._store, name)
-            if found is None:
-                return None
-            try:
-                return _as_holder(parsed(found))
-            except ValueError:
-                # a URL's file may be seen half written
-                time.sleep(0.05 * (attempt + 1))
-        return {}
 
 
 def stored_spectrum(store: RunStore, key: str) -> Spectrum:
@@ -632,34 +510,3 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         given=record.metrics and {name: record.metrics.get(name, float("nan")) for name in NAMES},
         has_values=record.values_kept,
     )
-
-
-def _as_holder(found: dict[str, Any]) -> dict[str, Any]:
-    """Who holds a run, as read; nobody where it does not say so in the right types."""
-    numbers = (("pid", int, 2**31), ("since", (int, float), 2**33), ("heartbeat", (int, float), 2**33))
-    known = all(isinstance(found.get(name), kind) and 0 < found[name] < most for name, kind, most in numbers)
-    return found if known and all(isinstance(found.get(name), str) for name in ("token", "host")) else {}
-
-
-def _me() -> dict[str, Any]:
-    now = time.time()
-    return {
-        "token": uuid.uuid4().hex,
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": now,
-        "heartbeat": now,
-    }
-
-
-def _dead_here(holder: Mapping[str, Any]) -> bool:
-    if holder["host"] != socket.gethostname():
-        return False
-    if holder["pid"] == os.getpid():
-        return holder["token"] not in _HELD  # given up where it could not be deleted
-    try:
-        # a process started after the holder was written only has its number
-        process = psutil.Process(holder["pid"])
-        return process.create_time() > holder["since"] or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
