@@ -49,8 +49,8 @@ def changes(run: Path) -> Iterator[Change]:
             fields = json.loads(path.read_text())
             for at in _paths(fields):
                 for value in WRONG:
-                    yield Change(f"{name} {'.'.join(map(str, at))} = {str(value)[:20]!r}", _field(name, at, value))
-                yield Change(f"{name} {'.'.join(map(str, at))} gone", _field(name, at, KeyError))
+                    yield Change(f"{name} {'.'.join(map(str, at))} = {str(value)[:20]!r}", set_field(name, at, value))
+                yield Change(f"{name} {'.'.join(map(str, at))} gone", set_field(name, at, KeyError))
     for name in (".lock", "holder.json", "images/x/c", "evil.py", "units/evil"):
         if not (run / name).exists():
             yield from _as_another_sort(name, folder=False)
@@ -67,7 +67,9 @@ def _paths(value: Any, at: tuple = ()) -> Iterator[tuple]:
             yield from _paths(part, (*at, name))
 
 
-def _field(name: str, at: tuple, value: Any) -> Callable[[Path], None]:
+def set_field(name: str, at: tuple, value: Any) -> Callable[[Path], None]:
+    """What sets a field of a zarr.json, which `at` leads to, and seals it again; KeyError deletes it."""
+
     def make(run: Path) -> None:
         path = run / name
         fields = json.loads(path.read_text())
