@@ -25,7 +25,7 @@ from stiffcore.report import tables
 from stiffcore.report.statistics import FEWEST
 from stiffcore.report.terminal import Terminal
 from stiffcore.run import Run, open_run, state_of, status_summary
-from stiffcore.session import Prepared, carry_out_plan, check_free, prepare
+from stiffcore.session import Outcome, Prepared, carry_out_plan, check_free, prepare
 from stiffcore.store import IMAGES
 from stiffcore.study import Study, counted, format_bytes
 from stiffcore.version import __version__
@@ -229,7 +229,7 @@ def plan(
     """
     options = _options(locals())
     security = tls_security(tls_ca, tls_cert, tls_key)
-    with workers_at(scheduler, lambda event: None, security=security) as executor:
+    with workers_at(scheduler, lambda event: None, security=security, tell=_tell) as executor:
         look = partial(_looked, run, options, executor, workers, quiet=as_json, suppose=True)
         prepared = _with_trust(look, trust)
     if as_json:
@@ -417,6 +417,10 @@ def _say(console: Terminal, text: str, style: str | None = None) -> None:
     console.print(text, style=style, soft_wrap=True)
 
 
+def _tell(text: str) -> None:
+    _say(err, text)
+
+
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     renamed = {"function": "functions", "kind": "kinds"}
     options = {renamed.get(name, name): value for name, value in given.items()}
@@ -431,12 +435,12 @@ def _run(
     *,
     trust: bool = False,
 ) -> None:
-    check_free(url, lambda text: _say(err, text))
+    check_free(url, _tell)
     show = _Progress()
     continued = f"stopped; what is done is kept. To continue: stiffcore run {url}"
     with (
         at_end(show.bars.stop, continued),
-        workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event) as executor,
+        workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event, tell=_tell) as executor,
     ):
         if executor.dashboard:
             _say(out, f"dashboard: {executor.dashboard}")
@@ -452,7 +456,7 @@ def _run(
     _say(
         out,
         f"{spectra} in {url}; this session took {tables.seconds(outcome.wall_s)}, "
-        f"peak memory {format_bytes(outcome.peak_bytes)} of {allowed} allowed",
+        f"peak memory {_peaks(outcome)} of {allowed} allowed",
     )
     uncertain = [key for key, record in run.records().items() if state_of(record) == "not certified"]
     if uncertain:
@@ -460,6 +464,14 @@ def _run(
     if outcome.failed:
         lines = "\n".join(f"  - {key}: {why}" for key, why in outcome.failed.items())
         raise StiffcoreError(f"{len(outcome.failed)} units failed:\n{lines}\n`stiffcore run {url}` tries them again")
+
+
+def _peaks(outcome: Outcome) -> str:
+    if not outcome.worker_peak_bytes:
+        return format_bytes(outcome.peak_bytes)
+    return (
+        f"{format_bytes(outcome.peak_bytes)} here, and of the largest worker {format_bytes(outcome.worker_peak_bytes)}"
+    )
 
 
 # `show` lists every spectrum of a run of so many at most; `show --each` of any.
@@ -475,10 +487,10 @@ def _show(run: Run, *, each: bool = False) -> None:
     for kind, part in rows.groupby("kind", sort=False):
         if listed:
             out.print(tables.metrics_table(part, out.width, kind))
-        if images > 1:
-            out.print(tables.means_table(part))
-            if rows["label"].nunique() > 1:
-                out.print(tables.means_table(part, "label"))
+        for by in ("block", "label") if rows["label"].nunique() > 1 else ("block",):
+            means = tables.means_table(part, by)
+            if means.row_count > 0 and (listed or means.row_count <= LISTED):
+                out.print(means)
         if images >= FEWEST:
             for function in sorted(set(part["function"])):
                 out.print(tables.correlations_table(part, function))

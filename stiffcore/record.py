@@ -347,8 +347,9 @@ class Header:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, with the format."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "left_out" or self.left_out}
         return {
-            **{f.name: getattr(self, f.name) for f in fields(self)},
+            **said,
             "study": self.study.model_dump(mode="json"),
             "identity": spelled(asdict(self.identity)),
             "units": list(self.units),

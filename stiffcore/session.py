@@ -73,12 +73,14 @@ class Outcome:
         failed: reasons by unit.
         wall_s: seconds of this session.
         peak_bytes: most memory seen in the process tree, see `tree_bytes`.
+        worker_peak_bytes: most that a worker of a cluster that is not ours held; 0 without one.
     """
 
     done: int
     failed: dict[str, str]
     wall_s: float
     peak_bytes: int
+    worker_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -400,6 +402,7 @@ def _carry_out_plan(
             on_event(Restarted(key, note))
         try:
             _write_beginning(store, prepared, executor, token)
+            executor.pass_over(_sees, str(store.local or store.url), token)
             executor.scale(prepared.plan.workers, prepared.plan.data_bytes)
             missed = {p.unit.key: p.why for p in prepared.plan.units if p.unit.route == FAILED}
             failed = missed | _work(store, prepared, executor, on_event, module, token)
@@ -408,7 +411,7 @@ def _carry_out_plan(
             raise
         run = Run(RunStore(store.url))
         done = sum(state_of(r) in DONE for r in run.records().values())
-        return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes)
+        return run, Outcome(done, failed, time.perf_counter() - start, meter.peak_bytes, executor.peak_bytes)
 
 
 def _write_beginning(store: RunStore, prepared: Prepared, executor: Executor, token: str) -> None:
@@ -599,6 +602,11 @@ def _settle(store: RunStore, key: str, record: UnitRecord, study: Study, *, agai
     # matrices that were kept on request stay, whatever is asked of later units
     if spare and study.keep is not Keep.ALL and not record.kept:
         store.drop(key, *SCRATCH)
+
+
+def _sees(url: str, token: str) -> None:
+    """Whether this process has the run before it; a folder of that name on another disk is not the run."""
+    RunStore(url).check_held(token)
 
 
 def _carry_out(

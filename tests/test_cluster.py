@@ -4,11 +4,14 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from stiffcore.cluster import (
 )
 from stiffcore.eigen import divide
 from stiffcore.eigen.panels import SingularError, factor, one_by_one
+from stiffcore.errors import StiffcoreError
 from stiffcore.record import Stage
 from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
@@ -234,7 +238,7 @@ def test_a_worker_that_dies_hands_its_unit_to_another(small, cluster):
     assert abs(run.spectrum(block="layer1.0").values - expected).max() < 1e-12
 
 
-def test_a_scheduler_that_is_gone_ends_the_session_and_the_run_continues(small, cluster):
+def test_a_scheduler_that_is_gone_ends_the_session_and_the_run_continues(small, cluster, capfd, caplog):
     expected = execute(small / "whole", ONE)[0].spectrum(block="layer1.0").values
     cluster.worker()
     events = []
@@ -246,6 +250,8 @@ def test_a_scheduler_that_is_gone_ends_the_session_and_the_run_continues(small, 
 
     with pytest.raises(ConnectionLostError, match="run again to continue"):
         on(cluster, small / "run", ONE, kill)
+    assert "Traceback" not in capfd.readouterr().err
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
     run = stiffcore.open_run(str(small / "run"))
     assert run.store.holder() is None
     assert {state_of(r) for r in run.records().values()} <= {"under way", "done"}
@@ -454,6 +460,57 @@ def test_a_scheduler_that_cannot_be_had_is_refused(scheduler, says, monkeypatch)
     monkeypatch.setattr("stiffcore.cluster.CONNECT_S", 1)
     with pytest.raises(stiffcore.InputError, match=says), workers_at(scheduler, print):
         pass
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "a page"])
+def test_what_listens_but_is_no_scheduler_is_refused_in_time(says, monkeypatch):
+    monkeypatch.setattr("stiffcore.cluster.CONNECT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            with suppress(OSError):
+                while True:
+                    server.accept()[0].sendall(says)
+
+        threading.Thread(target=answer, daemon=True).start()
+        address, began = f"tcp://127.0.0.1:{server.getsockname()[1]}", time.monotonic()
+        with pytest.raises(stiffcore.InputError, match=r"cannot be reached|no scheduler"), workers_at(address, print):
+            pass
+        assert time.monotonic() - began < 15
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def _is_not(pid):
+    if os.getpid() == pid:
+        raise StiffcoreError("there is no run here")
+
+
+def test_workers_that_cannot_be_used_are_named_and_get_nothing(cluster, monkeypatch):
+    cluster.worker()
+    cluster.worker()
+    told = []
+    with workers_at(cluster.file, print, tell=told.append) as executor:
+        deadline = time.monotonic() + 60
+        while len(executor.workers()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        first, second = (worker.pid for worker in executor.workers())
+        executor.pass_over(_is_not, first)
+        assert len(told) == 1
+        assert "is not used: there is no run here" in told[0]
+        assert [worker.pid for worker in executor.workers()] == [second]
+        assert {executor.submit(_was_in).result() for _ in range(6)} == {second}
+        with pytest.raises(StiffcoreError, match="no worker of the cluster can be used"):
+            executor.pass_over(_is_not, second)
+    monkeypatch.setattr("stiffcore.cluster.__version__", "another")
+    with (
+        pytest.raises(StiffcoreError, match=r"it has stiffcore .* and here is another"),
+        workers_at(cluster.file, print),
+    ):
+        pass
+
+
+def _was_in(emit):
+    return os.getpid()
 
 
 def test_a_cluster_without_workers_is_refused(cluster, monkeypatch):

@@ -309,7 +309,7 @@ def test_resolvents_are_bounded_on_the_whole_boundary(region):
     found = residuals < 1e-10
     assert 20 < found.sum() < 150
     size = powers.norm_from_above(lambda x: a.T @ (a @ x), 300, rng)
-    inner = deflation._Inner.of(operator, space.schur_vectors(values, found), size)
+    inner = deflation.Inner.of(operator, space.schur_vectors(values, found), size)
     assert np.linalg.norm(a.toarray(), 2) <= inner.size
     q = inner.q
     t = q.T @ (a @ q)
@@ -317,14 +317,18 @@ def test_resolvents_are_bounded_on_the_whole_boundary(region):
     c = complement.T @ (a @ complement)
     left = np.linalg.norm(a @ q - q @ t, 2)
     assert left <= inner.residual <= 1e-8
-    centre, radius, _ = region.circle(np.linalg.eigvals(c), 1.0)
-    outer, power = inner._powers(operator, centre, radius, rng)
+    ellipse, rate = region.ellipse(np.linalg.eigvals(c), 1.0)
+    found = deflation._enclosed(operator, inner, ellipse, rate, 600, rng)
+    outer = found.decay.resolvent()
     length, point = region.boundary(3.0)
     for z in point(np.linspace(0, length, 40)):
-        assert 1 / scipy.linalg.svdvals(t - z * np.eye(len(t)))[-1] <= inner._resolvent(region)
+        assert 1 / scipy.linalg.svdvals(t - z * np.eye(len(t)))[-1] <= inner.resolvent(region)
         assert 1 / scipy.linalg.svdvals(c - z * np.eye(len(c)))[-1] <= outer
-    b = (c - centre * np.eye(len(c))) / radius
-    assert np.linalg.norm(np.linalg.matrix_power(b, power), 2) <= deflation.ENOUGH
+    before, now = 2 * np.eye(len(c)), c - ellipse.centre * np.eye(len(c))
+    b = now
+    for _ in range(found.decay.power - 1):
+        before, now = now, b @ now - ellipse.focal * before
+    assert np.linalg.norm(now, 2) / ellipse.radius**found.decay.power <= powers.ENOUGH
 
 
 @pytest.mark.parametrize("missed", [0, 1])

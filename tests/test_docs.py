@@ -18,7 +18,19 @@ from tests.test_house import STAGES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("index", "tutorial", "theory", "store", "architecture", "api", "extremes", "extremes-study", "study")
+PAGES = (
+    "index",
+    "tutorial",
+    "theory",
+    "trust",
+    "inputs",
+    "store",
+    "architecture",
+    "api",
+    "extremes",
+    "extremes-study",
+    "study",
+)
 PROGRAM = "from stiffcore.cli import main; main()"
 
 
@@ -177,3 +189,14 @@ def test_the_map_has_every_module_where_it_may_import():
     table = re.findall(r"^\| [a-z ]+ \| (.*?) \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)[1:]
     lines = [re.findall(r"`(\w+)/?`", line) for line in table]
     assert [name for line in lines for name in line] == [name for stage in STAGES for name in stage]
+
+
+def test_every_row_of_what_may_be_given_names_tests_that_exist():
+    rows = [line for line in (DOCS / "inputs.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith("| given |")]
+    assert len(rows) > 30
+    for row in rows:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert tests, row
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name

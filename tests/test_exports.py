@@ -35,6 +35,12 @@ def test_csv_and_parquet_hold_the_metrics_to_the_last_digit(run, small):
     assert_same(pd.read_csv(small / "m.csv", keep_default_na=False, na_values=["nan"]), rows)
     export(run, small / "m.parquet")
     assert_same(pd.read_parquet(small / "m.parquet"), rows)
+    for low, high in (("negative_low", "negative_high"), ("euler_stable_low", "euler_stable_high")):
+        known = rows[rows["function"] == "branch"]
+        assert len(known)
+        assert (known[low] <= known[high]).all()
+    assert (rows["negative_low"] <= rows["negative"]).all()
+    assert (rows["negative"] <= rows["negative_high"]).all()
 
 
 def test_hdf5_holds_spectra_and_metrics(run, small):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from typer.testing import CliRunner
@@ -489,3 +490,10 @@ def test_the_command_line_says_what_failed_and_what_was_left_out_and_does_not_ex
     assert "the budget is too small" in refused_all.stderr
     assert "refused" in refused_all.stdout
     assert "left out of --blocks all: block blocks.1" in refused_all.stdout
+
+
+def test_images_are_given_by_a_path_too(tmp_path):
+    (tmp_path / "images" / "grey").mkdir(parents=True)
+    Image.fromarray(np.full((4, 4), 100, np.uint8)).save(tmp_path / "images" / "grey" / "a.png")
+    found = stiffcore.analyze(Net(), tmp_path / "images", run=tmp_path / "run", blocks="block", memory="3GiB")
+    assert set(found.metrics()["state"]) == {"done"}

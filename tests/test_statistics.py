@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from stiffcore.report.statistics import benjamini_hochberg, correlations, holm, spread
+from stiffcore.metrics import spell_share
+from stiffcore.report.statistics import benjamini_hochberg, correlations, holm, mean_groups, spread
+from stiffcore.report.tables import correlations_table, mean_cells, means_table
 
 
 def study(images=40, blocks=("a", "b"), seed=0):
@@ -47,8 +49,36 @@ def test_means_are_over_certified_spectra_and_count_what_is_not_finite():
     assert (first["min"], first["median"], first["max"]) == (kept.min(), np.median(kept), kept.max())
     assert found.loc[("b", "S_active"), "values"] == 40
     by_label = spread(rows, ["label"], ["S_active"])
-    assert by_label["label"].tolist() == [0, 1, 2, 3]
+    assert by_label["label"].tolist() == [0, 1, 2, 3] * 2
     assert by_label["values"].sum() == 77
+    assert by_label["values"].max() == 10  # blocks are not pooled
+
+
+def test_the_mean_of_open_shares_is_an_interval():
+    rows = study().assign(negative=0.25, negative_low=0.25, negative_high=0.25, kind="matrix", function="block")
+    for name in ("zero", "abscissa", "min_re_active"):
+        rows[name] = 1.0
+    sure = spread(rows, ["number", "block"]).set_index(["block", "metric"]).loc[("a", "negative")]
+    assert (sure["mean_low"], sure["mean"], sure["mean_high"]) == (0.25, 0.25, 0.25)
+    assert mean_cells(rows)[1] == "25 (0)"
+    rows.loc[rows["image"] == 3, ["negative_low", "negative_high"]] = 0.0, 0.65
+    rows.loc[rows["image"] == 4, "certified"] = False
+    found = spread(rows, ["number", "block"]).set_index(["block", "metric"])
+    assert found.loc[("a", "negative"), "mean_low"] == pytest.approx(0.25 - 0.25 / 39)
+    assert found.loc[("a", "negative"), "mean_high"] == pytest.approx(0.25 + 0.4 / 39)
+    assert math.isnan(found.loc[("a", "S_active"), "mean_low"])
+    assert mean_cells(rows[rows["image"] == 3])[1] == "25 (0) [0 to 65]"
+
+
+def test_a_share_is_spelled_with_its_interval():
+    share = {"negative": 0.125, "negative_low": 0.125, "negative_high": 0.125}
+    assert spell_share(share, "negative") == "12.500"
+    assert spell_share(share | {"negative_high": 0.25}, "negative", 1) == "12.5 (12.5 to 25.0)"
+    assert (
+        spell_share({"negative": math.nan, "negative_low": 0.0, "negative_high": 0.5}, "negative", 0)
+        == "open (0 to 50)"
+    )
+    assert spell_share({"negative": math.nan}, "negative") == "open"
 
 
 def test_a_planted_correlation_is_found_and_a_constant_has_none():
@@ -69,10 +99,42 @@ def test_a_planted_correlation_is_found_and_a_constant_has_none():
     assert (found["pearson_holm"].dropna() >= found["pearson_p"].dropna()).all()
 
 
-def test_too_few_images_have_no_coefficient():
-    found = correlations(study(images=2))
-    assert found["pearson"].isna().all()
-    assert correlations(study()[:0]).empty
+@pytest.mark.parametrize("images", [0, 1, 2, 3, 19])
+def test_too_few_images_have_no_coefficient_and_no_star(images):
+    rows = study(images=40)[: 2 * images]
+    rows["S_active"] = rows["loss"]  # a perfect correlation, whose p is 0
+    found = correlations(rows)
+    assert found.empty or found[["pearson", "pearson_p", "pearson_holm", "spearman", "spearman_holm"]].isna().all(None)
+    rows = rows.assign(function="block", kind="matrix")
+    if images:
+        table = correlations_table(rows, "block")
+        assert {cell for column in table.columns[-2:] for cell in column.cells} == {"-"}
+
+
+def test_one_image_of_the_other_class_makes_no_correlation_with_accuracy():
+    rows = study(images=30)
+    rows["correct"] = (rows["image"] != 7).astype(float)
+    rows.loc[rows["image"] == 7, "S_active"] = 50.0
+    found = correlations(rows).set_index(["block", "metric", "outcome"])
+    assert math.isnan(found.loc[("a", "S_active", "correct"), "pearson"])
+    assert not math.isnan(found.loc[("a", "S_active", "loss"), "pearson"])
+
+
+def test_means_by_label_are_within_blocks_and_of_one_image_there_is_none():
+    rows = study(images=4).assign(function="block", kind="matrix")
+    for name in ("zero", "abscissa", "min_re_active"):
+        rows[name] = 1.0
+    assert mean_groups(rows, "label") == []  # each label has one image, though two blocks of it
+    assert means_table(rows, "label").row_count == 0
+    assert spread(rows, ["label"])[["mean", "std"]].isna().all(None)
+    assert len(mean_groups(rows, "block")) == 2
+    rows = study(images=5).assign(function="block", kind="matrix", zero=1.0, abscissa=1.0, min_re_active=1.0)
+    table = means_table(rows, "label")
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[:4] for row in cells[:2]] == [("1 a", "0", "block", "2"), ("1 a", "1", "block", "1")]
+    both = rows[(rows["block"] == "a") & (rows["label"] == 0)]["S_active"]
+    assert cells[0][4] == f"{both.mean():.5g} ({both.std():.2g})"
+    assert set(cells[1][4:]) == {"-"}
 
 
 def test_corrections_are_those_of_the_papers():

@@ -1,18 +1,22 @@
 """Who does the work: this process, or worker processes under Dask. The one place that imports dask."""
 
+import asyncio
+import json
+import logging
 import os
 import re
 import socket
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +26,9 @@ from threadpoolctl import threadpool_limits
 from stiffcore.eigen.panels import Each, Panels, Work, one_by_one
 from stiffcore.ending import terminal_signals_blocked
 from stiffcore.errors import InputError, StiffcoreError, refuse
-from stiffcore.memory import default_allowed_bytes, keep_freed_pages, own_bytes, release_free_memory
+from stiffcore.memory import default_allowed_bytes, keep_freed_pages, own_bytes, own_peak_bytes, release_free_memory
 from stiffcore.record import Event, event_from_json, event_to_json
+from stiffcore.version import __version__
 
 CONNECT_S = 10
 WORKERS_S = 30
@@ -56,10 +61,12 @@ class Executor(Protocol):
     Attributes:
         separate: whether the workers belong to a cluster that is not ours: other machines, each with its own memory.
         dashboard: address of the cluster's dashboard; empty where there is none.
+        peak_bytes: most memory that a worker of such a cluster was seen to hold.
     """
 
     separate: bool
     dashboard: str
+    peak_bytes: int
 
     def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
         """Start `function`, with `emit` added to its arguments; with `gpu` on a worker that has one."""
@@ -69,6 +76,9 @@ class Executor(Protocol):
 
     def workers(self) -> list["Worker"]:
         """The processes that do the work, this one not among them."""
+
+    def pass_over(self, able: Callable[..., Any], *args: Any) -> None:
+        """Give no unit to workers of other machines on which `able(*args)` raises, and say which and why."""
 
     def stop(self) -> None:
         """End what was submitted; our own workers at once, and wait until they are gone."""
@@ -100,6 +110,7 @@ class InProcess:
 
     separate = False
     dashboard = ""
+    peak_bytes = 0
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
         """Run here.
@@ -126,6 +137,9 @@ class InProcess:
         """None."""
         return []
 
+    def pass_over(self, able: Callable[..., Any], *args: Any) -> None:
+        """Nothing to do: there is this process."""
+
     def stop(self) -> None:
         """Nothing to do: what was submitted is over."""
 
@@ -138,15 +152,20 @@ class DaskWorkers:
     out one unit at a time, whatever its number of threads.
     """
 
-    def __init__(self, client: Any, on_event: Callable[[Event], None], *, separate: bool) -> None:
+    def __init__(
+        self, client: Any, on_event: Callable[[Event], None], *, separate: bool, tell: Callable[[str], None] = print
+    ) -> None:
         """Run on a cluster.
 
         Args:
             client: of distributed.
             on_event: told of every event, from another thread.
             separate: whether the cluster is not ours.
+            tell: told of workers that are not used.
         """
-        self._client = client
+        self._client, self._tell = client, tell
+        self._passed_over: set[str] = set()
+        self.peak_bytes = 0
         self.separate = separate
         self.dashboard = ""
         with suppress(KeyError):  # a scheduler may serve none
@@ -165,14 +184,23 @@ class DaskWorkers:
         parent = None if self.separate else os.getpid()
         resources = {"GPU": 1} if gpu and self.separate else None
         task = self._client.submit(
-            _with_events, self._topic, parent, function, args, pure=False, retries=0, resources=resources
+            _with_events,
+            *(self._topic, parent, frozenset(self._passed_over), function, args),
+            pure=False,
+            retries=0,
+            resources=resources,
+            workers=self._able(),
+            allow_other_workers=False,
         )
         self._tasks.add(task)
 
         def finish(finished: Any) -> None:
             self._tasks.discard(finished)
             try:
-                done.set_result(finished.result())
+                found, peak = finished.result()
+                if self.separate:
+                    self.peak_bytes = max(self.peak_bytes, peak)
+                done.set_result(found)
             except Exception as error:
                 done.set_exception(_readable(error))
             finished.release()
@@ -197,9 +225,30 @@ class DaskWorkers:
 
     def workers(self) -> list[Worker]:
         """The workers there are now, as each sees itself."""
-        found = self._client.run(_describe)
+        found = self._client.run(_describe, workers=self._able())
         gpus = self._client.run_on_scheduler(_with_gpu)
         return [Worker(**facts, gpu=address in gpus) for address, facts in found.items()]
+
+    def pass_over(self, able: Callable[..., Any], *args: Any) -> None:
+        """Give no unit to workers of another cluster on which `able(*args)` raises, and say which and why.
+
+        Raises:
+            StiffcoreError: where none is left.
+        """
+        if not self.separate:
+            return
+        found = self._client.run(able, *args, on_error="return", workers=self._able())
+        wrong = {address: error for address, error in found.items() if isinstance(error, BaseException)}
+        self._passed_over |= wrong.keys()
+        lines = [f"the worker at {address} is not used: {error}" for address, error in wrong.items()]
+        if wrong and len(wrong) == len(found):
+            raise StiffcoreError("no worker of the cluster can be used:\n" + "\n".join(f"  - {line}" for line in lines))
+        for line in lines:
+            self._tell(line)
+
+    def _able(self) -> list[str] | None:
+        """The workers that units may go to; None: all."""
+        return sorted(set(self._client.nthreads()) - self._passed_over) if self._passed_over else None
 
     def stop(self) -> None:
         """End our own workers at once, and wait until they are gone; elsewhere, tasks end with their next step."""
@@ -294,7 +343,7 @@ class Spread:
             lease = Variable(f"stiffcore-{uuid.uuid4().hex}", client)
             lease.set(beats)
             able = client.run_on_scheduler(_with_gpu) if self._gpu else client.nthreads()
-            free, waiting = sorted(able), list(left)
+            free, waiting = sorted(set(able) - _PASSED_OVER), list(left)
             try:
                 while running or (waiting and not (errors or died)):
                     while free and waiting and not (errors or died):
@@ -391,16 +440,24 @@ def _carry_out_block(work: Work, block: tuple[int, int], lease: str, threads: in
 _BUSY = threading.Lock()
 
 
-def _with_events(topic: str, parent: int | None, function: Callable[..., Any], args: tuple) -> Any:
+# Workers that blocks of the unit under way may not go to, by address.
+_PASSED_OVER: set[str] = set()
+
+
+def _with_events(
+    topic: str, parent: int | None, passed_over: frozenset[str], function: Callable[..., Any], args: tuple
+) -> Any:
     from distributed import get_worker
 
+    _PASSED_OVER.update(passed_over)
     if parent is None:
         keep_freed_pages()  # as stiffcore.preload does for our own workers
     else:
         _die_with(parent)
     worker = get_worker()
     with _BUSY:
-        return function(*args, emit=lambda event: worker.log_event(topic, event_to_json(event)))
+        found = function(*args, emit=lambda event: worker.log_event(topic, event_to_json(event)))
+    return found, own_peak_bytes()
 
 
 def _readable(error: Exception) -> Exception:
@@ -444,9 +501,93 @@ def tls_security(ca: str | None, cert: str | None, key: str | None) -> Any:
     return Security(require_encryption=True, tls_ca_file=ca, tls_client_cert=cert, tls_client_key=key)
 
 
+def _address(scheduler: str) -> str:
+    """Where a scheduler listens, from what `--scheduler` may be."""
+    if Path(scheduler).is_file():
+        try:
+            return str(json.loads(Path(scheduler).read_text())["address"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--scheduler {scheduler} is no scheduler file of Dask's: {error}") from error
+    if "://" not in scheduler and not re.fullmatch(r"[\w.-]+:\d+", scheduler):
+        raise InputError(f"--scheduler {scheduler}: neither an address, as tcp://host:8786, nor a scheduler file")
+    return scheduler
+
+
+async def _identity(address: str, security: Any) -> dict[str, Any]:
+    """What says of itself who listens there; Dask's client would wait for one that says nothing for ever."""
+    from distributed.comm import connect
+
+    comm = await connect(address, timeout=CONNECT_S, **security.get_connection_args("client"))
+    try:
+        await comm.write({"op": "identity", "reply": True})
+        return await asyncio.wait_for(comm.read(), CONNECT_S)
+    finally:
+        comm.abort()
+
+
+def _check_scheduler(scheduler: str, address: str, security: Any) -> None:
+    """Refuse what cannot be reached, says nothing, or is no scheduler.
+
+    Raises:
+        InputError: where it is so.
+    """
+    from distributed import Security
+
+    try:
+        found = asyncio.run(asyncio.wait_for(_identity(address, security or Security()), 3 * CONNECT_S))
+    except TypeError as error:  # of distributed, without a word to its user
+        raise InputError(f"--scheduler {scheduler} cannot be reached without --tls-ca and --tls-cert") from error
+    except TimeoutError as error:
+        raise InputError(f"--scheduler {scheduler} cannot be reached: no answer of a scheduler in time") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"--scheduler {scheduler} cannot be reached: {error}") from error
+    except MemoryError:  # the first bytes of another protocol, read as a length
+        found = None
+    if not isinstance(found, dict) or found.get("type") != "Scheduler":
+        raise InputError(f"--scheduler {scheduler}: what listens there is no scheduler of Dask's")
+
+
+# Run where stiffcore may not be installed, so that no function of it can be named: pickled by value.
+_SAME_VERSION = """
+def same_version(expected):
+    try:
+        from stiffcore.version import __version__
+    except ImportError as error:
+        raise RuntimeError(f"it has no stiffcore ({error})") from None
+    if __version__ != expected:
+        raise RuntimeError(f"it has stiffcore {__version__}, and here is {expected}")
+"""
+
+
+def _same_version() -> Callable[[str], None]:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(_SAME_VERSION, names)
+    return names["same_version"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Dask's words about connections that are lost, below the one line that says so."""
+    told = [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]  # some have levels
+    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio", *told)]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 @contextmanager
 def workers_at(
-    scheduler: str | None, on_event: Callable[[Event], None], *, security: Any = None, dashboard: bool = False
+    scheduler: str | None,
+    on_event: Callable[[Event], None],
+    *,
+    security: Any = None,
+    dashboard: bool = False,
+    tell: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2),
 ) -> Iterator[DaskWorkers]:
     """The workers of a Dask cluster, for the time of the context.
 
@@ -455,9 +596,11 @@ def workers_at(
         on_event: told of every event.
         security: `distributed.Security` that the scheduler wants; None: as Dask's configuration says.
         dashboard: whether our own scheduler is to serve Dask's pages.
+        tell: told of workers that are not used: those without stiffcore, or with another version.
 
     Raises:
         InputError: where it cannot be reached, or has no worker.
+        StiffcoreError: where it has none that can be used.
     """
     if scheduler is None:
         if security is not None:
@@ -465,17 +608,13 @@ def workers_at(
         with local_workers(on_event, dashboard=dashboard) as ours:
             yield ours
         return
-    import dask
     from distributed import Client
 
-    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
-    if "address" in where and "://" not in scheduler and not re.fullmatch(r"[\w.-]+:\d+", scheduler):
-        raise InputError(f"--scheduler {scheduler}: neither an address, as tcp://host:8786, nor a scheduler file")
-    with dask.config.set({"logging": {"distributed": "error"}}):
+    address = _address(scheduler)
+    _check_scheduler(scheduler, address, security)
+    with _quiet():
         try:
-            client = Client(**where, timeout=CONNECT_S, set_as_default=False, security=security)
-        except TypeError as error:  # of distributed, without a word to its user
-            raise InputError(f"--scheduler {scheduler} cannot be reached without --tls-ca and --tls-cert") from error
+            client = Client(address, timeout=CONNECT_S, set_as_default=False, security=security)
         except (OSError, TimeoutError, ValueError) as error:
             raise InputError(f"--scheduler {scheduler} cannot be reached: {error}") from error
         with client:
@@ -483,7 +622,9 @@ def workers_at(
                 client.wait_for_workers(1, timeout=WORKERS_S)
             except TimeoutError:
                 raise InputError(f"the cluster at {scheduler} has no worker: start some, then run again") from None
-            yield DaskWorkers(client, on_event, separate=True)
+            found = DaskWorkers(client, on_event, separate=True, tell=tell)
+            found.pass_over(_same_version(), __version__)
+            yield found
 
 
 @contextmanager
@@ -531,6 +672,7 @@ def local_workers(on_event: Callable[[Event], None], *, dashboard: bool = False)
         os.environ.update(ENVIRONMENT)
         try:
             if forked:
+                resource_tracker.ensure_running()  # it unblocks signals again
                 with terminal_signals_blocked():
                     forkserver.ensure_running()
             cluster = start(dashboard=dashboard)

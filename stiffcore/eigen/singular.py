@@ -37,8 +37,10 @@ from stiffcore.metrics import stiffness_error
 from stiffcore.spectra import Certificate, Certified
 
 Array = NDArray[np.float64]
-# What a square may be off by, in eps |J|^2: the sum of a Cholesky factorisation, two products and an eigensolver.
-SQUARE_ROUNDING = 16
+# What a value of an SVD may be off by, in eps |J|, or a square, in eps |J|^2, of a Cholesky factorisation, two products
+# and an eigensolver: so much, and so much more for each row (LAPACK's bounds grow with the order; 29 were seen of 16
+# rows). All of it is in float64; the rounding of J itself is measured.
+SOLVER_ROUNDING, SOLVER_ROUNDING_PER_ROW = 16, 4
 # What the rounding of U's and V's entries moves a square by, in eps |W|^2 |K|.
 ENTRY_ROUNDING = 4
 
@@ -86,10 +88,11 @@ def by_svd(factors: Factors, j: sp.csc_array) -> SingularValues:
     """
     exactly, power = _scaled(j)
     dense = np.asfortranarray(exactly.toarray())
+    dense_shape = exactly.shape
     del exactly
     squares = float(np.einsum("ij,ij->", dense, dense))
     values = np.sort(scipy.linalg.svdvals(dense, overwrite_a=True)) if dense.size else np.zeros(0)
-    errors = np.full(len(values), SQUARE_ROUNDING * _eps(factors) * values.max(initial=0))
+    errors = np.full(len(values), _solver_rounding(min(dense_shape)) * values.max(initial=0))
     missed = _relative(float((values**2).sum()), squares)
     return SingularValues(values, 0, factors.count - len(values), errors, missed, np.nan).times(power)
 
@@ -333,7 +336,7 @@ def _roots(
     found = np.sort(np.concatenate([found, np.zeros(missing)]))
     squares = np.maximum(shift + found, 0.0)
     near_zero, scale = most
-    rounding = _eps(factors) * (SQUARE_ROUNDING * squares.max(initial=0) + ENTRY_ROUNDING * scale)
+    rounding = _solver_rounding(len(found)) * squares.max(initial=0) + ENTRY_ROUNDING * _eps(factors) * scale
     off = np.full(len(squares), rounding + neglected)
     if near_zero:
         with np.errstate(divide="ignore"):
@@ -359,12 +362,13 @@ def certify(factors: Factors, found: SingularValues, difference: float) -> Certi
     if largest > 0:
         top = _largest(factors.jacobian, int(np.frexp(largest)[1]))
         certified.append(replace(top, error=top.error + factors.rounding))
-        if not abs(top.value.real - largest) <= RESIDUAL_TOLERANCE[dtype] * largest:
+        if not abs(top.value.real - largest) <= RESIDUAL_TOLERANCE[dtype] * largest + factors.rounding:
             failures.append(f"the largest is {largest:.9g}, but Lanczos finds {top.value.real:.9g}")
     for name, error in (("squares", found.sum_error), ("squares' squares", found.fourth_error)):
         if error > RESIDUAL_TOLERANCE[dtype]:
             failures.append(f"the sum of the {name} misses the matrix's by {error:.1e}")
-    if not difference <= RESIDUAL_TOLERANCE[dtype]:
+    # of J J^T r: J is applied twice
+    if not difference * largest <= RESIDUAL_TOLERANCE[dtype] * largest + 2 * factors.rounding:
         failures.append(f"the matrix differs from products of the function by {difference:.1e}")
     ends = {"max": largest, "min": min(float(found.values.min(initial=np.inf)), 1.0 if found.ones else np.inf)}
     error = float(found.errors.max(initial=0))
@@ -411,6 +415,10 @@ def _largest(jacobian: Linearisation, power: int) -> Certified:
     residual = float(np.ldexp(np.linalg.norm(forward(right[0]) - value[0] * left[:, 0]), power))
     top = float(np.ldexp(value[0], power))
     return Certified(complex(top), residual, 1.0, residual + torch.finfo(x.dtype).eps * top, True)
+
+
+def _solver_rounding(order: int) -> float:
+    return float(np.finfo(float).eps) * (SOLVER_ROUNDING + SOLVER_ROUNDING_PER_ROW * order)
 
 
 def _eps(factors: Factors) -> float:
