@@ -471,10 +471,10 @@ def _show(run: Run, *, each: bool = False) -> None:
     for kind, part in rows.groupby("kind", sort=False):
         if listed:
             out.print(tables.metrics_table(part, out.width, kind))
-        if images > 1:
-            out.print(tables.means_table(part))
-            if rows["label"].nunique() > 1:
-                out.print(tables.means_table(part, "label"))
+        for by in ("block", "label") if rows["label"].nunique() > 1 else ("block",):
+            means = tables.means_table(part, by)
+            if means.row_count > 0 and (listed or means.row_count <= LISTED):
+                out.print(means)
         if images >= FEWEST:
             for function in sorted(set(part["function"])):
                 out.print(tables.correlations_table(part, function))

@@ -152,12 +152,14 @@ def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None
 
 
 def heat(rows: pd.DataFrame, function: str) -> Figure | None:
-    """Means of the first of `metrics_of` by block and label; None where labels are unknown or there is only one."""
+    """Means of the first of `metrics_of` by block and label; None where there is one label, or one image of each."""
     chosen = certified(rows[(rows["function"] == function) & (rows["label"] >= 0)])
     if chosen["label"].nunique() < 2:
         return None
     metric = metrics_of(chosen)[0]
-    table = spread(chosen, ["number", "block", "label"], [metric])
+    table = spread(chosen, ["label"], [metric])
+    if table["mean"].isna().all():
+        return None
     names = [str(number) if number else block for number, block in zip(table["number"], table["block"], strict=True)]
     order = list(dict.fromkeys(names))
     grid = table.assign(name=names).pivot(index="name", columns="label", values="mean").loc[order]
