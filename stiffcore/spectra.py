@@ -96,6 +96,9 @@ class Ends:
             only for the eigenvalues.
         range_right: right end: the logarithmic norm of the matrix solved, shifted.
         note: how the ends were found.
+        left_lines: counts of the k left of lines near to the left end, at most one between eigenvalues that were found
+            and one beyond them all: what proves that none was missed. Empty where that is not proved.
+        right_lines: the same at the right end, counts of those right of the lines.
     """
 
     left_of_zero: Count
@@ -104,6 +107,8 @@ class Ends:
     range_left: float
     range_right: float
     note: str
+    left_lines: tuple[Count, ...] = ()
+    right_lines: tuple[Count, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, infinities as strings."""
@@ -113,6 +118,19 @@ class Ends:
     def from_json(cls, fields: dict[str, Any]) -> "Ends":
         """The inverse of `to_json`."""
         return read_as(cls, unspelled(fields))
+
+    def open_ends(self, unproved: tuple[str, ...]) -> list[tuple[str, str]]:
+        """The ends that are not proved, and how far out the numerical range is there.
+
+        Args:
+            unproved: of the certificate; of a run of an older version, which tried no proof, there are no lines.
+        """
+        ends = (("smallest", self.left_lines, self.range_left), ("largest", self.right_lines, self.range_right))
+        return [
+            (name, f"the numerical range reaches {reach:.6g}")
+            for name, lines, reach in ends
+            if name in unproved or not lines
+        ]
 
     @property
     def basis(self) -> str:
@@ -168,6 +186,8 @@ class Certificate:
         negative: how many of the k eigenvalues computed have a negative real part, at least and at most; None of other
             kinds, and of runs of an older version.
         outside: how many of them have |1 + l| > 1, at least and at most; None where not asked, or not known.
+        unproved: of a spectrum of which only the ends were computed, those (`smallest`, `largest`) that were found, but
+            without a proof that nothing lies further out: `error` and the errors of S reach to the numerical range.
     """
 
     certified: tuple[Certified, ...]
@@ -182,6 +202,7 @@ class Certificate:
     failures: tuple[str, ...]
     negative: tuple[int, int] | None = None
     outside: tuple[int, int] | None = None
+    unproved: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -348,7 +369,9 @@ class Spectrum:
             within = f"{certificate.near_axis} singular values are within their error of 0"
             return (within,) if certificate.near_axis else ()
         if self.ends is not None and self.ends.left_of_zero.count is None:
-            lines.append("how many have negative real part is open: needs the spectrum")
+            between = self.negative_between
+            low, high = (f"{100 * share:.4g}" for share in self._shares(between or (0, self.k)))
+            lines.append(f"how many have negative real part is open, {low} to {high} %: needs the spectrum")
         elif certificate.near_axis:
             without = ", and they are left out of the decay ratio" if self.metrics["decay_ratio"] > 0 else ""
             between = self.negative_between
@@ -356,6 +379,8 @@ class Spectrum:
             low, high = (f"{100 * share:.4g}" for share in self._shares(between))
             count = f"{certificate.near_axis:,} eigenvalue{'s' if certificate.near_axis > 1 else ''}"
             lines.append(f"the sign of {count} is open: {low} to {high} % are negative{without}")
+        for name, bounds in () if self.ends is None else self.ends.open_ends(certificate.unproved):
+            lines.append(f"the {name} real part is found, not proved: {bounds}")
         s = abs(self.metrics["S_active"])
         if not (certificate.s_active_error <= DOUBTFUL * s or np.isnan(s)):
             lines.append("S active is within its error")

@@ -23,6 +23,7 @@ from torch import nn
 
 from stiffcore.eigen import certificate, dense, device, divide, panels, singular
 from stiffcore.eigen.counting import ends_of
+from stiffcore.eigen.deflation import Enclosure
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER, inclusion_bytes
 from stiffcore.eigen.numerical_range import logarithmic_norm, range_bounds
@@ -129,6 +130,7 @@ class UnitRun:
         self.record = self.store.record(self.key)
         self.solver = self.record.plan.solver
         self.device = CUDA if self.record.plan.device_bytes else "cpu"
+        self.enclosures: tuple[Enclosure, ...] | None = None
 
     @property
     def plan(self) -> UnitPlan:
@@ -750,6 +752,7 @@ def _store_eigenvalues(run: UnitRun, values: np.ndarray) -> dict[str, Any]:
 
 def _find_ends(run: UnitRun) -> dict[str, Any]:
     found = extremes(run.sparse, memory_bytes=run.plan.factor_bytes)
+    run.enclosures = found.enclosures  # made again where the next stage is another session's
     where, moments = f"units/{run.key}", certificate.sparse_moments(run.sparse)
     for name, vectors in (("right", found.vectors.right), ("left", found.vectors.left)):
         run.store.put_array(where, f"{name}_vectors", vectors, ("row", "eigenvalue"))
@@ -779,6 +782,8 @@ def _count(run: UnitRun) -> dict[str, Any]:
         disc=run.unit.function == BlockFunction.BRANCH,
         memory_bytes=run.plan.factor_bytes,
         note=run.record.how or "",
+        rounding=certificate.distance_of(run.reduction),
+        enclosures=run.enclosures,
     )
     run.drop("sparse")
     return {"ends": ends}

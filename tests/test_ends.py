@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 
 import stiffcore
 from stiffcore import plan as planning
-from stiffcore.eigen.certificate import certify_ends, sparse_moments
+from stiffcore.eigen.certificate import certify_ends, distance_of, sparse_moments
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.device import DeviceMatrix
 from stiffcore.eigen.extremes import extremes
@@ -299,6 +299,76 @@ def test_a_missed_negative_eigenvalue_contradicts_the_proof():
     )
     missed = dataclasses.replace(found, values=found.values[kept], vectors=vectors)
     assert "proved to be negative" in certified(reduction, missed, moments, ends).failures[0]
+
+
+def test_an_end_is_proved_by_the_eigenvalues_certified_beyond_a_line_or_by_a_line_with_none():
+    a = np.diag(np.linspace(0.5, 2.5, 120)) + np.diag(np.full(119, 0.01), 1)
+    reduction, found, moments, ends = reduction_and_ends(a)
+    between, beyond = ends.left_lines
+    assert (between.count, beyond.count) == (int((a.diagonal() < between.threshold).sum()), 0)
+    exact = certified(reduction, found, moments, ends)
+    assert exact.unproved == ()
+    assert exact.s_error < 1e-9
+    lined = certified(reduction, found, moments, dataclasses.replace(ends, left_lines=(beyond,)))
+    assert lined.unproved == ()
+    assert 2.5 / 0.5**2 * (0.5 - beyond.threshold) <= lined.s_error * (1 + 1e-6)
+    bare = certified(reduction, found, moments, dataclasses.replace(ends, left_lines=()))
+    assert bare.unproved == ("smallest",)
+    assert bare.passed
+    assert bare.error >= 0.5 - ends.range_left
+    assert bare.s_error >= 2.5 / ends.range_left - 5 - 1e-6
+    assert bare.negative == (0, 0)  # proved all the same
+    more = dataclasses.replace(between, count=between.count + 1)
+    missed = certified(reduction, found, moments, dataclasses.replace(ends, left_lines=(more,)))
+    assert missed.unproved == ("smallest",)
+    fewer = dataclasses.replace(between, count=0)
+    wrong = certified(reduction, found, moments, dataclasses.replace(ends, left_lines=(fewer,)))
+    assert "found beyond" in wrong.failures[0]
+
+
+def test_where_the_count_is_open_the_share_is_between_what_is_certified():
+    a = np.diag(np.linspace(-0.5, 2.5, 120))
+    reduction, found, moments, ends = reduction_and_ends(a)
+    open_count = dataclasses.replace(ends.left_of_zero, count=None)
+    ends = dataclasses.replace(ends, left_of_zero=open_count)
+    low, high = certified(reduction, found, moments, ends).negative
+    assert 0 < low < int((a.diagonal() < 0).sum()) < high < 120
+
+
+def test_what_is_found_and_not_proved_says_so(small, monkeypatch):
+    monkeypatch.setattr("stiffcore.eigen.counting._lines", lambda *_: ())
+    run, outcome = execute(small / "run", OPTIONS | {"blocks": "1", "functions": "block", "solver": "extremes"})
+    assert outcome.failed == {}
+    for key in run.records():
+        found = run.stored(key)
+        assert found.certificate.unproved == ("largest", "smallest")
+        assert "the smallest real part is found, not proved: the numerical range reaches" in found.verdict
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_count_is_proved_of_a_rounded_matrix_where_the_exact_one_has_another(seed):
+    """x + s W2 relu(W1 x), whose products in float32 are off by more than the eigenvalue nearest to 0."""
+    g = np.random.default_rng(seed)
+    k, n = 110, 220
+    w1 = (g.standard_normal((k, n)) / n**0.5).astype(np.float32)
+    wanted = np.concatenate([-np.linspace(1.5, 3, 6), [-1.0], g.uniform(-0.6, 0.6, k - 7)])
+    x, inverse = np.linalg.qr(g.standard_normal((k, k)))[0], np.linalg.pinv(w1.astype(float))
+    free = (np.eye(n) - inverse @ w1) @ g.standard_normal((n, k)) * 3
+    w2 = (inverse @ (x @ np.diag(wanted) @ x.T) + free).astype(np.float32)
+    mu = np.linalg.eigvals(w1.astype(float) @ w2.astype(float))
+    scale = np.float32(-1 / mu[np.abs(mu + 1).argmin()].real)
+    for off in (-1, 0, 1):
+        s = np.float32(scale + off * np.spacing(scale))
+        true = int((1 + float(s) * mu.real < 0).sum())
+        first, second = torch.tensor(w1), torch.tensor(float(s) * w2)
+        reduction = reduce_jacobian(lambda z, a=first, b=second: z + b @ torch.relu(a @ z + 5), torch.zeros(n))
+        a = stiffcore.eigen.sparse.as_sparse(reduction.columns(0, reduction.k).numpy().astype(float))
+        found = extremes(a)
+        known, rounding = (found.values, found.vectors.right), distance_of(reduction)
+        ends = ends_of(a, 1, known, disc=False, memory_bytes=None, note="", rounding=rounding)
+        assert ends.left_of_zero.count in (None, true)
+        assert rounding > 1e-8
+        assert all(count.tolerated > rounding for count in (*ends.left_lines, *ends.right_lines))
 
 
 def test_ends_survive_json():

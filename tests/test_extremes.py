@@ -7,7 +7,10 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 
+from stiffcore.eigen import counting
 from stiffcore.eigen import extremes as module
+from stiffcore.eigen.counting import ends_of
+from stiffcore.eigen.deflation import enclosures_of
 from stiffcore.eigen.extremes import extremes, spectral_radius
 from stiffcore.eigen.numerical_range import logarithmic_norm
 from stiffcore.errors import InputError
@@ -202,3 +205,85 @@ def test_the_size_of_a_matrix_does_not_matter(power):
     assert np.allclose(scaled.values / scale, found.values, rtol=1e-9)
     for norm in (logarithmic_norm, spectral_radius):
         assert norm(scale * a) / scale == pytest.approx(norm(a), rel=1e-6)
+
+
+def skewed(n, size, rng):
+    g = rng.standard_normal((n, n)) / np.sqrt(n)
+    return size * (g - g.T) + np.diag(rng.uniform(0.5, 1, n))
+
+
+def sparsely_skewed(n, rng):
+    s = np.triu(10 * rng.standard_normal((n, n)) * (rng.random((n, n)) < 6 / n), 1)
+    return s - s.T + np.diag(rng.uniform(0.5, 1, n))
+
+
+def skew_convolution(n, rng):
+    return np.diag(np.full(n - 1, 5.0), 1) - np.diag(np.full(n - 1, 5.0), -1) + np.diag(rng.uniform(0.5, 1, n))
+
+
+def scaled_rotation(n, rng):
+    q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    return 1.5 * np.eye(n) + q * rng.uniform(0.9, 1, n)
+
+
+def oscillators(n, rng):
+    """Damped oscillators in another basis: pairs of real parts under 1 and imaginary parts of up to 50."""
+    w, d = rng.uniform(1, 50, n // 2), rng.uniform(0.01, 1, n // 2)
+    a = scipy.linalg.block_diag(*(np.array([[-x, y], [-y, -x]]) for x, y in zip(d, w, strict=True)))
+    q = np.linalg.qr(rng.standard_normal((len(a), len(a))))[0]
+    return q @ a @ q.T
+
+
+TALL = {
+    "skew 3": lambda n, rng: skewed(n, 3, rng),
+    "skew 100": lambda n, rng: skewed(n, 100, rng),
+    "sparse skew": sparsely_skewed,
+    "skew convolution": skew_convolution,
+    "scaled rotation": scaled_rotation,
+    "oscillators": oscillators,
+}
+
+
+@pytest.mark.parametrize("name", TALL)
+@pytest.mark.parametrize("n", [130, 280])
+def test_the_ends_of_a_tall_spectrum_are_the_true_ones_and_proved(name, n):
+    """Two starts of Arnoldi agree on eigenvalues of large imaginary part, and others lie further out."""
+    a = TALL[name](n, np.random.default_rng(n))
+    found, true = extremes(a), dense_eigenvalues(a)
+    ends = ends_of(a, 0, (found.values, found.vectors.right), disc=False, memory_bytes=None, note="")
+    scale = np.abs(true).max()
+    for sign, lines in ((-1, ends.left_lines), (1, ends.right_lines)):
+        assert lines
+        assert (sign * found.values.real).max() == pytest.approx((sign * true.real).max(), abs=1e-10 * scale)
+        for count in lines:
+            assert count.count == (sign * true.real > sign * count.threshold).sum()
+            assert count.count == (sign * found.values.real > sign * count.threshold).sum()
+
+
+@pytest.mark.parametrize("case", ["missed by Arnoldi", "found by it"])
+def test_an_end_that_arnoldi_misses_is_taken_up_by_deflation(case, monkeypatch):
+    """Its runs are made blind to the outermost eigenvalue at either end, both alike; so they agree."""
+    a = normal_spread(400)
+    true, arnoldi = dense_eigenvalues(a), module._arnoldi
+    hidden = (true.real.min() + 1e-6, true.real.max() - 1e-6)
+
+    def blind(*arguments):
+        run = arnoldi(*arguments)
+        keep = (run.values.real > hidden[0]) & (run.values.real < hidden[1])
+        return module._Run(run.values[keep], run.vectors[:, keep], True)
+
+    if case == "missed by Arnoldi":
+        monkeypatch.setattr(module, "_arnoldi", blind)
+    found = extremes(a)
+    assert_is_both_ends(found, a)
+    assert_pairs_are_exact(found)
+    assert found.vectors.converged.all()
+    x, y = found.vectors.right, found.vectors.left
+    assert np.abs(a @ x - x * found.values).max() <= 1e-9
+    assert np.abs(a.T @ y.conj() - y.conj() * found.values).max() <= 1e-9
+
+
+def test_where_nothing_holds_all_eigenvalues_no_line_is_proved():
+    a = sp.csc_array(sp.diags_array([-1.0, 1.0, 9.0], offsets=[-1, 0, 1], shape=(400, 400)))
+    assert enclosures_of(a, None) == ()
+    assert counting._lines((), a, np.array([0.9, 1.1]), None, 0.0) == ()

@@ -7,8 +7,9 @@ own eigenvectors, and the smaller of the two counts: where M has an eigenvalue 0
 with no finite condition, which says nothing of the eigenvalue of M.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from stiffcore.eigen.sparse import host_matrix
 from stiffcore.jacobian.linearise import complex_product
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.metrics import stiffness_error
-from stiffcore.spectra import Certificate, Certified, Ends, Moments
+from stiffcore.spectra import Certificate, Certified, Count, Ends, Moments
 
 PANEL = 32
 # Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
@@ -87,7 +88,9 @@ def certify_ends(
         left_end: the same of the smallest.
 
     Returns:
-        As `certify`; there are no traces to compare with, so these are nan.
+        As `certify`; there are no traces to compare with, so these are nan. An end that is proved is the outermost of
+        the eigenvalues that are certified beyond a line, where these are as many as are counted there; or it is as far
+        out as a line with none beyond it. Any other is as far out as the numerical range.
     """
     upper = np.flatnonzero(values.imag >= 0)
     some = Eigenvectors(vectors.right[:, upper], vectors.left[:, upper], vectors.converged[upper])
@@ -106,7 +109,84 @@ def certify_ends(
     count, negative = ends.left_of_zero.count, int((real < -slack).sum())
     if count is not None and (negative > count or (count and not (real < slack).any())):
         failures.append(f"{count} eigenvalues are proved to be negative, but the smallest found is {real.min():.6g}")
-    return replace(found, failures=tuple(failures))
+    reaches = {"largest": _reach(found.certified, ends.right_lines, ends.range_right + slack, 1)}
+    reaches["smallest"] = _reach(found.certified, ends.left_lines, -ends.range_left + slack, -1)
+    failures += [reach.contradiction for reach in reaches.values() if reach.contradiction]
+    # what may lie further out counts as what is certified there
+    possible = [Certified(complex(reach.sign * reach.bound), 0.0, 1.0, 0.0, True) for reach in reaches.values()]
+    ratio_error = partial(_ratio_error, reduction, values, (*found.certified, *possible), None)
+    return replace(
+        found,
+        error=max(found.error, *(reach.bound - reach.outermost for reach in reaches.values())),
+        s_error=ratio_error(structural=True),
+        s_active_error=ratio_error(structural=False),
+        negative=_negative_between(found.certified, ends, reduction.k),
+        near_axis=found.near_axis if count is None else 0,
+        unproved=tuple(name for name, reach in reaches.items() if not reach.proved),
+        failures=tuple(failures),
+    )
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How far out one end of a spectrum may be.
+
+    Attributes:
+        sign: 1 for the right end; -1 for the left one, and the negative of all real parts.
+        outermost: what was found.
+        bound: nothing lies further out.
+        proved: whether that is from a count, and not from the numerical range.
+        contradiction: between what was found and what was counted.
+    """
+
+    sign: int
+    outermost: float
+    bound: float
+    proved: bool
+    contradiction: str = ""
+
+
+def _reach(certified: tuple[Certified, ...], lines: tuple[Count, ...], range_end: float, sign: int) -> _Reach:
+    outermost = max(sign * c.value.real for c in certified)
+    for count in lines:
+        line = sign * count.threshold
+        beyond = [c for c in certified if sign * c.value.real > line]
+        number = sum(_copies(c) for c in beyond)
+        if number > (count.count or 0):
+            said = f"{number} eigenvalues were found beyond {count.threshold:.6g}, where {count.count} are proved to be"
+            return _Reach(sign, outermost, max(range_end, outermost), proved=False, contradiction=said)
+        clear = all(sign * c.value.real - c.error > line for c in beyond)
+        if number == count.count and clear and len(_apart(beyond)) == len(beyond):
+            return _Reach(sign, outermost, outermost if beyond else line, proved=True)
+    return _Reach(sign, outermost, max(range_end, outermost), proved=False)
+
+
+def _copies(c: Certified) -> int:
+    """An eigenvalue, or both of a pair."""
+    return 2 if c.value.imag else 1
+
+
+def _apart(certified: Sequence[Certified]) -> list[Certified]:
+    """Some whose errors do not meet, nor those of a pair: each is another eigenvalue."""
+    kept: list[Certified] = []
+    for c in certified:
+        alone = not c.value.imag or abs(c.value.imag) > c.error
+        if c.converged and alone and all(abs(c.value - d.value) > c.error + d.error for d in kept):
+            kept.append(c)
+    return kept
+
+
+def _negative_between(certified: tuple[Certified, ...], ends: Ends, k: int) -> tuple[int, int]:
+    """How many of k eigenvalues have a negative real part, at least and at most: by proof, or by those certified."""
+    proved = ends.left_of_zero.count
+    if proved is not None:
+        return proved, proved
+    apart = _apart(certified)
+    low = sum(_copies(c) for c in apart if c.value.real < -c.error)
+    positive = sum(_copies(c) for c in apart if c.value.real > c.error)
+    low = max([low, *(count.count or 0 for count in ends.left_lines if count.threshold <= 0)])
+    positive = max([positive, *(count.count or 0 for count in ends.right_lines if count.threshold >= 0)])
+    return low, k - positive
 
 
 def certify(
@@ -163,7 +243,8 @@ def certify(
         dtype,
         complete=complete,
     )
-    failures += _miscounted(reduction, values, signs, right)
+    if complete:
+        failures += _miscounted(reduction, values, signs, right)
     return Certificate(
         certified=certified,
         trace_error=trace_error,

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator
 
-from stiffcore.eigen.deflation import count_beyond
+from stiffcore.eigen.deflation import LEAST_NORM, Enclosure, count_beyond, enclosures_of
 from stiffcore.eigen.discs import Cover, OpenError, SchurForm, boundary_distance
 from stiffcore.eigen.extremes import spectral_radius
 from stiffcore.eigen.numerical_range import numerical_range_end, range_ends
@@ -27,13 +27,15 @@ from stiffcore.eigen.powers import Operator, margin_inside, margin_right_of
 from stiffcore.eigen.regions import LeftOf, OutsideOf, Region
 from stiffcore.eigen.sparse import DENSE_ORDER, EPS, Array, FillError, as_sparse, host_matrix, norm_bound, product
 from stiffcore.errors import InputError
-from stiffcore.spectra import Count, Ends
+from stiffcore.spectra import EACH_END, Count, Ends
 
 OPEN = "open"
 DEFLATED = "proved: found and deflated"
 NO_MATRIX = "no matrix was built, and products do not decide"
-# Squares of smaller norms, and of larger than the inverse, vanish or overflow.
-LEAST_NORM = 1e-140
+# How far beyond an end a line is laid where none fits between its eigenvalues, relative to the largest one.
+BEYOND = (1e-10, 1e-8, 1e-6, 1e-4)
+# Real parts that are nearer, relative to it, are taken for one.
+APART = 1e-8
 
 
 def count_left(
@@ -217,6 +219,7 @@ def ends_of(
     memory_bytes: int | None,
     note: str,
     rounding: float = 0.0,
+    enclosures: tuple[Enclosure, ...] | None = None,
 ) -> Ends:
     """What can be said of shift + A where only the ends of its spectrum are known.
 
@@ -228,22 +231,109 @@ def ends_of(
         memory_bytes: what a sparse LU may take.
         note: how the ends were found.
         rounding: as for `count_left`.
+        enclosures: of A, where they are at hand: `stiffcore.eigen.deflation.enclosures_of`.
     """
     a = _matrix_or_operator(a)
-    apply = a.dot if isinstance(a, LinearOperator) else partial(product, a)
-    shifted = LinearOperator(a.shape, lambda x: apply(x.ravel()) + shift * x.ravel(), dtype=np.dtype(np.float64))
+    if enclosures is None:
+        enclosures = enclosures_of(a, memory_bytes)
     given: dict[str, Any] = {"memory_bytes": memory_bytes, "known": known, "rounding": rounding}
-    left = count_left(a, -shift, **given)
-    outside = count_outside_disc(a, -1.0 - shift, **given) if disc else None
+    left = _enclosed_count(enclosures, LeftOf(-shift), 0.0, rounding) or count_left(a, -shift, **given)
+    outside = None
+    if disc:
+        outside = _enclosed_count(enclosures, OutsideOf(-1.0 - shift, 1.0), 1.0, rounding)
+        outside = outside or count_outside_disc(a, -1.0 - shift, **given)
     range_left, range_right = range_ends(a)
+    turned = tuple(enclosure.negative() for enclosure in enclosures)
+    host, real = host_matrix(a), known[0].real
+    lines = _lines(enclosures, host, real, memory_bytes, rounding)
+    right_lines = _lines(turned, None if host is None else -host, -real, memory_bytes, rounding)
     return Ends(
         left_of_zero=replace(left, threshold=0.0),
         outside_disc=outside,
-        radius=spectral_radius(shifted),
+        radius=_radius(a, shift, enclosures),
         range_left=shift + range_left,
         range_right=shift + range_right,
         note=note,
+        left_lines=tuple(replace(c, threshold=float(shift + c.threshold)) for c in lines),
+        right_lines=tuple(replace(c, threshold=float(shift - c.threshold)) for c in right_lines),
     )
+
+
+def _radius(a: sp.csc_array | LinearOperator, shift: int, enclosures: tuple[Enclosure, ...]) -> float:
+    for enclosure in enclosures:
+        radius = enclosure.radius(shift)
+        if not math.isnan(radius):
+            return radius
+    apply = a.dot if isinstance(a, LinearOperator) else partial(product, a)
+    shifted = LinearOperator(a.shape, lambda x: apply(x.ravel()) + shift * x.ravel(), dtype=np.dtype(np.float64))
+    return spectral_radius(shifted)
+
+
+def _enclosed_count(
+    enclosures: tuple[Enclosure, ...], region: Region, threshold: float, rounding: float
+) -> Count | None:
+    """The count by what holds all eigenvalues, from whichever tolerates most."""
+    found = [deflated for deflated in (enclosure.count(region) for enclosure in enclosures) if deflated is not None]
+    best = max(found, key=lambda deflated: deflated.margin, default=None)
+    if best is None or not best.margin > rounding:
+        return None
+    return replace(_searched(DEFLATED, best.count or 0, best.margin, best.note, rounding), threshold=threshold)
+
+
+def _lines(
+    enclosures: tuple[Enclosure, ...],
+    a: sp.csc_array | None,
+    real: Array,
+    memory_bytes: int | None,
+    rounding: float,
+) -> tuple[Count, ...]:
+    """Counts left of lines near to the left end: between eigenvalues that were found, and beyond them all.
+
+    Args:
+        enclosures: of A.
+        a: A, where there is a matrix.
+        real: the real parts that were found.
+        memory_bytes: what a sparse LU may take.
+        rounding: as for `count_left`.
+
+    Returns:
+        At most one of either kind; see `stiffcore.spectra.Ends`.
+    """
+    if not len(real):
+        return ()
+    scale = max(float(np.abs(e.inner.values).max(initial=0.0)) for e in enclosures) if enclosures else 0.0
+    scale = max(scale, float(np.abs(real).max()))
+    parts = np.sort(real)
+    parts = parts[np.concatenate([[True], np.diff(parts) > APART * scale])]
+
+    def counted(line: float) -> Count | None:
+        found = _enclosed_count(enclosures, LeftOf(line), line, rounding)
+        if found is None and a is not None and a.shape[0] <= DENSE_ORDER:
+            dense = replace(_dense_count(a.toarray(), LeftOf(line), rounding), threshold=line)
+            found = None if dense.count is None else dense
+        return found
+
+    middles = (parts[:-1] + parts[1:])[:EACH_END] / 2
+    # of no use where one of those counted was not found
+    between = [count for count in map(counted, middles) if count and count.count == (real < count.threshold).sum()]
+    found = [max(between, key=lambda count: count.tolerated)] if between else []
+    tried = (counted(float(parts[0]) - share * scale) for share in BEYOND)
+    beyond = next((count for count in tried if count is not None and count.count == 0), None)
+    if beyond is None and not between and a is not None:
+        beyond = _range_line(a, float(parts[0]) - BEYOND[-1] * scale, memory_bytes, rounding)
+    return tuple(found if beyond is None else [*found, beyond])
+
+
+def _range_line(a: sp.csc_array, least: float, memory_bytes: int | None, rounding: float) -> Count | None:
+    """A line that the numerical range is right of, unless that is further left than `least`."""
+    end = numerical_range_end(a, right_of=least, memory_bytes=memory_bytes)
+    if not end.bound > least:
+        return None
+    line = max(least, end.bound - (2 * rounding + (end.bound - least) / 100))
+    margin = end.bound - line
+    if not margin > rounding:
+        return None
+    return Count(line, 0, "proved: numerical range", margin, computed=False, tolerated=margin)
 
 
 def _middle_of_all(operator: Operator | None, a: sp.csc_array | None) -> float:

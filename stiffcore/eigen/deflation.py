@@ -2,28 +2,36 @@
 
 Arnoldi's method finds those furthest out. Let Q (k, p) be an orthonormal basis of what it found, A Q = Q T + R, and C
 the compression of A to the complement of Q. A' = A - R Q^T is block triangular, with T and C on the diagonal. T, which
-is small, is solved densely: T = X L X^-1. Powers prove that C has nothing on the counted side: where B = (C - s) / r,
-for a circle about s of radius r in which everything else is to lie, and |B^m| < 1, then beyond that circle
+is small, is solved densely: T = X L X^-1. Powers prove that C has nothing outside of an ellipse, and bound |(C - z)^-1|
+there (`stiffcore.eigen.powers`). With |(T - z)^-1| <= sum of c_i / |l_i - z|, c_i the condition numbers of T's
+eigenvalues l_i, this bounds the resolvent of A' on any boundary beside the ellipse. As long as that times |R| is under
+1, no eigenvalue meets the boundary on the way from A' to A, so that A has as many on the counted side as T.
 
-    |(C - z)^-1| <= (|I| + |B| + ... + |B^(m-1)|) / (1 - |B^m|) / r.
-
-With |(T - z)^-1| <= sum of c_i / |l_i - z|, c_i the condition numbers of T's eigenvalues l_i, this bounds the
-resolvent of A' on the boundary. As long as that times |R| is under 1, no eigenvalue meets the boundary on the way from
-A' to A, so that A has as many on the counted side as T.
-
-The norms of powers are bounded from `PROBES` random vectors, which go through all powers together: for a Gaussian x,
-|B x| >= t |B| fails with a probability of at most sqrt(2 / pi) t, and for all of them with its power `PROBES`.
+The ellipse holds all eigenvalues but those found, so that both ends of a spectrum may be proved by one.
 """
 
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse as sp
+from scipy.sparse.linalg import LinearOperator
 
-from stiffcore.eigen.powers import Operator, norm_from_above
+from stiffcore.eigen.powers import (
+    Decay,
+    Ellipse,
+    Operator,
+    decay,
+    ellipse_right_of,
+    norm_from_above,
+    powers_needed,
+    roomiest,
+)
 from stiffcore.eigen.regions import Region
-from stiffcore.eigen.sparse import EPS, FAILURE, Arnoldi, Array, complement
+from stiffcore.eigen.sparse import DENSE_ORDER, EPS, Arnoldi, Array, Product, complement, host_matrix, norm_bound
 
 # Steps of Arnoldi after which it is looked whether they are enough, doubled until they are the most.
 FIRST_STEPS = 150
@@ -38,16 +46,26 @@ ROUGH = 5e-2
 # So many on the counted side, and more than this share of all steps: their number grows with the steps.
 CROWD = 30
 CROWD_SHARE = 0.2
-PROBES = 24
-# Powers of the compression before it is given up, and the norm that is enough.
+# Powers of the compression before it is given up.
 MOST_POWERS = 600
-ENOUGH = 0.3
-# Powers after which their rate is looked at.
-LOOKED_AT = 50
-# Points of the boundary for the resolvent of T.
+# More steps are made where they are cheaper than the powers that they save: where there are more than this share.
+POWERS_SHARE = 0.5
+# Points of the boundary for the resolvent of T, and so many at once.
 POINTS = 4000
+POINTS_AT_ONCE = 250
 # Columns that are multiplied at once.
 COLUMNS = 32
+# Ellipses that are tried: centres between both ends, and how tall, relative to how wide.
+CENTRES = np.linspace(0.05, 0.95, 37)
+HEIGHTS = np.geomspace(0.05, 200, 50)
+# A dense matrix of this order at most is solved whole, where all else fails. Squares of smaller norms than this, and of
+# larger than its inverse, vanish or overflow.
+MOST_WHOLE = 3000
+WHOLE_BYTES = 96
+# Of this order at once, and of this one rather than by more than the usual number of powers.
+QUICK_WHOLE = 250
+CHEAP_WHOLE = 1000
+LEAST_NORM = 1e-140
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,8 @@ class Deflated:
 
     Attributes:
         count: of eigenvalues on the counted side; None where there are too many.
-        margin: no eigenvalue is nearer to the boundary; 0 without a count.
+        margin: no eigenvalue is nearer to the boundary, nor is one of a matrix within this distance on it; 0 without a
+            count.
         note: how many were deflated and what power proved the rest, or how many were seen, of a matrix far from normal
             not all eigenvalues.
     """
@@ -95,8 +114,8 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
         if missing and sure > CROWD and (sure > CROWD_SHARE * space.size or done):
             return Deflated(None, 0.0, f"some {sure} are seen there already: needs the spectrum")
         if not missing:
-            centre, radius, rate = region.circle(values[~found], scale)
-            if _powers_needed(rate, math.sqrt(a.k)) <= MOST_POWERS:
+            ellipse, rate = region.ellipse(values[~found], scale)
+            if powers_needed(rate, a.k) <= MOST_POWERS:
                 break
         if done:
             return None
@@ -104,7 +123,133 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
     basis = space.schur_vectors(values, found)
     del space
     size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
-    return _Inner.of(a, basis, size).counted(a, region, centre, radius, rng)
+    enclosure = _enclosed(a, Inner.of(a, basis, size), ellipse, rate, MOST_POWERS, rng)
+    return None if enclosure is None else enclosure.count(region)
+
+
+def enclosures_of(a: sp.csc_array | LinearOperator, memory_bytes: int | None) -> "tuple[Enclosure, ...]":
+    """Find the outermost eigenvalues, and what holds all others: an ellipse between both ends, or one beside each.
+
+    Where there is none, and the order allows for it, everything is found, densely.
+
+    Args:
+        a: (k, k), sparse, or with products by it and its transpose.
+        memory_bytes: as for `count_beyond`.
+
+    Returns:
+        Any of them holds all eigenvalues; none where nothing was proved.
+    """
+    k, host = a.shape[0], host_matrix(a)
+    found: tuple[Enclosure, ...] = ()
+    if host is not None and not LEAST_NORM < norm_bound(host) < 1 / LEAST_NORM:
+        return found
+    whole = host is not None and k <= MOST_WHOLE
+    whole &= memory_bytes is None or WHOLE_BYTES * k * k <= memory_bytes
+    if whole and k <= QUICK_WHOLE:
+        found = _whole(host)
+    if not found and k > DENSE_ORDER:
+        with suppress(np.linalg.LinAlgError):
+            operator = Operator.of(a, np.random.default_rng(0))
+            if whole and k <= CHEAP_WHOLE:
+                operator = replace(operator, affordable=MOST_POWERS)
+            found = _enclosures(operator, memory_bytes, np.random.default_rng(2))
+    if all(any(enclosure.holds(sign) for enclosure in found) for sign in (1, -1)):
+        return found
+    return (_whole(host) if whole and k > QUICK_WHOLE else ()) or found
+
+
+def _whole(a: sp.csc_array) -> "tuple[Enclosure, ...]":
+    with suppress(np.linalg.LinAlgError):
+        return (Enclosure(Inner.whole(a.toarray()), None, None),)
+    return ()
+
+
+def left_vectors(values: Array, transposed: Product, k: int, memory_bytes: int | None, scale: float) -> Array:
+    """Left eigenvectors, (k, m) complex, by Arnoldi with the transpose; nan where none is found.
+
+    Args:
+        values: (m,) complex, outermost eigenvalues.
+        transposed: the product with the transpose.
+        k: the order.
+        memory_bytes: as for `count_beyond`.
+        scale: the largest eigenvalue's modulus.
+    """
+    most = _steps(k, memory_bytes)
+    space, steps = Arnoldi(transposed, k, most, np.random.default_rng(3)), FIRST_STEPS
+    while True:
+        space.extend(min(steps, most))
+        left, off = space.vectors(values)
+        good = off <= 10 * FOUND * scale
+        if good.all() or space.size == most or space.exhausted:
+            return np.where(good, left, np.nan).conj()
+        steps *= 2
+
+
+def _enclosures(a: Operator, memory_bytes: int | None, rng: np.random.Generator) -> "tuple[Enclosure, ...]":
+    most = _steps(a.k, memory_bytes)
+    space = Arnoldi(a.apply, a.k, most, rng)
+    steps = FIRST_STEPS
+    while True:
+        space.extend(min(steps, most))
+        values, residuals = space.ritz()
+        found = _smallest(residuals, FOUND * float(np.abs(values).max(initial=0.0)))
+        done = space.size == most or space.exhausted
+        tried = [_between(values, found)]
+        needed = powers_needed(tried[0][1], a.k)
+        if needed <= POWERS_SHARE * space.size:
+            break
+        if done:
+            if needed > a.affordable:
+                tried = [_beside(values, found, sign) for sign in (1, -1)]
+                if all(powers_needed(rate, a.k) > a.affordable for _, rate in tried):
+                    return ()
+            break
+        steps *= 2
+    basis = space.schur_vectors(values, found)
+    del space
+    size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
+    inner, most = Inner.of(a, basis, size), max(MOST_POWERS, a.affordable)
+    if basis.shape[1] == a.k:
+        return (Enclosure(inner, None, None),)
+    proved = [_enclosed(a, inner, ellipse, rate, most, rng) for ellipse, rate in tried]
+    return tuple(enclosure for enclosure in proved if enclosure is not None)
+
+
+def _lowest(values: Array, found: Array) -> float:
+    """Where an ellipse of all values that were not found may begin, from the left; nan where that is no end."""
+    real, others = np.unique(values[found].real), values[~found].real
+    if not len(real) or (len(others) and not real[0] < others.min()):
+        return math.nan
+    # right of the second eigenvalue, or the third, where that leaves as much room: a line fits between them
+    half = (real[0] + others.min()) / 2 if len(others) else -math.inf
+    return float([real[0], *(x for x in real[1:3] if x < half)][-1])
+
+
+def _between(values: Array, found: Array) -> tuple[Ellipse, float]:
+    """An ellipse inside of both ends of the values found, that holds all others with most room, and its level."""
+    low, high = _lowest(values, found), -_lowest(-values, found)
+    if not low < high:  # nor where one is nan
+        return Ellipse(0.0, 1.0, 1.0), math.inf
+    halves = [(low + share * (high - low), min(share, 1 - share) * (high - low)) for share in CENTRES]
+    return roomiest([Ellipse(s, half, half * aspect) for s, half in halves for aspect in HEIGHTS], values[~found])
+
+
+def _beside(values: Array, found: Array, sign: int) -> tuple[Ellipse, float]:
+    """The same, beside the left end (1) or the right one (-1) alone."""
+    low = _lowest(sign * values, found)
+    if math.isnan(low):
+        return Ellipse(0.0, 1.0, 1.0), math.inf
+    ellipse, rate = ellipse_right_of(low, sign * values[~found])
+    return Ellipse(sign * ellipse.centre, ellipse.along, ellipse.across), rate
+
+
+def _enclosed(
+    a: Operator, inner: "Inner", ellipse: Ellipse, rate: float, most: int, rng: np.random.Generator
+) -> "Enclosure | None":
+    q = inner.q
+    off = 4 * inner.tilt + 2 * a.k * math.sqrt(q.shape[1]) * EPS
+    found = decay(a, ellipse, rng, min(rate, 1 - EPS), most, partial(complement, q=q), off)
+    return None if found is None else Enclosure(inner, ellipse, found)
 
 
 def _steps(k: int, memory_bytes: int | None) -> int:
@@ -131,26 +276,16 @@ def _smallest(residuals: Array, most: float) -> Array:
     return few
 
 
-def _powers_needed(rate: float, norm: float) -> float:
-    """Until a norm that falls at a rate is small enough."""
-    if rate <= 0:
-        return 1
-    return math.log(_overlooked() * norm / ENOUGH) / -math.log(rate) if rate < 1 else math.inf
-
-
-def _overlooked() -> float:
-    """What the norm of any power may be larger by than what the longest of `PROBES` random vectors shows."""
-    return math.sqrt(2 / math.pi) / (FAILURE / MOST_POWERS) ** (1 / PROBES)
-
-
 @dataclass(frozen=True)
-class _Inner:
+class Inner:
     """A nearly invariant space, solved.
 
     Attributes:
         q: (k, p), orthonormal.
         values: (p,) complex, the eigenvalues of T.
-        conditions: (p,), theirs, rounded up.
+        vectors: (p, p) complex, its eigenvectors.
+        conditions: (p,), of the values, rounded up.
+        skew: |X| |X^-1|, rounded up: |(T - z)^-1| is at most that over the distance to the nearest value, too.
         residual: an upper bound of |R|, with all roundings.
         unsolved: an upper bound of |T - X L X^-1|.
         tilt: an upper bound of |Q - Q'|, Q' orthonormal exactly; long sums are off by sqrt(k) eps (Higham & Mary 2019).
@@ -159,60 +294,52 @@ class _Inner:
 
     q: Array
     values: Array
+    vectors: Array
     conditions: Array
+    skew: float
     residual: float
     unsolved: float
     tilt: float
     size: float
 
     @classmethod
-    def of(cls, a: Operator, basis: Array, size: float) -> "_Inner":
+    def of(cls, a: Operator, basis: Array, size: float) -> "Inner":
+        """Of the span of (k, p), which A maps nearly to itself.
+
+        Raises:
+            LinAlgError: where LAPACK fails, or there is no basis of eigenvectors.
+        """
         if basis.shape[1]:
             basis, _ = scipy.linalg.qr(basis, mode="economic", overwrite_a=True)
         q = basis
         p = q.shape[1]
         if p == 0:
-            return cls(q, np.zeros(0), np.zeros(0), 0.0, 0.0, 0.0, size)
+            return cls(q, np.zeros(0), np.zeros((0, 0)), np.zeros(0), 1.0, 0.0, 0.0, 0.0, size)
         t, square = np.zeros((p, p)), 0.0
         for start in range(0, p, COLUMNS):
             at = slice(start, start + COLUMNS)
             aq = a.apply(np.ascontiguousarray(q[:, at]))
             t[:, at] = q.T @ aq
             square += float(np.linalg.norm(aq - q @ t[:, at]) ** 2)
-        values, vectors = np.linalg.eig(t)
-        if not np.linalg.cond(vectors) * p * EPS < 1e-3:
-            raise np.linalg.LinAlgError("its eigenvectors are no basis")
-        inverse = np.linalg.inv(vectors)
+        tilt = float(np.linalg.norm(q.T @ q - np.eye(p))) + p * math.sqrt(a.k) * EPS
         # of sums of p products, whose factors have norms of sqrt(p) and of T
         small = (p + 4) * math.sqrt(p) * EPS * float(np.linalg.norm(t))
-        tilt = float(np.linalg.norm(q.T @ q - np.eye(p))) + p * math.sqrt(a.k) * EPS
         residual = math.sqrt(square) + a.rounding * a.norm * math.sqrt(p) + small + 2 * tilt * size
-        inverse *= 1.01  # by far more than it is off
-        unsolved = (float(np.linalg.norm(t @ vectors - vectors * values)) + small) * float(np.linalg.norm(inverse, 2))
-        conditions = np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1)
-        return cls(q, values, conditions, residual, unsolved, tilt, size)
+        values, vectors, conditions, skew, unsolved = _solved(t, small)
+        return cls(q, values, vectors, conditions, skew, residual, unsolved, tilt, size)
 
-    def counted(
-        self, a: Operator, region: Region, centre: float, radius: float, rng: np.random.Generator
-    ) -> Deflated | None:
-        """The count, where powers prove that all else lies in the circle, and no eigenvalue meets the boundary."""
-        powers = self._powers(a, centre, radius, rng)
-        if powers is None:
-            return None
-        outer, power = powers
-        inner = self._resolvent(region)
-        if not inner * self.unsolved < 1:
-            return None
-        inner /= 1 - inner * self.unsolved
-        # A' - z is block triangular; its corner is at most of the norm of A
-        margin = 1 / (inner + outer + self.size * inner * outer) - 2 * self.residual
-        margin = min(margin, float(region.distance(self.values).min(initial=np.inf)))
-        if not margin > 0:
-            return None
-        note = f"{len(self.values)} eigenvalues deflated, of the rest the norm of power {power} is under 1"
-        return Deflated(int(region.has(self.values).sum()), margin, note)
+    @classmethod
+    def whole(cls, a: Array) -> "Inner":
+        """Of all of a dense (k, k) matrix.
 
-    def _resolvent(self, region: Region) -> float:
+        Raises:
+            LinAlgError: as `of`.
+        """
+        values, vectors, conditions, skew, unsolved = _solved(a, 0.0)
+        nothing, size = np.zeros((len(a), 0)), float(np.linalg.norm(a))
+        return cls(nothing, values, vectors, conditions, skew, 0.0, unsolved, 0.0, size)
+
+    def resolvent(self, region: Region) -> float:
         """An upper bound of |(T - z)^-1| over the boundary."""
         reach = 2 * float(np.abs(self.values).max(initial=0.0))
         if reach == 0:
@@ -222,34 +349,93 @@ class _Inner:
         half = length / POINTS / 2
         nearest = region.distance(self.values)
         most = float(self.conditions.sum()) / (reach / 2)  # beyond the reach
-        for z in point(half * (2 * np.arange(POINTS) + 1)):
+        points = point(half * (2 * np.arange(POINTS) + 1))
+        for start in range(0, POINTS, POINTS_AT_ONCE):
+            z = points[start : start + POINTS_AT_ONCE, None]
             with np.errstate(divide="ignore"):
                 away = np.maximum(np.abs(self.values - z) - half, nearest)
-                most = max(most, float((self.conditions / away).sum()))
+                bounds = np.minimum(1 / away @ self.conditions, self.skew / away.min(axis=1))
+            most = max(most, float(bounds.max()))
         return most
 
-    def _powers(self, a: Operator, centre: float, radius: float, rng: np.random.Generator) -> tuple[float, int] | None:
-        """An upper bound of |(C - z)^-1| beyond the circle, and the power whose norm shows it."""
-        q, factor = self.q, _overlooked()
-        # what a step may be off by, relative to what it starts from: its product, its projection, and sums
-        longer = max(1.0, (self.size + abs(centre)) / radius)
-        off = a.rounding * a.norm / radius + longer * (4 * self.tilt + EPS * (8 + 2 * a.k * math.sqrt(q.shape[1])))
-        x = complement(rng.standard_normal((a.k, PROBES)), q)
-        seen, bounds = [float(np.linalg.norm(x, axis=0).max())], [1.0]
-        with np.errstate(over="ignore", invalid="ignore"):  # where powers grow, that is seen
-            while len(bounds) <= MOST_POWERS:
-                x = complement((a.apply(x) - centre * x) / radius, q)
-                seen.append(float(np.linalg.norm(x, axis=0).max()))
-                lost = off * float(np.dot(bounds[::-1], seen[:-1]))
-                bounds.append(factor * (seen[-1] + lost))
-                if not math.isfinite(bounds[-1]):
-                    return None
-                if bounds[-1] <= ENOUGH:
-                    return sum(bounds[:-1]) / (1 - bounds[-1]) / radius, len(bounds) - 1
-                if not seen[-1] > 0:
-                    return None
-                if len(seen) % LOOKED_AT == 0:
-                    rate = (seen[-1] / seen[-LOOKED_AT // 2]) ** (2 / LOOKED_AT)
-                    if len(seen) + _powers_needed(rate, seen[-1]) > MOST_POWERS:
-                        return None
-        return None
+
+def _solved(t: Array, rounding: float) -> tuple[Array, Array, Array, float, float]:
+    """Values, vectors, conditions, skew, and an upper bound of |T - X L X^-1|, `rounding` of T in it; see `Inner`."""
+    p = len(t)
+    values, vectors = np.linalg.eig(t)
+    inverse = np.linalg.inv(vectors)
+    skew = 1.01 * float(np.linalg.norm(vectors, 2) * np.linalg.norm(inverse, 2))
+    if not skew * p * EPS < 1e-3:  # or the inverse is off by more than a hundredth
+        raise np.linalg.LinAlgError("its eigenvectors are no basis")
+    product = (p + 4) * EPS * (float(np.linalg.norm(t)) + float(np.abs(values).max())) * math.sqrt(p)
+    left = float(np.linalg.norm(t @ vectors - vectors * values)) + product + rounding
+    unsolved = 1.01 * left * float(np.linalg.norm(inverse, 2))
+    conditions = 1.01 * np.linalg.norm(vectors, axis=0) * np.linalg.norm(inverse, axis=1)
+    return values, vectors, conditions, skew, unsolved
+
+
+@dataclass(frozen=True)
+class Enclosure:
+    """All eigenvalues of A: those of T, and others within an ellipse.
+
+    Attributes:
+        inner: Q and T.
+        ellipse: what holds the others; None where Q spans everything.
+        decay: what proves that.
+    """
+
+    inner: Inner
+    ellipse: Ellipse | None
+    decay: Decay | None
+
+    def light(self) -> "Enclosure":
+        """Without vectors, which counts do not need."""
+        inner = replace(self.inner, q=self.inner.q[:, :0], vectors=np.zeros((0, 0)))
+        return replace(self, inner=inner)
+
+    def negative(self) -> "Enclosure":
+        """Of -A."""
+        ellipse = self.ellipse and replace(self.ellipse, centre=-self.ellipse.centre)
+        return replace(self, inner=replace(self.inner, values=-self.inner.values), ellipse=ellipse)
+
+    def edge(self, sign: int) -> float:
+        """The left end of the ellipse (1), or the negative of the right one (-1); inf where there is none."""
+        return math.inf if self.ellipse is None else sign * self.ellipse.centre - self.ellipse.along
+
+    def holds(self, sign: int) -> bool:
+        """Whether it says how far out the left end (1), or the right one (-1), is."""
+        return self.ellipse is None or bool((sign * self.inner.values.real < self.edge(sign)).any())
+
+    def pairs(self, which: Array) -> tuple[Array, Array]:
+        """(m,) of the eigenvalues found, by their indices, and their right eigenvectors (k, m)."""
+        return self.inner.values[which], self.inner.q @ self.inner.vectors[:, which]
+
+    def radius(self, shift: float) -> float:
+        """The largest |lambda + shift|; nan where it may be inside of the ellipse."""
+        found = float(np.abs(self.inner.values + shift).max(initial=0.0))
+        if self.ellipse is None:
+            return found
+        reach = math.hypot(abs(self.ellipse.centre + shift) + self.ellipse.along, self.ellipse.across)
+        return found if found >= reach else math.nan
+
+    def count(self, region: Region) -> Deflated | None:
+        """The count, where the ellipse is beside the region and no eigenvalue meets the boundary."""
+        t, outer = self.inner, 0.0
+        if self.ellipse is not None and self.decay is not None:
+            level = region.level(self.ellipse)
+            if level < 1:
+                return None
+            outer = self.decay.resolvent(level)
+        inner = t.resolvent(region)
+        if not inner * t.unsolved < 1:
+            return None
+        inner /= 1 - inner * t.unsolved
+        # A' - z is block triangular; its corner is at most of the norm of A
+        margin = 1 / (inner + outer + t.size * inner * outer) - 2 * t.residual
+        margin = min(margin, float(region.distance(t.values).min(initial=np.inf)))
+        if not margin > 0:
+            return None
+        note = f"{len(t.values)} eigenvalues deflated"
+        if self.decay is not None:
+            note += f", of the rest the norm of power {self.decay.power} is under 1"
+        return Deflated(int(region.has(t.values).sum()), margin, note)

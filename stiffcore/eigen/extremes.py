@@ -1,8 +1,10 @@
 """The eigenvalues of largest and of smallest real part of a sparse or matrix-free real matrix, and their vectors.
 
-Arnoldi finds the ends of a spectrum fast where they stand apart, and may miss one from an unlucky start. So every end
-is found twice, from different starts in different spaces: with A, and with its transpose, which gives the left vectors
-too. Where the two do not agree, or do not converge, they are repeated in larger spaces, and then by shift-invert.
+Arnoldi finds the ends of a spectrum fast where they stand apart, and may miss one from an unlucky start, or two alike:
+of a tall spectrum it finds those of large imaginary part first. So `stiffcore.eigen.deflation` looks for what holds all
+eigenvalues, and what it finds further out is taken up. Where that is nothing, every end is found twice, from different
+starts in different spaces: with A, and with its transpose, which gives the left vectors too. Where the two do not
+agree, or do not converge, they are repeated in larger spaces, and then by shift-invert; that two agree is no proof.
 """
 
 import math
@@ -15,6 +17,7 @@ import scipy.linalg
 import scipy.sparse as sp
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 
+from stiffcore.eigen.deflation import Enclosure, enclosures_of, left_vectors
 from stiffcore.eigen.dense import Eigenvectors, sort_eigenvalues
 from stiffcore.eigen.numerical_range import logarithmic_norm
 from stiffcore.eigen.sparse import (
@@ -59,6 +62,8 @@ class Extremes:
         converged_right: whether two starts agree on the eigenvalues of largest real part.
         converged_left: the same of the smallest.
         note: how they were found, and what did not converge.
+        enclosures: what holds all eigenvalues of A, from which `stiffcore.eigen.counting.ends_of` proves that none was
+            missed; empty where nothing was proved.
     """
 
     values: Array
@@ -66,6 +71,7 @@ class Extremes:
     converged_right: bool
     converged_left: bool
     note: str
+    enclosures: tuple[Enclosure, ...] = ()
 
 
 # value, right and left vector, the larger of both residuals
@@ -94,8 +100,8 @@ class _Side:
 def extremes(a: Any, *, memory_bytes: int | None = None) -> Extremes:
     """Find the eigenvalues of largest and of smallest real part.
 
-    Two starts that agree are strong evidence, not a proof: `stiffcore.eigen.counting.count_left` proves. Of a multiple
-    eigenvalue fewer copies may be found than there are.
+    Two starts that agree are evidence, not a proof: `stiffcore.eigen.counting.ends_of` proves. Of a multiple eigenvalue
+    fewer copies may be found than there are.
 
     Args:
         a: (k, k) real: sparse, dense, or a `LinearOperator` (with `rmatvec` for left vectors). Shift-invert needs a
@@ -112,14 +118,22 @@ def extremes(a: Any, *, memory_bytes: int | None = None) -> Extremes:
     matrix = a if isinstance(a, LinearOperator) else as_sparse(a)
     k = matrix.shape[0]
     if k <= max(DENSE_ORDER, 4 * (EACH_END + SPARE)):
-        return _dense_extremes(_to_dense(matrix))
+        dense = _to_dense(matrix)
+        return _dense_extremes(dense, enclosures_of(as_sparse(dense), memory_bytes) if k else ())
     products = _products(matrix)
+    enclosures = enclosures_of(matrix, memory_bytes) if products[1] is not None else ()
+    if any(enclosure.ellipse is None for enclosure in enclosures):  # nothing less held them all
+        return _dense_extremes(_to_dense(matrix), enclosures)
     sides = {}
     for which in ("SR", "LR"):
         rng = np.random.default_rng([0, which == "LR"])
-        sides[which] = _search(products, matrix, which, rng, memory_bytes)
+        held = next((e for e in enclosures if e.holds(1 if which == "SR" else -1)), None)
+        if held is None:
+            sides[which] = _search(products, matrix, which, rng, memory_bytes)
+        else:
+            sides[which] = _held_side(held, which, products, rng, memory_bytes)
     left, right = sides["SR"], sides["LR"]
-    return _assembled(
+    found = _assembled(
         products,
         _Run(
             np.concatenate([left.run.values, right.run.values]),
@@ -130,6 +144,30 @@ def extremes(a: Any, *, memory_bytes: int | None = None) -> Extremes:
         (right.converged, left.converged),
         f"left end: {left.note}; right end: {right.note}",
     )
+    return replace(found, enclosures=tuple(enclosure.light() for enclosure in enclosures))
+
+
+def _held_side(
+    enclosure: Enclosure,
+    which: str,
+    products: tuple[Product, Product | None],
+    rng: np.random.Generator,
+    memory_bytes: int | None,
+) -> _Side:
+    """The end that is deflated, so that all others lie further in, with the vectors of A^T that belong to it."""
+    values, transposed = enclosure.inner.values, products[1]
+    assert transposed is not None
+    upper = np.flatnonzero(values.imag >= 0)
+    outer = upper[_outermost(_Run(values[upper], np.zeros((0, 0)), True), which)]
+    run, ((_, space), restarts) = _Run(*enclosure.pairs(outer), True), TRIES[0]
+    k = len(run.vectors)
+    other = _arnoldi(transposed, k, which, EACH_END + SPARE, space, restarts, rng)
+    side = _compared(run, other, which, f"deflation, and Arnoldi of the transpose, {space} vectors", paired=True)
+    if side.converged:
+        return side
+    left = left_vectors(run.values, transposed, k, memory_bytes, float(np.abs(values).max()))
+    note = "deflation, and Arnoldi of the transpose in a space as large"
+    return _Side(run, left, bool(np.isfinite(left).all()), note)
 
 
 def spectral_radius(a: Any) -> float:
@@ -337,7 +375,8 @@ def _shift_invert_side(matrix: sp.csc_array, which: str, rng: np.random.Generato
     return _compared(runs[0], runs[1], which, "shift-invert, twice", paired=True)
 
 
-def _dense_extremes(a: Array) -> Extremes:
+def _dense_extremes(a: Array, enclosures: tuple[Enclosure, ...] = ()) -> Extremes:
+    """From all eigenvalues, so that there are no starts to agree."""
     if len(a) == 0:
         empty = np.zeros((0, 0), complex)
         return Extremes(np.zeros(0, complex), Eigenvectors(empty, empty, np.zeros(0, bool)), True, True, "order 0")
@@ -347,7 +386,8 @@ def _dense_extremes(a: Array) -> Extremes:
     chosen = np.unique(np.concatenate([_outermost(run, which) for which in ("SR", "LR")]))
     kept = _Run(run.values[chosen], run.vectors[:, chosen], True)
     apply, transposed = partial(product, sp.csc_array(a)), partial(product, sp.csc_array(a.T))
-    return _assembled((apply, transposed), kept, left[:, upper[chosen]].astype(complex), (True, True), "dense")
+    found = _assembled((apply, transposed), kept, left[:, upper[chosen]].astype(complex), (True, True), "dense")
+    return replace(found, enclosures=enclosures)
 
 
 def _assembled(

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stiffcore.eigen.powers import centre_right_of
+from stiffcore.eigen.powers import Ellipse, ellipse_right_of
 from stiffcore.eigen.sparse import EPS, Array
 
 # Normals of a polygon around the numerical range, in degrees: those that bound the left side, and the others.
@@ -34,16 +34,19 @@ class Region(Protocol):
     def boundary(self, reach: float) -> tuple[float, Callable[[Array], Array]]:
         """Half the boundary, up to |z| = reach at least: its length, and its points by arc length."""
 
-    def circle(self, values: Array, scale: float) -> tuple[float, float, float]:
+    def ellipse(self, values: Array, scale: float) -> tuple[Ellipse, float]:
         """One with nothing of the counted side in it, that holds values on the other side with most room.
 
         Args:
             values: any number of them.
-            scale: the radius where there are none, and any will do.
+            scale: its size where there are none, and any will do.
 
         Returns:
-            Centre, radius, and the largest distance of a value from the centre, in radii.
+            The ellipse, and the largest level of a value.
         """
+
+    def level(self, ellipse: Ellipse) -> float:
+        """A lower bound of the ellipse's levels on the counted side; 0 where a part of that is in the ellipse."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,19 @@ class LeftOf:
         """See `Region`."""
         return reach, lambda s: self.threshold + 1j * s
 
-    def circle(self, values: Array, scale: float) -> tuple[float, float, float]:
+    def ellipse(self, values: Array, scale: float) -> tuple[Ellipse, float]:
         """See `Region`."""
-        c, rate = centre_right_of(self.threshold, values) if len(values) else (scale or 1.0, 0.0)
-        return self.threshold + c, c, rate
+        if len(values):
+            return ellipse_right_of(self.threshold, values)
+        c = scale or 1.0
+        return Ellipse(self.threshold + c, c, c), 0.0
+
+    def level(self, ellipse: Ellipse) -> float:
+        """See `Region`."""
+        away = ellipse.centre - ellipse.along - self.threshold
+        if away < -4 * EPS * (abs(ellipse.centre) + ellipse.along):
+            return 0.0
+        return max(1.0, float(ellipse.level(np.array(self.threshold))))
 
 
 @dataclass(frozen=True)
@@ -118,9 +130,16 @@ class OutsideOf:
         """See `Region`."""
         return np.pi * self.radius, lambda s: self.centre + self.radius * np.exp(1j * s / self.radius)
 
-    def circle(self, values: Array, scale: float) -> tuple[float, float, float]:
+    def ellipse(self, values: Array, scale: float) -> tuple[Ellipse, float]:
         """See `Region`."""
-        return self.centre, self.radius, float(np.abs(values - self.centre).max(initial=0.0)) / self.radius
+        ellipse = Ellipse(self.centre, self.radius, self.radius)
+        return ellipse, float(ellipse.level(values).max(initial=0.0))
+
+    def level(self, ellipse: Ellipse) -> float:
+        """See `Region`; from the box around the ellipse, unless it is the circle itself."""
+        if ellipse == Ellipse(self.centre, self.radius, self.radius):
+            return 1.0
+        return float(math.hypot(abs(ellipse.centre - self.centre) + ellipse.along, ellipse.across) <= self.radius)
 
 
 def clipped(piece: Array, normal: complex, height: float) -> Array:

@@ -75,7 +75,7 @@ def norm_bound(a: sp.csc_array) -> float:
     if a.shape[0] == 0:
         return 0.0
     sizes = abs(a)
-    return float(np.sqrt(sizes.sum(axis=0).max() * sizes.sum(axis=1).max())) * (1 + 1e-10)
+    return float(np.sqrt(sizes.sum(axis=0).max()) * np.sqrt(sizes.sum(axis=1).max())) * (1 + 1e-10)
 
 
 def estimated_fill(a: sp.csc_array) -> int:
@@ -330,6 +330,17 @@ class Arnoldi:
         values, vectors = scipy.linalg.eig(self._h[: self.size, : self.size])
         last = self._h[self.size, self.size - 1] if self.size else 0.0
         return values, last * np.abs(vectors[-1:]).sum(axis=0)
+
+    def vectors(self, wanted: Array) -> tuple[Array, Array]:
+        """(k, m) complex, of the Ritz values nearest to (m,) wanted ones; and how far they are off, or their residuals.
+
+        The larger of both.
+        """
+        values, vectors = scipy.linalg.eig(self._h[: self.size, : self.size])
+        nearest = np.argmin(np.abs(values[:, None] - wanted[None, :]), axis=0)
+        residuals = self._h[self.size, self.size - 1] * np.abs(vectors[-1, nearest])
+        off = np.maximum(np.abs(values[nearest] - wanted), residuals)
+        return (vectors[:, nearest].T @ self._basis[: self.size]).T, off
 
     def schur_vectors(self, values: Array, chosen: Array) -> Array:
         """(k, p), by columns: an orthonormal basis of what belongs to some of the Ritz values; of pairs, both.

@@ -22,6 +22,8 @@ from torch import Tensor, fx
 # a fourth of |E| in 4 of 1,000 cases. Rounding has full rank, and |E|_F is above |E| by far.
 DRAWS = 4
 SAFETY = 4.0
+# Numbers of E w that are looked at, at least: of a matrix of order 1, four would say little of its own rounding.
+FEWEST = 64
 # What two ways to a product may differ by, in their noise: below the first nothing says that they are two functions,
 # above the second they are.
 WITHIN, BEYOND = 16.0, 64.0
@@ -147,8 +149,18 @@ def _power_of_two_below(sizes: Tensor) -> Tensor:
     return torch.exp2(exponent.clamp(-60, 60)).to(sizes.dtype)
 
 
-def recast(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """The same graph with all floating numbers and all arithmetic in `dtype`; what was cast inside no longer is."""
+def recast(
+    module: fx.GraphModule, dtype: torch.dtype, cast_once: dict[int, tuple[Any, Any]] | None = None
+) -> fx.GraphModule:
+    """The same graph with all floating numbers and all arithmetic in `dtype`; what was cast inside no longer is.
+
+    Args:
+        module: the graph.
+        dtype: floating.
+        cast_once: weights cast before, and what became of them, by identity: parts of one function share theirs, and so
+            do their twins. It is added to.
+    """
+    known = {} if cast_once is None else cast_once
 
     def argument(value: Any) -> Any:
         return _like(value, dtype) if isinstance(value, torch.dtype) else value
@@ -162,7 +174,10 @@ def recast(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
         copy.kwargs = fx.node.map_aggregate(copy.kwargs, argument)
         copies[node] = copy
         if node.op == "get_attr":
-            constants[node.target] = _recast_constant(_attribute(module, node.target), dtype)
+            value = _attribute(module, node.target)
+            if id(value) not in known:
+                known[id(value)] = value, _recast_constant(value, dtype)
+            constants[node.target] = known[id(value)][1]
     return fx.GraphModule(constants, graph)
 
 
@@ -219,7 +234,10 @@ def rounding_of(
     if like.dtype == torch.float64 or exact is None:
         found = _in_its_own_precision(exact or rows, like, n, below)
     if exact is not None:
-        found += SAFETY * length(_apart(rows, exact, tangents(like, n)))
+        found += SAFETY * length(_apart(rows, exact, _drawn(like, n)))
+        if n <= FEWEST:  # the columns themselves
+            columns = _apart(rows, exact, torch.eye(n, dtype=like.dtype, device=like.device))
+            found = max(found, float(torch.linalg.matrix_norm(columns, 2)))
     return found if found < float("inf") else _unlinear(rows, like, n)
 
 
@@ -228,7 +246,7 @@ def _in_its_own_precision(
 ) -> float:
     if below is None or like.dtype != torch.float64:
         return _unlinear(rows, like, n)
-    drawn, found = tangents(like, n), float("inf")
+    drawn, found = _drawn(like, n), float("inf")
     size = length(few_at_once(rows, drawn))
     for stretch in (1.0, 1.0 + 2.0**-9):  # a unit at zero, but for rounding, is there at one of both points at most
         pair = below(stretch)
@@ -244,7 +262,12 @@ def _in_its_own_precision(
 
 
 def _unlinear(rows: Rows, like: Tensor, n: int) -> float:
-    return SAFETY * length(noise_of(few_at_once(rows, with_sums(tangents(like, n)))))
+    return SAFETY * length(noise_of(few_at_once(rows, with_sums(_drawn(like, n)))))
+
+
+def _drawn(like: Tensor, n: int) -> Tensor:
+    """An even number of random rows: more of them where they are short."""
+    return tangents(like, n, max(DRAWS, 2 * -(-FEWEST // (2 * n))))
 
 
 def _apart(rows: Rows, exact: Rows, drawn: Tensor) -> Tensor:
