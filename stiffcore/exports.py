@@ -123,7 +123,7 @@ def write_hdf5(run: Run, to: Path) -> str:
     n is m + ones + zeros where complete: so many more eigenvalues are exactly 1 and exactly 0.
     """
     rows, written = run.metrics(), 0
-    keys = list(run.records())
+    keys = sorted(run.header.units)
     with h5py.File(to, "x") as file:
         file.attrs.update(
             {

@@ -12,11 +12,19 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 
 from stiffcore.spectra import Certificate, Ends, Moments, read_as, spelled, unspelled
-from stiffcore.study import LARGEST, Build, Flops, Identity, Size, Solver, Study, Unit
+from stiffcore.study import LARGEST, Build, Flops, Identity, Kind, Size, Solver, Study, Unit
 
 # Of the layout of a run and of what is recorded in it; a run of another one is refused.
 FORMAT = 2
 
+# All arrays that a unit may have; of a matrix, NAME_tiles too.
+ARRAYS = frozenset(
+    (
+        *("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors", "division"),
+        *("eigenvalues", "histogram", "histogram_edges"),
+        *("numerical_range", "pseudospectrum", "pseudospectrum_re", "pseudospectrum_im"),
+    )
+)
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
 
@@ -244,7 +252,44 @@ class UnitRecord:
         if not isinstance(plan, Mapping):
             raise ValueError("plan: not there" if plan is None else "plan: Input should be an object")
         facts = {name: values[name] for name in Unit.model_fields if name in values}
-        return read_as(cls, {**known, "plan": {**plan, "unit": facts}})
+        found = read_as(cls, {**known, "plan": {**plan, "unit": facts}})
+        problem = found._problem()
+        if problem:
+            raise ValueError(problem)
+        return found
+
+    def _problem(self) -> str:
+        """What does not go together: a stage without what it finds, sizes that do not add up, an array of no name."""
+        unit, plan, stage = self.unit, self.plan, self.stage
+        strange = [name for name in self.damaged if name.removesuffix("_tiles") not in ARRAYS]
+        if strange:
+            return f"damaged: {strange[0]!r} is no array of a unit"
+        total = unit.k + unit.ones + unit.zeros
+        if unit.kind is Kind.MATRIX and unit.route != "none" and not total == unit.n == unit.m:
+            return "k, ones, zeros: do not add up to n"
+        if unit.kind is Kind.SINGULAR and total > min(unit.n, unit.m):
+            return "k, ones, zeros: more than there are singular values"
+        if unit.k > unit.n * unit.m or (self.found or 0) > unit.k:
+            return "k, found: more than there are eigenvalues"
+        if not plan.works or plan.solver is Solver.MATRIX_ONLY:
+            return ""
+        known: dict[str, Any] = {}
+        if unit.kind is Kind.MATRIX and not stage.before(Stage.SOLVED):
+            known["moments"] = self.moments
+        if unit.kind is Kind.MATRIX and unit.k:
+            if plan.solver is Solver.HOST_DENSE and not stage.before(Stage.REDUCED):
+                known |= {"ilo": self.ilo, "ihi": self.ihi, "moments": self.moments}
+            if plan.solver is Solver.EXTREMES and not stage.before(Stage.SOLVED):
+                known["converged"] = self.converged
+            if plan.solver is Solver.EXTREMES and not stage.before(Stage.COUNTED):
+                known["ends"] = self.ends
+            if plan.solver is Solver.DIVIDE and not stage.before(Stage.SOLVED):
+                known["divided"] = self.divided
+        if stage is Stage.DONE:
+            known |= {"certificate": self.certificate, "shift": self.shift}
+            known |= {} if self.values_kept else {"metrics": self.metrics}
+        missing = [name for name, value in known.items() if value is None]
+        return f"{', '.join(missing)}: not there, though the stage is {stage!s}" if missing else ""
 
 
 _NAMES = {f.name for f in fields(UnitRecord)}

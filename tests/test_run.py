@@ -18,6 +18,7 @@ import pytest
 import scipy.linalg
 import torch
 from torch import nn
+from zarr.storage import LocalStore
 
 import stiffcore
 from stiffcore.cluster import InProcess, local_workers
@@ -518,7 +519,7 @@ def test_a_unit_that_is_gone_is_named_and_it_and_one_whose_spectrum_is_damaged_a
         run.records()
     events.clear()
     execute(small / "run", {}, events.append)
-    assert {e["unit"] for e in events} == {second}
+    assert {e.unit for e in events} == {second}
     assert spectra_bytes(small / "run") == expected
 
 
@@ -669,7 +670,7 @@ def test_unreduced_matrices_have_the_same_spectra_and_cost_no_disk_where_they_ar
 
 
 def test_a_disk_that_is_full_half_way_ends_the_session_and_the_run_continues_to_the_same_bytes(small, monkeypatch):
-    write, writes, room = stiffcore.store.runs.LocalStore.set, [], 1 << 60
+    write, writes, room = LocalStore.set, [], 1 << 60
 
     async def full(store, key, value, *args):
         writes.append(key)
@@ -678,7 +679,7 @@ def test_a_disk_that_is_full_half_way_ends_the_session_and_the_run_continues_to_
         return await write(store, key, value, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stiffcore.store.runs.LocalStore, "set", full)
+        patch.setattr(LocalStore, "set", full)
         execute(small / "whole", KILL_OPTIONS)
         total = len(writes)
         for part in (0.5, 0.7, 0.9):

@@ -19,7 +19,7 @@ from stiffcore.metrics import spell, spell_share
 from stiffcore.report import figures
 from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations, mean_groups
 from stiffcore.report.tables import mean_cells, means_of, percent
-from stiffcore.run import DONE, Run, status_summary
+from stiffcore.run import DONE, Run
 from stiffcore.store import IMAGES
 from stiffcore.study import Kind, Solver
 from stiffcore.text import visible
@@ -92,7 +92,7 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         url=run.store.url,
         header=run.header,
         study=run.study.model_dump(mode="json"),
-        summary=status_summary(run.records()),
+        summary=run.summary,
         functions=sorted(set(rows["function"])),
         kinds=sorted(set(rows["kind"])),
         images=rows["image"].nunique(),

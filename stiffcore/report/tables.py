@@ -12,7 +12,7 @@ from stiffcore.metrics import spell, spell_share
 from stiffcore.plan import Plan, UnitPlan
 from stiffcore.record import UnitRecord
 from stiffcore.report.statistics import FEWEST_OF_MEAN, SIGNIFICANT, correlations, mean_between, mean_groups
-from stiffcore.run import DONE, Run, state_of
+from stiffcore.run import DAMAGED, DONE, Run, state_of
 from stiffcore.study import FAILED, Kind, Solver, counted, format_bytes
 
 
@@ -98,7 +98,7 @@ def _device(plan: Plan) -> str:
     )
 
 
-def status_table(records: Mapping[str, UnitRecord]) -> Table:
+def status_table(records: Mapping[str, UnitRecord], damaged: Mapping[str, str]) -> Table:
     """The units that are not simply done or planned, and what is known of them."""
     table = _table("", "")
     for name in ("unit", "state", "stage"):
@@ -107,19 +107,25 @@ def status_table(records: Mapping[str, UnitRecord]) -> Table:
     for key, record in records.items():
         if state_of(record) not in ("done", "stored", "planned", "no spectrum"):
             table.add_row(key, state_of(record), record.stage, _note(record))
+    for key, why in damaged.items():
+        table.add_row(key, DAMAGED, "", why)
     return table
 
 
 def status_rows(run: Run) -> dict[str, Any]:
     """The state of a run as JSON values."""
-    records = run.records()
+    records, damaged = run.readable()
     return {
         "run": run.store.url,
         "holder": run.store.holder(),
         "study": run.study.model_dump(mode="json"),
         "left_out": run.header.left_out,
         "units": [
-            {"key": key, "state": state_of(r), "stage": str(r.stage), "note": _note(r)} for key, r in records.items()
+            *(
+                {"key": key, "state": state_of(r), "stage": str(r.stage), "note": _note(r)}
+                for key, r in records.items()
+            ),
+            *({"key": key, "state": DAMAGED, "stage": "", "note": why} for key, why in damaged.items()),
         ],
     }
 

@@ -14,7 +14,7 @@ import zarr
 from zarr.core.sync import sync
 
 from stiffcore.errors import DamagedError
-from stiffcore.store.metadata import UNREADABLE, create_array, is_there, open_array
+from stiffcore.store.metadata import UNREADABLE, check_memory, create_array, is_there, open_array
 
 # Of one file; a panel of a taller matrix is several, of which those that are all zero are not written.
 ROWS_IN_SHARD = 16_384
@@ -52,10 +52,16 @@ class TiledMatrix:
         self._data = open_array(group, name)
         self._tiles = open_array(group, f"{name}_tiles")
         self._by_column = getattr(self._data.metadata, "dimension_names", None) == AXES
+        if self._data.ndim != 2 or self._tiles.ndim != 2 or self._data.dtype.kind not in "fc":
+            raise DamagedError(f"{self._data.store_path}: not a matrix")
         self.shape: tuple[int, int] = self._turned(self._data.shape)
         self.dtype: np.dtype = self._data.dtype
         self.tile, self.shard = self._turned(self._data.chunks)
         self._band = self._turned(self._data.shards or self._data.shape)[0]
+        tiles, where = (-(-self.shape[0] // self.tile), -(-self.shape[1] // self.shard)), self._data.store_path
+        if self._tiles.shape != tiles or self._tiles.chunks != (tiles[0], 1) or self._tiles.dtype != np.uint8:
+            raise DamagedError(f"{where}: its tiles are not those of NAME_tiles")
+        check_memory(tiles[0] * tiles[1], f"{where}_tiles")
 
     @classmethod
     def create(
@@ -96,7 +102,11 @@ class TiledMatrix:
                 fill_value=int(Tile.MISSING),
                 dimension_names=("row_tile", "column_shard"),
             )
-        return cls(group, name)
+        found = cls(group, name)
+        if found.shape != shape or found.dtype != dtype:
+            stored = f"{found.shape} of {found.dtype} are stored"
+            raise DamagedError(f"{found._data.store_path}: {stored}, and {shape} of {dtype} are recorded")
+        return found
 
     def _turned(self, of_axes: tuple[Any, ...]) -> tuple[Any, Any]:
         """What is said of rows and columns, as the array has its axes; and back."""
@@ -306,6 +316,8 @@ class TiledMatrix:
             if not len(stored):
                 continue
             first = int(stored[0]) * self.tile
+            rows_read = min((int(stored[-1]) + 1) * self.tile, self.shape[0]) - first
+            check_memory(rows_read * (stop - start) * self.dtype.itemsize, where)
             part = self._turned((slice(first, (int(stored[-1]) + 1) * self.tile), slice(start, stop)))
             try:
                 numbers = np.asarray(self._data[part])
