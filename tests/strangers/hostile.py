@@ -161,7 +161,7 @@ COMMANDS: dict[str, list[str]] = {
     "plan": ["plan", "RUN", "--trust"],
     "run": ["run", "RUN"],
     "run --trust": ["run", "RUN", "--trust"],
-    "picture": ["picture", "RUN", "--block", "layer1.1"],
+    "picture": ["picture", "RUN", "--block", "layer1.1", "--trust"],
 }
 _watched: list[str] | None = None
 
