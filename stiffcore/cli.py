@@ -44,6 +44,11 @@ app = typer.Typer(
 # tables keep their columns in a file or a pipe, where rich would assume 80
 out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
 err = Terminal(stderr=True)
+# where less room is told of, a terminal breaks the lines of a table: narrower columns would hold a letter each, or none
+NARROWEST = 60
+for console in (out, err):
+    if console.width < NARROWEST:
+        console.width = NARROWEST
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

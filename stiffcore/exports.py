@@ -124,7 +124,8 @@ def write_hdf5(run: Run, to: Path) -> str:
     """
     rows, written = run.metrics(), 0
     keys = sorted(run.header.units)
-    with h5py.File(to, "x") as file:
+    # through Python's file: HDF5's own ends in a segmentation fault where a full disk keeps it from closing
+    with to.open("x+b") as stream, h5py.File(stream, "w") as file:
         file.attrs.update(
             {
                 "layout": HDF5_LAYOUT,

@@ -7,7 +7,6 @@ the record change.
 """
 
 import fcntl
-import json
 import os
 import socket
 import threading
@@ -253,8 +252,8 @@ class Lease:
         found: Any = None
         raw = await store.get(HOLDER, default_buffer_prototype())
         with suppress(ValueError):
-            found = json.loads(raw.to_bytes()) if raw is not None else None
-        if not isinstance(found, dict) or found.get("token") != self.token:
+            found = parsed(raw.to_bytes()) if raw is not None else None
+        if not found or found.get("token") != self.token:
             raise BusyError(_over(self.url))
         return found.get("heartbeat")
 
