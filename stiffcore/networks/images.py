@@ -53,7 +53,7 @@ class Pixels:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, at: int | tuple) -> np.ndarray:
+    def __getitem__(self, at: Any) -> np.ndarray:
         i, *inside = at if isinstance(at, tuple) else (at,)
         if not isinstance(i, (int, np.integer)):
             return np.asarray(self)[at]
