@@ -61,7 +61,7 @@ class Pixels:
             return self[i][tuple(inside)]
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self._read(i)
+        return self._read(int(i))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.stack([self[i] for i in range(len(self))]).astype(dtype or self.dtype, copy=False)
