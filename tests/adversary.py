@@ -55,7 +55,7 @@ def eigenvalues(a: fmpq_mat) -> tuple[Array, tuple[int, int]]:
         size = max(max(abs(complex(z.real.mid(), z.imag.mid())) for z in found), 1e-300)
         sums = sum(found[1:], found[0]), sum((z * z for z in found[1:]), found[0] * found[0])
         gaps = [(total - trace).abs_lower() for total, trace in zip(sums, traces, strict=True)]
-        if gaps[0] <= size * 2.0**-150 and gaps[1] <= size * size * 2.0**-150:
+        if gaps[0] <= size * 2.0**-64 and gaps[1] <= size * size * 2.0**-64:
             break
     else:
         raise ArithmeticError("flint's eigenvalues miss the trace")
