@@ -178,6 +178,8 @@ class UnitRecord:
         ends: of `extremes`, what is known of the rest of the spectrum.
         certificate: how far the eigenvalues can be trusted.
         shift: what was added to the eigenvalues of the matrix solved.
+        distance: of the matrix solved from that of J in exact arithmetic, in the 2-norm, at most: its rounding, and what
+            the graph lost.
         found: how many eigenvalues are stored.
         metrics: where the eigenvalues alone do not say them.
         values_kept: whether the eigenvalues are stored; else a histogram of them is.
@@ -205,6 +207,7 @@ class UnitRecord:
     ends: Ends | None = None
     certificate: Certificate | None = None
     shift: Annotated[int, Field(ge=0, le=1)] | None = None
+    distance: float | None = None
     found: Size | None = None
     metrics: dict[str, float] | None = None
     values_kept: bool = True
@@ -299,6 +302,7 @@ NOT_SAID: dict[str, Any] = {"values_kept": True}
 WITH_FLOATS = {
     "moments",
     "logarithmic_norm",
+    "distance",
     "range_left",
     "range_right",
     "divided",
