@@ -237,6 +237,8 @@ def plan(
     with workers_at(scheduler, lambda event: None, security=security, tell=_tell) as executor:
         look = partial(_looked, run, options, executor, workers, quiet=as_json, suppose=True)
         prepared = _with_trust(look, trust)
+    for key, why in {**prepared.damaged, **prepared.unreadable}.items():
+        _say(err, f"{key}: {why}: `run` makes it anew")
     if as_json:
         _print_json(tables.plan_rows(prepared.plan, prepared.left_out))
     else:

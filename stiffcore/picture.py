@@ -116,6 +116,10 @@ def stored_picture(store: RunStore, key: str) -> Picture | None:
         found = Picture(*(store.get_array(f"units/{key}", name) for name in ARRAYS))
     except DamagedError:
         return None
+    values = (found.numerical_range, found.re, found.im, found.smallest)
+    for one, kind, axes in zip(values, "cfff", DIMENSIONS, strict=True):
+        if (one.dtype.kind, one.ndim) != (kind, len(axes)):
+            return None
     whole = found.smallest.shape == (len(found.im), len(found.re))
     return found if whole else None  # it was being written when its process was killed
 

@@ -4,12 +4,13 @@ The store turns these into JSON and back (`to_json`, `from_json`), and nothing e
 all of it: a field that is missing, of another type or out of range is refused by its name.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from stiffcore.spectra import Certificate, Ends, Moments, read_as, spelled, unspelled
 from stiffcore.study import LARGEST, Build, Flops, Identity, Kind, Size, Solver, Study, Unit
@@ -138,16 +139,56 @@ class Converged:
 
 
 @dataclass(frozen=True)
+class SplitFacts:
+    """One division of a part: the fields are those of `stiffcore.eigen.divide.Split`."""
+
+    order: Size
+    curve: str
+    beyond: int
+    steps: Size
+    trace_error: float
+    neglected: float
+    norm: float
+    failure: str
+
+
+# What is known of a division on its way: by the end of a value's name, its type. Names of parts stand before it.
+_ON_THE_WAY: dict[str, Any] = {
+    "failed": str,
+    "growth": dict[str, float],
+    "moments": tuple[float, float] | tuple[float, float, float],
+    "norms|made|right": tuple[float, float],
+    "start|basis|left": AtLeastOne,
+    "trace": float,
+    r"change\d+": float | str,
+    r"values|vectors\d+-\d+": Literal[True],
+    r"\d+": SplitFacts,
+}
+
+
+def _known_on_the_way(values: dict[str, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        kinds = [kind for end, kind in _ON_THE_WAY.items() if re.fullmatch(rf"([rl]*-(\d+-)?)?({end})", name)]
+        if not kinds:
+            raise ValueError(f"{name!r} is nothing that a division finds")
+        try:
+            read_as(kinds[0], spelled(value))
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).lstrip('.: ')}") from error
+    return values
+
+
+@dataclass(frozen=True)
 class Divided:
     """How a matrix was divided.
 
     Attributes:
-        splits: each division of a part, as `stiffcore.eigen.divide.Split` has it.
+        splits: each division of a part.
         error: the norm of what was neglected in all.
         right: how many eigenvalues of J have a positive real part by the division's own count; None where not known.
     """
 
-    splits: tuple[dict[str, Any], ...]
+    splits: tuple[SplitFacts, ...]
     error: Annotated[float, Field(ge=0)]
     right: Size | None = None
 
@@ -203,7 +244,7 @@ class UnitRecord:
     how: str | None = None
     converged: Converged | None = None
     divided: Divided | None = None
-    division: dict[str, Any] | None = None
+    division: Annotated[dict[str, Any], AfterValidator(_known_on_the_way)] | None = None
     ends: Ends | None = None
     certificate: Certificate | None = None
     shift: Annotated[int, Field(ge=0, le=1)] | None = None

@@ -313,6 +313,10 @@ class LeasedStore(WrapperStore[Store]):
         """Delete, while the lease lasts."""
         await self._led(lambda: self._store.delete_dir(prefix))
 
+    async def size(self, key: str) -> int:
+        """Bytes of a file, see the stores of a run."""
+        return await self._store.size(key)  # type: ignore[attr-defined]  # both stores of a run have it
+
     async def sizes(self, prefix: str) -> dict[str, int]:
         """As the store's."""
         return await self._store.sizes(prefix)  # type: ignore[attr-defined]  # both stores of a run have it

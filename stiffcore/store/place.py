@@ -85,12 +85,17 @@ def check_metadata_size(path: Path) -> None:
     Raises:
         StrangeError: where it is.
     """
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return  # whoever reads it says so
+    size = file_size(path)
     if size > METADATA_MOST:
         raise StrangeError(f"{path} has {size:,} bytes, which no metadata of a run have: remove it")
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file; 0 where it is not there, or cannot be seen: whoever reads it says so."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 class _LocalPlace(LocalStore):
@@ -162,6 +167,11 @@ class _LocalPlace(LocalStore):
     async def sizes(self, prefix: str) -> dict[str, int]:
         """Bytes of each file below a folder, by name."""
         return {key: await self.getsize(key) async for key in self.list_prefix(prefix)}
+
+    async def size(self, key: str) -> int:
+        """Bytes of a file; 0 where it is not there."""
+        self._file(key)
+        return file_size(self.root / key)
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         check_path(self.root, prefix.rstrip("/"), "folder")

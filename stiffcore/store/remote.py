@@ -10,7 +10,15 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore
 
 from stiffcore.errors import InputError
-from stiffcore.store.place import StoreError, check_metadata_size, check_name, check_path, local_folder, open_folder
+from stiffcore.store.place import (
+    StoreError,
+    check_metadata_size,
+    check_name,
+    check_path,
+    file_size,
+    local_folder,
+    open_folder,
+)
 
 
 class _RemoteStore(FsspecStore):
@@ -97,6 +105,12 @@ class _RemoteStore(FsspecStore):
         with self._wire("listed", prefix, "folder"):
             found = await self.fs._find(f"{self.path}/{prefix}", detail=True, withdirs=False)
         return {name: int(facts["size"]) for name, facts in found.items()}
+
+    async def size(self, key: str) -> int:
+        """Bytes of a file on this machine; 0 elsewhere, where to ask would take as long as to read."""
+        with self._wire("read", key):
+            folder = local_folder(self.fs, self.path)
+            return file_size(folder / key) if folder else 0
 
     async def names(self) -> tuple[str, ...]:
         """What lies at the root; the place need not exist, but its bucket must."""

@@ -14,12 +14,14 @@ import zarr
 from zarr.core.sync import sync
 
 from stiffcore.errors import DamagedError
-from stiffcore.store.metadata import UNREADABLE, check_memory, create_array, is_there, open_array
+from stiffcore.store.metadata import CHECKSUM_BYTES, UNREADABLE, check_memory, create_array, is_there, open_array
 
 # Of one file; a panel of a taller matrix is several, of which those that are all zero are not written.
 ROWS_IN_SHARD = 16_384
 # Rows of each of these: a sparse matrix of order 100,000 is written in 16 s in bands of 4,096, in 53 s of 16,384.
 BAND_ROWS = 4096
+# In a file of several tiles, of each: where it begins, and how long it is.
+INDEX_BYTES = 16
 # Of the array. Matrices of earlier versions have them the other way round, and are read so.
 AXES = ("column", "row")
 
@@ -172,9 +174,21 @@ class TiledMatrix:
         try:
             self._data[where] = numbers
         except ValueError:  # Zarr looks into the file that it replaces, which a writer may have left torn
-            key = self._data.metadata.encode_chunk_key(self._turned((first // self._band, start // self.shard)))
-            sync((self._data.store_path / key).delete())
+            sync((self._data.store_path / self._file(first // self._band, start // self.shard)).delete())
             self._data[where] = numbers
+
+    def _file(self, band: int, shard: int) -> str:
+        """The name, in the array, of the file of a band of a shard."""
+        return self._data.metadata.encode_chunk_key(self._turned((band, shard)))
+
+    def _check_file(self, band: int, shard: int, where: str) -> None:
+        """Refuse a file with more in it than its tiles, their checksums and where each begins."""
+        tiles = self._band // self.tile
+        most = tiles * (self.tile * self.shard * self.dtype.itemsize + CHECKSUM_BYTES + INDEX_BYTES) + CHECKSUM_BYTES
+        path = self._data.store_path / self._file(band, shard)
+        size = sync(path.store.size(path.path))  # type: ignore[attr-defined]  # the stores of a run have it
+        if size > most:
+            raise DamagedError(f"{where}: a file has {size:,} bytes, and its tiles have {most:,} at most")
 
     def _bands(self, block: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[int, np.ndarray]]:
         """The bands of a block that may hold a nonzero, dense and writeable, each with its first row."""
@@ -318,6 +332,7 @@ class TiledMatrix:
             first = int(stored[0]) * self.tile
             rows_read = min((int(stored[-1]) + 1) * self.tile, self.shape[0]) - first
             check_memory(rows_read * (stop - start) * self.dtype.itemsize, where)
+            self._check_file(first // self._band, shard, where)
             part = self._turned((slice(first, (int(stored[-1]) + 1) * self.tile), slice(start, stop)))
             try:
                 numbers = np.asarray(self._data[part])
