@@ -219,8 +219,8 @@ class UnitRecord:
         ends: of `extremes`, what is known of the rest of the spectrum.
         certificate: how far the eigenvalues can be trusted.
         shift: what was added to the eigenvalues of the matrix solved.
-        distance: of the matrix solved from that of J in exact arithmetic, in the 2-norm, at most: its rounding, and what
-            the graph lost.
+        distance: of the matrix solved from that of exact arithmetic, in the 2-norm: its rounding, and what the graph
+            lost.
         found: how many eigenvalues are stored.
         metrics: where the eigenvalues alone do not say them.
         values_kept: whether the eigenvalues are stored; else a histogram of them is.
