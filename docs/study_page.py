@@ -10,12 +10,10 @@ import pandas as pd
 from tabulate import tabulate
 
 from stiffcore.report.figures import paper_values
-from stiffcore.report.statistics import SIGNIFICANT, correlations, labelled, spread
+from stiffcore.report.statistics import FEWEST, SIGNIFICANT, correlations, labelled, spread
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet18", "resnet34", "resnet50")
-# Images that correlations take at least.
-ENOUGH = 20
 EXTREMES_HEAD = """# Are the residual blocks of ResNets stiff? S and the sign of the spectrum at many images
 
 The true spectra (`matrix`: eigenvalues of each block's n x n Jacobian, skip and last ReLU included) of all square
@@ -210,8 +208,8 @@ def by_label(network, rows):
 
 
 def correlated(network, rows):
-    if rows["image"].nunique() < ENOUGH:
-        return f"None: fewer than {ENOUGH} images."
+    if rows["image"].nunique() < FEWEST:
+        return f"None: fewer than {FEWEST} images."
     paper, lines = published(network, "correlations"), []
     names = {("S", "correct"): "acc_S", ("negative", "correct"): "acc_P"}
     names |= {("S", "loss"): "loss_S", ("negative", "loss"): "loss_P"}

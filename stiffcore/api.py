@@ -183,8 +183,16 @@ def analyze(
     context = nullcontext(InProcess(tell)) if here else workers_at(scheduler, tell, security=security)
     check_free(str(run))
     with context as executor:
-        prepared = prepare(str(run), given, executor, module, in_memory, workers=workers)
-        return carry_out_plan(str(run), prepared, executor, tell, module)[0]
+        try:
+            prepared = prepare(str(run), given, executor, module, in_memory, workers=workers)
+            return carry_out_plan(str(run), prepared, executor, tell, module)[0]
+        except TypeError as error:
+            if module is None or here or "serialize" not in str(error):
+                raise
+            raise InputError(
+                f"{type(module).__name__} cannot be sent to other processes (it holds a lock, or what else cannot be "
+                "pickled): leave workers and scheduler out, or give it by name as package.module:factory"
+            ) from error
 
 
 def _choice(kind: Any, value: str, name: str) -> Any:

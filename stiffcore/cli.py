@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapse
 
 from stiffcore.cluster import Executor, tls_security, workers_at
 from stiffcore.ending import at_end, handle
-from stiffcore.errors import InputError, StiffcoreError, UntrustedError
+from stiffcore.errors import DamagedError, InputError, StiffcoreError, UntrustedError
 from stiffcore.metrics import spell_share
 from stiffcore.plan import Plan, check_budget
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
@@ -44,6 +44,11 @@ app = typer.Typer(
 # tables keep their columns in a file or a pipe, where rich would assume 80
 out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
 err = Terminal(stderr=True)
+# where less room is told of, a terminal breaks the lines of a table: narrower columns would hold a letter each, or none
+NARROWEST = 60
+for console in (out, err):
+    if console.width < NARROWEST:
+        console.width = NARROWEST
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -232,6 +237,8 @@ def plan(
     with workers_at(scheduler, lambda event: None, security=security, tell=_tell) as executor:
         look = partial(_looked, run, options, executor, workers, quiet=as_json, suppose=True)
         prepared = _with_trust(look, trust)
+    for key, why in {**prepared.damaged, **prepared.unreadable}.items():
+        _say(err, f"{key}: {why}: `run` makes it anew")
     if as_json:
         _print_json(tables.plan_rows(prepared.plan, prepared.left_out))
     else:
@@ -248,17 +255,19 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     found = open_run(run)
     if as_json:
         _print_json(tables.status_rows(found))
+        _refuse_damaged(found)
         return
     holder = found.store.holder()
     by = f"being worked on by process {holder['pid']} on {holder['host']}" if holder else "nobody works on it now"
     _say(out, f"{run}: {by}")
-    records = found.records()
-    _say(out, status_summary(records))
+    records, damaged = found.readable()
+    _say(out, status_summary(records, damaged))
     for line in tables.left_out_lines(found.header.left_out):
         _say(out, line)
-    table = tables.status_table(records)
+    table = tables.status_table(records, damaged)
     if table.row_count:
         out.print(table)
+    _refuse_damaged(found)
 
 
 @app.command()
@@ -319,6 +328,7 @@ def show(
         _print_json(tables.json_rows(found.metrics()))
     else:
         _show(found, each=each)
+    _refuse_damaged(found)
 
 
 @app.command()
@@ -377,7 +387,9 @@ def export(
     from stiffcore.exports import export as write
 
     check_target(to)
-    _say(out, write(open_run(run), to))
+    found = open_run(run)
+    _say(out, write(found, to))
+    _refuse_damaged(found)
 
 
 @app.command()
@@ -394,6 +406,17 @@ def report(
         raise InputError(f"{error}; pip install 'stiffcore[report]'") from error
 
     _say(out, write_report(found, to, figures))
+    _refuse_damaged(found)
+
+
+def _refuse_damaged(found: Run) -> None:
+    """End with what could not be read, once the rest was said."""
+    if found.damaged:
+        lines = "\n".join(f"  - {key}: {why}" for key, why in found.damaged.items())
+        raise DamagedError(
+            f"{counted(len(found.damaged), 'unit is', 'units are')} damaged:\n{lines}\n"
+            f"`stiffcore run {found.store.url}` makes them anew"
+        )
 
 
 def _say(console: Terminal, text: str, style: str | None = None) -> None:
@@ -466,15 +489,15 @@ def _show(run: Run, *, each: bool = False) -> None:
     rows = run.metrics()
     listed = each or len(rows) <= LISTED
     if not listed:
-        _say(out, status_summary(run.records()) + "; --each lists every spectrum")
+        _say(out, run.summary + "; --each lists every spectrum")
     images = rows["image"].nunique()
     for kind, part in rows.groupby("kind", sort=False):
         if listed:
             out.print(tables.metrics_table(part, out.width, kind))
-        if images > 1:
-            out.print(tables.means_table(part))
-            if rows["label"].nunique() > 1:
-                out.print(tables.means_table(part, "label"))
+        for by in ("block", "label") if rows["label"].nunique() > 1 else ("block",):
+            means = tables.means_table(part, by)
+            if means.row_count > 0 and (listed or means.row_count <= LISTED):
+                out.print(means)
         if images >= FEWEST:
             for function in sorted(set(part["function"])):
                 out.print(tables.correlations_table(part, function))

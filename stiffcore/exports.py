@@ -123,8 +123,9 @@ def write_hdf5(run: Run, to: Path) -> str:
     n is m + ones + zeros where complete: so many more eigenvalues are exactly 1 and exactly 0.
     """
     rows, written = run.metrics(), 0
-    keys = list(run.records())
-    with h5py.File(to, "x") as file:
+    keys = sorted(run.header.units)
+    # through Python's file: HDF5's own ends in a segmentation fault where a full disk keeps it from closing
+    with to.open("x+b") as stream, h5py.File(stream, "w") as file:
         file.attrs.update(
             {
                 "layout": HDF5_LAYOUT,

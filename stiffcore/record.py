@@ -4,19 +4,28 @@ The store turns these into JSON and back (`to_json`, `from_json`), and nothing e
 all of it: a field that is missing, of another type or out of range is refused by its name.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from stiffcore.spectra import Certificate, Ends, Moments, read_as, spelled, unspelled
-from stiffcore.study import LARGEST, Build, Flops, Identity, Size, Solver, Study, Unit
+from stiffcore.study import LARGEST, Build, Flops, Identity, Kind, Size, Solver, Study, Unit
 
 # Of the layout of a run and of what is recorded in it; a run of another one is refused.
 FORMAT = 2
 
+# All arrays that a unit may have; of a matrix, NAME_tiles too.
+ARRAYS = frozenset(
+    (
+        *("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors", "division"),
+        *("eigenvalues", "histogram", "histogram_edges"),
+        *("numerical_range", "pseudospectrum", "pseudospectrum_re", "pseudospectrum_im"),
+    )
+)
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
 
@@ -130,16 +139,56 @@ class Converged:
 
 
 @dataclass(frozen=True)
+class SplitFacts:
+    """One division of a part: the fields are those of `stiffcore.eigen.divide.Split`."""
+
+    order: Size
+    curve: str
+    beyond: int
+    steps: Size
+    trace_error: float
+    neglected: float
+    norm: float
+    failure: str
+
+
+# What is known of a division on its way: by the end of a value's name, its type. Names of parts stand before it.
+_ON_THE_WAY: dict[str, Any] = {
+    "failed": str,
+    "growth": dict[str, float],
+    "moments": tuple[float, float] | tuple[float, float, float],
+    "norms|made|right": tuple[float, float],
+    "start|basis|left": AtLeastOne,
+    "trace": float,
+    r"change\d+": float | str,
+    r"values|vectors\d+-\d+": Literal[True],
+    r"\d+": SplitFacts,
+}
+
+
+def _known_on_the_way(values: dict[str, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        kinds = [kind for end, kind in _ON_THE_WAY.items() if re.fullmatch(rf"([rl]*-(\d+-)?)?({end})", name)]
+        if not kinds:
+            raise ValueError(f"{name!r} is nothing that a division finds")
+        try:
+            read_as(kinds[0], spelled(value))
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).lstrip('.: ')}") from error
+    return values
+
+
+@dataclass(frozen=True)
 class Divided:
     """How a matrix was divided.
 
     Attributes:
-        splits: each division of a part, as `stiffcore.eigen.divide.Split` has it.
+        splits: each division of a part.
         error: the norm of what was neglected in all.
         right: how many eigenvalues of J have a positive real part by the division's own count; None where not known.
     """
 
-    splits: tuple[dict[str, Any], ...]
+    splits: tuple[SplitFacts, ...]
     error: Annotated[float, Field(ge=0)]
     right: Size | None = None
 
@@ -170,6 +219,8 @@ class UnitRecord:
         ends: of `extremes`, what is known of the rest of the spectrum.
         certificate: how far the eigenvalues can be trusted.
         shift: what was added to the eigenvalues of the matrix solved.
+        distance: of the matrix solved from that of exact arithmetic, in the 2-norm: its rounding, and what the graph
+            lost.
         found: how many eigenvalues are stored.
         metrics: where the eigenvalues alone do not say them.
         values_kept: whether the eigenvalues are stored; else a histogram of them is.
@@ -193,10 +244,11 @@ class UnitRecord:
     how: str | None = None
     converged: Converged | None = None
     divided: Divided | None = None
-    division: dict[str, Any] | None = None
+    division: Annotated[dict[str, Any], AfterValidator(_known_on_the_way)] | None = None
     ends: Ends | None = None
     certificate: Certificate | None = None
     shift: Annotated[int, Field(ge=0, le=1)] | None = None
+    distance: float | None = None
     found: Size | None = None
     metrics: dict[str, float] | None = None
     values_kept: bool = True
@@ -244,7 +296,44 @@ class UnitRecord:
         if not isinstance(plan, Mapping):
             raise ValueError("plan: not there" if plan is None else "plan: Input should be an object")
         facts = {name: values[name] for name in Unit.model_fields if name in values}
-        return read_as(cls, {**known, "plan": {**plan, "unit": facts}})
+        found = read_as(cls, {**known, "plan": {**plan, "unit": facts}})
+        problem = found._problem()
+        if problem:
+            raise ValueError(problem)
+        return found
+
+    def _problem(self) -> str:
+        """What does not go together: a stage without what it finds, sizes that do not add up, an array of no name."""
+        unit, plan, stage = self.unit, self.plan, self.stage
+        strange = [name for name in self.damaged if name.removesuffix("_tiles") not in ARRAYS]
+        if strange:
+            return f"damaged: {strange[0]!r} is no array of a unit"
+        total = unit.k + unit.ones + unit.zeros
+        if unit.kind is Kind.MATRIX and unit.route != "none" and not total == unit.n == unit.m:
+            return "k, ones, zeros: do not add up to n"
+        if unit.kind is Kind.SINGULAR and total > min(unit.n, unit.m):
+            return "k, ones, zeros: more than there are singular values"
+        if unit.k > unit.n * unit.m or (self.found or 0) > unit.k:
+            return "k, found: more than there are eigenvalues"
+        if not plan.works or plan.solver is Solver.MATRIX_ONLY:
+            return ""
+        known: dict[str, Any] = {}
+        if unit.kind is Kind.MATRIX and not stage.before(Stage.SOLVED):
+            known["moments"] = self.moments
+        if unit.kind is Kind.MATRIX and unit.k:
+            if plan.solver is Solver.HOST_DENSE and not stage.before(Stage.REDUCED):
+                known |= {"ilo": self.ilo, "ihi": self.ihi, "moments": self.moments}
+            if plan.solver is Solver.EXTREMES and not stage.before(Stage.SOLVED):
+                known["converged"] = self.converged
+            if plan.solver is Solver.EXTREMES and not stage.before(Stage.COUNTED):
+                known["ends"] = self.ends
+            if plan.solver is Solver.DIVIDE and not stage.before(Stage.SOLVED):
+                known["divided"] = self.divided
+        if stage is Stage.DONE:
+            known |= {"certificate": self.certificate, "shift": self.shift}
+            known |= {} if self.values_kept else {"metrics": self.metrics}
+        missing = [name for name, value in known.items() if value is None]
+        return f"{', '.join(missing)}: not there, though the stage is {stage!s}" if missing else ""
 
 
 _NAMES = {f.name for f in fields(UnitRecord)}
@@ -254,6 +343,7 @@ NOT_SAID: dict[str, Any] = {"values_kept": True}
 WITH_FLOATS = {
     "moments",
     "logarithmic_norm",
+    "distance",
     "range_left",
     "range_right",
     "divided",

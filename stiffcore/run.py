@@ -4,16 +4,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from html import escape
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stiffcore.errors import InputError
+from stiffcore.errors import DamagedError, InputError
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.record import Stage, UnitRecord
 from stiffcore.spectra import Certificate, Count, Spectrum
-from stiffcore.store import IMAGES, RunStore, stored_spectrum
-from stiffcore.study import FAILED, Kind, Solver, Study, parse_bytes
+from stiffcore.store import IMAGES, RunStore, StoreError, stored_spectrum
+from stiffcore.study import FAILED, Kind, Solver, Study, parse_bytes, unit_key
 from stiffcore.text import encodable
 from stiffcore.trust import trusted_network
 
@@ -32,6 +33,9 @@ CERTIFICATE_COLUMNS = (
 
 # States of a unit that has a spectrum, see `state_of`.
 DONE = ("done", "not certified")
+
+# The state of one that has a record or a spectrum which cannot be read.
+DAMAGED = "damaged"
 
 # Arrays of the inputs: pixels, position in the source, label, and what the network makes of them.
 IMAGE_ARRAYS = ("x", "index", "y", "prediction", "loss")
@@ -52,9 +56,11 @@ class Run:
         self.store = store
         self.header = store.settled()
         self.study: Study = self.header.study
+        # what reading has found damaged so far, by unit
+        self.damaged: dict[str, str] = {}
 
     def __repr__(self) -> str:
-        return f"Run({self.store.url}: {self.header.description}; {status_summary(self.records())})"
+        return f"Run({self.store.url}: {self.header.description}; {self.summary})"
 
     def _repr_html_(self) -> str:
         shown = ["image_index", "number", "block", "function", "n", "k", "S_active", "S_active_error", "negative"]
@@ -68,6 +74,18 @@ class Run:
             DamagedError: where a record is not what was written.
         """
         return self.store.units()
+
+    def readable(self) -> tuple[dict[str, UnitRecord], dict[str, str]]:
+        """What is recorded of the units that can be read, by key; and what is wrong with each of the others."""
+        records, damaged = self.store.whole_units(looking=True)
+        self.damaged |= damaged
+        return records, damaged
+
+    @property
+    def summary(self) -> str:
+        """How many units are in which state."""
+        records, damaged = self.readable()
+        return status_summary(records, damaged)
 
     def spectrum(self, image: int = 0, block: str | int = 1, function: str = "block", kind: str = "matrix") -> Spectrum:
         """One stored spectrum.
@@ -90,7 +108,7 @@ class Run:
 
     def _key(self, image: int, block: str | int, function: str, kind: str) -> str:
         named: dict[str, str] = {}
-        for key, record in self.records().items():
+        for key, record in self.readable()[0].items():
             unit = record.unit
             if (unit.image, unit.function, unit.kind) == (image, function, kind):
                 named.setdefault(unit.block, key)
@@ -178,13 +196,21 @@ class Run:
             UntrustedError: where code would be imported without `trust`.
             StiffcoreError: where the weights are not those of the run.
         """
+        from stiffcore.eigen.certificate import distance_of
         from stiffcore.eigen.counting import count_left
+        from stiffcore.jacobian.reduction import Reduction
         from stiffcore.picture import shifted_matrix
+        from stiffcore.unit import open_operator
 
         key = self._key(image, block, function, Kind.MATRIX)
         allowed = parse_bytes(memory) if isinstance(memory, str) else memory
         trusted = trusted_network(self.study, trust=trust)
-        found = count_left(shifted_matrix(self.store, key, module, trusted), threshold, memory_bytes=allowed)
+        matrix, distance = shifted_matrix(self.store, key, module, trusted)
+        if distance is None:
+            operator = open_operator(self.store, self.store.record(key), "cpu", module, trusted)
+            assert isinstance(operator, Reduction)
+            distance = distance_of(operator)
+        found = count_left(matrix, threshold, memory_bytes=allowed, rounding=distance)
         if found.count is None:
             return found
         unit = self.store.record(key).unit
@@ -197,8 +223,17 @@ class Run:
         """One row a unit: what it is, its state, its metrics (nan where there is no spectrum), its certificate."""
         import pandas as pd
 
-        images = {name: self.store.get_array(IMAGES, name) for name in IMAGE_ARRAYS[1:]}
-        rows = [self._row(key, record, images) for key, record in self.records().items()]
+        images = {name: self._of_images(name) for name in IMAGE_ARRAYS[1:]}
+        records, damaged = self.readable()
+        rows = []
+        for key in sorted(self.header.units):
+            try:
+                if key in damaged:
+                    raise DamagedError(damaged[key])
+                rows.append(self._row(records[key], images, self._spectrum_of(key, records[key])))
+            except (DamagedError, StoreError) as error:
+                self.damaged[key] = str(error)
+                rows.append(self._damaged_row(key, records.get(key), images, str(error)))
         # tables of texts may be kept as UTF-8
         return pd.DataFrame([{n: encodable(v) if isinstance(v, str) else v for n, v in row.items()} for row in rows])
 
@@ -234,28 +269,49 @@ class Run:
         data = data.assign_coords(number=("block", by_block["number"].to_numpy()))
         return data.assign_attrs(description=self.header.description, source=self.header.source)
 
-    def _row(self, key: str, record: UnitRecord, images: dict[str, np.ndarray]) -> dict[str, Any]:
-        unit, i = record.unit, record.unit.image
+    def _of_images(self, name: str) -> np.ndarray:
+        """One number of each image."""
+        found, count = self.store.get_array(IMAGES, name), len(self.header.identity.images)
+        if found.shape != (count,) or found.dtype.kind not in "iuf":
+            raise DamagedError(f"{self.store.url}/{IMAGES}/{name}: not one number of each of {count} images")
+        return found
+
+    def _spectrum_of(self, key: str, record: UnitRecord) -> Spectrum | None:
+        return self.stored(key) if state_of(record) in DONE else None
+
+    def _damaged_row(
+        self, key: str, record: UnitRecord | None, images: dict[str, np.ndarray], why: str
+    ) -> dict[str, Any]:
+        """The row of a unit of which not all can be read; its name says which it is."""
+        if record is not None:
+            return self._row(record, images, None) | {"state": DAMAGED, "note": why}
+        asked = self.header.identity
+        units = product(range(len(asked.images)), asked.blocks, asked.functions, asked.kinds)
+        named = [of for of in units if unit_key(*of) == key]
+        if not named:
+            raise InputError(f"{self.store.url}: the header names a unit {key}, which the run cannot have")
+        image, block, function, kind = named[0]
+        facts = {"number": 0, "block": block, "function": function, "kind": kind, "m": 0, "n": 0, "k": 0}
+        facts |= {"ones": 0, "zeros": 0, "route": "", "elements": 0, "eigenvalues": 0, "state": DAMAGED, "solver": ""}
+        nothing = dict.fromkeys((*METRIC_NAMES, *CERTIFICATE_COLUMNS), float("nan"))
+        rest = {"basis": "", "certified": False, "note": why, "seconds": 0.0}
+        return _image_row(image, images) | facts | nothing | rest
+
+    def _row(self, record: UnitRecord, images: dict[str, np.ndarray], spectrum: Spectrum | None) -> dict[str, Any]:
+        unit = record.unit
         facts = ("number", "block", "function", "kind", "m", "n", "k", "ones", "zeros", "route")
-        row = {
-            "image": i,
-            "image_index": int(images["index"][i]),
-            "label": int(images["y"][i]),
-            "prediction": int(images["prediction"][i]),
-            "loss": float(images["loss"][i]),
-            "correct": _correct(int(images["prediction"][i]), int(images["y"][i])),
+        row = _image_row(unit.image, images) | {
             **{name: str(value) if isinstance(value, str) else value for name, value in unit if name in facts},
             "elements": unit.m * unit.n,
             "eigenvalues": unit.k + unit.ones + unit.zeros,
             "state": state_of(record),
             "solver": str(record.plan.solver),
         }
-        if state_of(record) not in DONE:
+        if spectrum is None:
             nothing = dict.fromkeys((*METRIC_NAMES, *CERTIFICATE_COLUMNS), float("nan"))
             return (
                 row | nothing | {"basis": "", "certified": False, "note": record.failure or unit.reason, "seconds": 0.0}
             )
-        spectrum = self.stored(key)
         certificate = spectrum.certificate
         return (
             row
@@ -268,6 +324,17 @@ class Run:
                 "seconds": sum(record.seconds.values()),
             }
         )
+
+
+def _image_row(i: int, images: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "image": i,
+        "image_index": int(images["index"][i]),
+        "label": int(images["y"][i]),
+        "prediction": int(images["prediction"][i]),
+        "loss": float(images["loss"][i]),
+        "correct": _correct(int(images["prediction"][i]), int(images["y"][i])),
+    }
 
 
 def _correct(prediction: int, label: int) -> float:
@@ -301,9 +368,9 @@ def state_of(record: UnitRecord) -> str:
     return "under way" if record.begun else "planned"
 
 
-def status_summary(records: Mapping[str, UnitRecord]) -> str:
-    """How many units are in which state."""
-    states = Counter(map(state_of, records.values()))
+def status_summary(records: Mapping[str, UnitRecord], damaged: Mapping[str, str]) -> str:
+    """How many units are in which state, those whose record cannot be read with them."""
+    states = Counter([*map(state_of, records.values()), *[DAMAGED] * len(damaged)])
     return ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
 
 

@@ -287,6 +287,7 @@ class Study(BaseModel):
 # No network has so many of anything: what is read must be a size, not only a number.
 LARGEST = 1 << 48
 Size = Annotated[int, Field(ge=0, le=LARGEST)]
+Order = Annotated[int, Field(ge=0, lt=2**31)]
 Flops = Annotated[int, Field(ge=0, le=LARGEST**2)]
 
 
@@ -333,8 +334,8 @@ class Unit(BaseModel):
     block: str
     function: BlockFunction
     kind: Kind
-    n: Size
-    m: Size
+    n: Order
+    m: Order
     width: Size = 0
     k: Size = 0
     ones: Size = 0

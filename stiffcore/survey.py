@@ -11,6 +11,7 @@ from torch import nn
 
 from stiffcore.errors import InputError, refuse
 from stiffcore.jacobian.factors import Factors, open_factors
+from stiffcore.jacobian.linearise import Way
 from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual, reduce_jacobian
 from stiffcore.jacobian.slices import Slices, open_slices
 from stiffcore.networks.blocks import (
@@ -346,6 +347,9 @@ def _column_seconds(reduction: Reduction) -> float:
         return 0.0
     columns = min(COLUMNS_TRIED, reduction.k)
     start = time.perf_counter()
+    if reduction.jacobian.way is Way.ROWS:  # columns come from all rows of J, of which some are tried
+        reduction.jacobian.vjp(reduction.jacobian.value.new_zeros((columns, reduction.jacobian.m)))
+        return (time.perf_counter() - start) / columns * reduction.jacobian.m / reduction.k
     reduction.columns(0, columns)
     return (time.perf_counter() - start) / columns
 

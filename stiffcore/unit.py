@@ -44,6 +44,7 @@ from stiffcore.record import (
     FellBack,
     Reached,
     Restarted,
+    SplitFacts,
     Stage,
     Step,
     UnitPlan,
@@ -450,7 +451,8 @@ def _divided_squares(
 
 def _told_of(division: divide.Division) -> Divided:
     """What the record has of a division."""
-    return Divided(tuple(asdict(split) for split in division.splits), division.error, division.right)
+    splits = tuple(SplitFacts(**asdict(split)) for split in division.splits)
+    return Divided(splits, division.error, division.right)
 
 
 def _teller(run: UnitRun, stage: Stage) -> Callable[[str, int, int], None]:
@@ -832,7 +834,9 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         exact_ones=run.unit.ones,
         exact_zeros=run.unit.zeros,
     )
-    return {"ends": ends, "certificate": found, "shift": run.reduction.shift, "found": len(values)}
+    return {"ends": ends, "certificate": found, "shift": run.reduction.shift, "found": len(values)} | {
+        "distance": certificate.distance_of(run.reduction)
+    }
 
 
 def _located_matrix(run: UnitRun, real_parts: tuple[float, float] | None) -> np.ndarray | None:

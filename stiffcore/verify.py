@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stiffcore.errors import DamagedError, StiffcoreError
-from stiffcore.record import Stage, UnitRecord
+from stiffcore.record import ARRAYS, Stage, UnitRecord
 from stiffcore.run import IMAGE_ARRAYS, Run
 from stiffcore.spectra import certified_choice
 from stiffcore.store import IMAGES, PIXELS, RunStore, same_images, stored_spectrum
@@ -100,7 +100,7 @@ def verify(
         with run.store.hold():
             _verify(run, found, certificates, opener, tell)
             return found
-    except OSError:
+    except (OSError, DamagedError):
         found = Verification(recorded=False)
     _verify(run, found, certificates, opener, tell)
     return found
@@ -121,14 +121,20 @@ def _verify(
     for path in ("", "units"):
         _add(found, "", path or "zarr.json", *store.read_metadata(path))
     _read_again(store, IMAGES, IMAGES, IMAGE_ARRAYS, found)
-    if not found.findings and not same_images(store, run.header.identity.images):
-        found.findings.append(Finding(IMAGES, f"{IMAGES}/{PIXELS}", "not the images that the run began with"))
-    records, _ = store.whole_units()
+    if not found.findings:
+        try:
+            problem = "" if same_images(store, run.header.identity.images) else "not the images that the run began with"
+        except DamagedError as error:
+            problem = str(error)
+        found.findings += [Finding(IMAGES, f"{IMAGES}/{PIXELS}", problem)] if problem else []
+    records, damaged = store.whole_units(looking=True)
     keys = run.header.units
     for done, key in enumerate(keys):
         before = len(found.findings)
         expected = stored_by(records[key]) if key in records else ()
         _read_again(store, f"units/{key}", key, expected, found)
+        if key in damaged and len(found.findings) == before:
+            found.findings.append(Finding(key, f"units/{key}", damaged[key]))
         if len(found.findings) == before and _has_spectrum(records[key]):
             _check_number(store, key, found)
         if certificates and len(found.findings) == before and _has_spectrum(records[key]):
@@ -260,6 +266,7 @@ def _record(store: RunStore, found: Verification, records: dict[str, UnitRecord]
         if finding.unit in records:
             names = damaged.setdefault(finding.unit, [])
             name = finding.part.removeprefix(f"units/{finding.unit}").strip("/")
-            names += ["eigenvalues" if name == "certificate" else name] if name else []
+            name = "eigenvalues" if name == "certificate" else name
+            names += [name] if name.removesuffix("_tiles") in ARRAYS else []
     for key, names in damaged.items():  # where only white space of the record was damaged, this mends it
         store.update(key, damaged=tuple(sorted(set(names))))

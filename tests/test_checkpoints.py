@@ -868,6 +868,19 @@ def test_what_cannot_be_copied_is_shared_and_all_else_copied():
     assert module.activation is kept
 
 
+def test_a_compiled_module_is_copied_as_it_was_written():
+    x = torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    whole, part = copy.deepcopy(plain), copy.deepcopy(plain)
+    whole.compile(backend="eager")
+    part[1] = torch.compile(part[1], backend="eager")
+    expected = copy.deepcopy(plain).double()(x)
+    for module in (whole, part, torch.compile(copy.deepcopy(plain), backend="eager")):
+        found = wrap_network(module, torch.float64).module
+        assert torch.equal(found(x), expected)
+        assert [name for name, _ in found.named_modules()] == [name for name, _ in plain.named_modules()]
+
+
 @pytest.mark.parametrize(
     "reparametrise",
     [

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -66,6 +67,16 @@ def test_matrices_alone_are_named_as_stored_wherever_a_spectrum_would_be(small):
         found = CliRunner().invoke(app, [name, str(small / "run")])
         assert found.exit_code == 0
         assert "stored" in found.output
+
+
+@pytest.mark.parametrize("columns", ["0", "20", "nonsense"])
+def test_a_width_that_holds_no_table_is_not_kept_to(columns):
+    code = (
+        "from stiffcore.cli import out; from rich.table import Table; t = Table('k'); t.add_row('1,234'); out.print(t)"
+    )
+    environment = os.environ | {"COLUMNS": columns}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "1,234" in found.stdout
 
 
 def test_tables_show_blocks_without_spectrum_as_dashes(small):

@@ -1,6 +1,7 @@
 """A cluster that is not ours: units go to its workers, and whatever dies, the run ends with the same bytes."""
 
 import asyncio
+import errno
 import multiprocessing
 import os
 import signal
@@ -511,6 +512,19 @@ def test_workers_that_cannot_be_used_are_named_and_get_nothing(cluster, monkeypa
 
 def _was_in(emit):
     return os.getpid()
+
+
+def test_no_space_in_shared_memory_is_not_blamed_on_a_script(monkeypatch):
+    def start(**options):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("Nanny failed to start.") from error
+
+    monkeypatch.setattr("stiffcore.cluster.local.start", start)
+    with pytest.raises(StiffcoreError, match="No space left") as found, local_workers(print):
+        pass
+    assert "__main__" not in str(found.value)
 
 
 def test_a_cluster_without_workers_is_refused(cluster, monkeypatch):

@@ -645,3 +645,25 @@ def test_a_norm_that_cannot_be_computed_with_leaves_counts_open(scale):
     for count in (count_left(a, 0.0), count_outside_disc(a, 0.0, 1e-300 if scale else 1.0)):
         assert count.count is None or count.count in (0, 120)
     assert count_left(np.zeros((120, 120)), 0.0).note == "every eigenvalue is 0"
+
+
+@pytest.mark.parametrize("aspect", [0.3, 1.0, 4.0, 20.0])
+def test_powers_of_an_ellipse_bound_the_resolvent_on_it_and_beyond(aspect):
+    rng = np.random.default_rng(3)
+    k, ellipse = 120, powers.Ellipse(1.0, 0.5, 0.5 * aspect)
+    inside = 0.8 * rng.uniform(0, 1, k // 2) * np.exp(2j * np.pi * rng.uniform(0, 1, k // 2))
+    pairs = [np.array([[1 + 0.5 * z.real, y], [-y, 1 + 0.5 * z.real]]) for z in inside for y in [0.5 * aspect * z.imag]]
+    a = scipy.linalg.block_diag(*pairs) + np.triu(rng.standard_normal((k, k)), 2) * 0.02 * min(aspect, 1)
+    operator = operator_of(sp.csc_array(a))
+    true = np.linalg.eigvals(a)
+    found = powers.decay(operator, ellipse, rng, float(ellipse.level(true).max()), 2000)
+    assert found is not None
+    assert ellipse.level(true).max() < 1
+    t = np.linspace(0, np.pi, 30)
+    for level in (1.0, 1.2):
+        w = level * ellipse.radius * np.exp(1j * t)
+        z = ellipse.centre + w + ellipse.focal / w
+        assert np.allclose(ellipse.level(z), level)
+        least = min(scipy.linalg.svdvals(a - point * np.eye(k))[-1] for point in z)
+        assert 1 / least <= found.resolvent(level)
+    assert found.tolerated <= found.margin <= (true.real.min() - 0.5) * (1 + 1e-9)

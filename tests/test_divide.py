@@ -19,9 +19,11 @@ from stiffcore.plan import divide_held_bytes, divide_sizes
 from stiffcore.record import Stage
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace, TiledMatrix
-from stiffcore.unit import carry_out
+from stiffcore.unit import carry_out, open_operator
 from tests.records import put, said
 from tests.test_run import OPTIONS, InProcess, execute
+
+OPENER = partial(open_operator, trusted=OPTIONS["network"])
 
 N, PANEL, TILE = 60, 16, 8
 # torch's, with device "cpu", runs every line of what CUDA does
@@ -84,9 +86,10 @@ class Memory:
             self.known[name] = json.loads(json.dumps(compute()))
         return self.known[name]
 
-    def once_array(self, name, compute):
+    def once_array(self, name, shape, compute):
         if name not in self.known:
             self.known[name] = compute()
+            assert self.known[name].shape == shape
         return self.known[name]
 
 
@@ -468,9 +471,10 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small, mon
     RunStore(url).update(key, stage=Stage.PLANNED, division=None)
     told, certify = [], certificate.certify
     monkeypatch.setattr(certificate, "certify", lambda *args, **known: told.append(known) or certify(*args, **known))
-    carry_out(url, key, threads=1, emit=lambda event: None)
+    carry_out(url, key, opener=OPENER, threads=1, emit=lambda event: None)
     found = run.spectrum(block=1)
-    assert told == [{"neglected": found.record.divided.error, "right": found.record.divided.right}]
+    divided = found.record.divided
+    assert [(known["neglected"], known["right"]) for known in told] == [(divided.error, divided.right)]
     assert found.certificate.passed
     assert largest_error(found.values, expected.values) < 1e-12
     assert found.metrics["S_active"] == pytest.approx(expected.metrics["S_active"], rel=1e-10)
@@ -483,6 +487,33 @@ def test_a_divided_unit_of_a_run_has_the_spectrum_of_the_dense_solver(small, mon
     assert not (small / "divided" / "units" / key / "division").exists()
     assert found.record.division is None
     damaged_after_it_was_built(run, url, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("moments", value) for value in ([1.0], "x", None, [1.0, "y", 2.0], {"a": 1})],
+        *[("growth", value) for value in (5, [1.0], {"logarithmic_norm": "x"})],
+        *[("-0", value) for value in (5, {}, {"order": "x"}, [1])],
+        *[("-0-start", value) for value in (-1, "x", 1e30, None, True)],
+        *[("-0-right", value) for value in ([1.0], "xy", {"a": 1.0})],
+        *[("-values", False), ("vectors0-0", "x"), ("-0-change1", []), ("failed", {"a": 1}), ("evil", 1)],
+    ],
+)
+def test_what_a_stranger_puts_in_place_of_what_a_division_knows_is_a_damaged_unit(tmp_path, name, value):
+    store = RunStore(str(tmp_path / "run"), create=True)
+    key = put(store, division={name: value})
+    with pytest.raises(DamagedError, match=f"division: {name}:" if name != "evil" else "nothing that a division finds"):
+        store.record(key)
+
+
+def test_an_array_of_another_shape_than_a_division_left_is_damaged(tmp_path):
+    store = RunStore(str(tmp_path / "run"), create=True)
+    space = StoredWorkspace(store, put(store), tile=4, panel=4)
+    assert space.once_array("r-values", (3,), lambda: np.arange(3.0)).shape == (3,)
+    for shape in ((2,), (3, 1)):
+        with pytest.raises(DamagedError, match="not of"):
+            space.once_array("r-values", shape, lambda: np.zeros(1))
 
 
 def test_what_cannot_be_divided_leaves_no_matrices_and_is_not_tried_again(small, monkeypatch):
@@ -537,12 +568,12 @@ def damaged_after_it_was_built(run, url, key):
 
     store.update(key, stage=Stage.PLANNED, division=None)
     with pytest.raises(KeyboardInterrupt):
-        carry_out(url, key, threads=1, emit=stop)
+        carry_out(url, key, opener=OPENER, threads=1, emit=stop)
     path = next(p for p in (store.local / "units" / key / "matrix").rglob("*") if p.is_file() and p.name != "zarr.json")
     data = path.read_bytes()
     path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     with pytest.raises(DamagedError):
-        carry_out(url, key, threads=1, emit=lambda event: None)
+        carry_out(url, key, opener=OPENER, threads=1, emit=lambda event: None)
     assert store.record(key).stage is Stage.PLANNED
-    carry_out(url, key, threads=1, emit=lambda event: None)
+    carry_out(url, key, opener=OPENER, threads=1, emit=lambda event: None)
     assert run.spectrum(block=1).values.tobytes() == expected

@@ -23,6 +23,7 @@ PAGES = (
     "tutorial",
     "theory",
     "trust",
+    "trust-model",
     "inputs",
     "store",
     "architecture",

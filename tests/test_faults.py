@@ -242,10 +242,6 @@ def on_a_full_disk(small, asked):
     return [ast.literal_eval(line) for line in found.stdout.splitlines()]
 
 
-def spread_over(writes, points):
-    return sorted({1 + i * (writes - 1) // max(1, points - 1) for i in range(points)})
-
-
 def said_once(code, said):
     """Whether a command ended with exit code 1 and one clear line."""
     last = said.strip().splitlines()[-1]
@@ -256,20 +252,18 @@ def said_once(code, said):
 RUN = ("--network", "smallnet:make", "--images", "six.npz", "--blocks", "4", "--count", "1")
 
 
-def check_run_on_a_full_disk(small, points):
-    [(code, writes, said)] = on_a_full_disk(small, [(0, 0, ("run", "whole", *RUN))])
-    assert code == 0, said
-    assert writes > 50
+def check_run_on_a_full_disk(small, places):
+    runs = [(at, 0, ("run", f"full{at}", *RUN)) for at in places]
+    retries = [(0, *asked[1:]) for asked in runs]
+    whole, *said = on_a_full_disk(small, [(0, 0, ("run", "whole", *RUN)), *runs, *retries])
+    assert whole[0] == 0, whole
     expected = spectra_bytes(small / "whole")
-    places = spread_over(writes, points or writes)
-    ends = on_a_full_disk(small, [(at, 0, ("run", f"full{at}", *RUN)) for at in places])
-    for at, (code, count, said) in zip(places, ends, strict=True):
+    for at, (code, writes, text) in zip(places, said[: len(places)], strict=True):
         # threads that make the same folder differ in how often they try
-        assert said_once(code, said) or (code == 0 and count < at), (at, code, said)
-    assert sum(code == 1 for code, _, _ in ends) >= len(ends) - 10
-    retried = on_a_full_disk(small, [(0, 0, ("run", f"full{at}", *RUN)) for at in places])
-    for at, (code, _, said) in zip(places, retried, strict=True):
-        assert code == 0, (at, said)
+        assert said_once(code, text) or (code == 0 and writes < at), (at, code, text)
+    assert [code for code, _, _ in said].count(1) >= len(places) - 10
+    for at, (code, _, text) in zip(places, said[len(places) :], strict=True):
+        assert code == 0, (at, text)
         assert spectra_bytes(small / f"full{at}") == expected, at
         assert verify(open_run(str(small / f"full{at}"))).findings == [], at
         left = [p.name for p in (small / f"full{at}").rglob("*") if p.name.endswith(".partial")]
@@ -290,56 +284,60 @@ def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def check_writers_on_a_full_disk(small, name, points):
-    command, to, in_python = WRITERS[name]
+@pytest.fixture
+def run(small):
+    """A finished run beside an empty folder."""
     (small / "out").mkdir()
     [(code, _, said)] = on_a_full_disk(small, [(0, 0, ("run", "run", *RUN))])
     assert code == 0, said
+    return small / "run"
+
+
+def check_faults(small, faults):
     before = tree(small / "run"), tree(small / "out")
-    shutil.copytree(small / "run", small / "whole")
-    [(code, writes, said)] = on_a_full_disk(small, [(0, 0, command)])
-    assert code == 0, said
-    size = (small / to).stat().st_size if to else 0
-    assert writes > 1 or not in_python
-    # as it was before, and then without room
-    shutil.rmtree(small / "out")
-    shutil.rmtree(small / "run")
-    (small / "out").mkdir()
-    (small / "whole").rename(small / "run")
-    faults = [(at, 0) for at in spread_over(writes, points or writes)] if in_python else []
-    faults += [(0, longest) for longest in spread_over(size - 1, points or 20)] if size else []
-    for fault, (code, _, said) in zip(faults, on_a_full_disk(small, [(*f, command) for f in faults]), strict=True):
+    for fault, (code, _, said) in zip(faults, on_a_full_disk(small, faults), strict=True):
         assert said_once(code, said), (fault, code, said)
     assert (tree(small / "run"), tree(small / "out")) == before
-    [(code, _, said)] = on_a_full_disk(small, [(0, 0, command)])
-    assert code == 0, said
+    commands = list(dict.fromkeys(command for _, _, command in faults))
+    ends = on_a_full_disk(small, [(0, 0, command) for command in commands])
+    assert [code for code, _, _ in ends] == [0] * len(commands), ends
 
 
 def test_a_run_on_a_disk_that_fills_says_so_and_goes_on_when_there_is_room(small):
-    check_run_on_a_full_disk(small, 4)
+    check_run_on_a_full_disk(small, [1, 40, 120])
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_what_is_written_from_a_run_on_a_disk_that_fills_is_whole_or_not_there(small, name):
-    check_writers_on_a_full_disk(small, name, 2)
+def test_what_is_written_from_a_run_on_a_disk_that_fills_is_whole_or_not_there(small, run):
+    in_python = [(at, 0, command) for command, _, python in WRITERS.values() if python for at in (1, 2)]
+    check_faults(small, in_python + [(0, 1, WRITERS[name][0]) for name in ("parquet", "h5")])
 
 
 @pytest.mark.slow
 def test_a_run_on_a_disk_that_fills_at_any_write(small):
-    check_run_on_a_full_disk(small, None)
+    [(_, writes, _)] = on_a_full_disk(small, [(0, 0, ("run", "first", *RUN))])
+    check_run_on_a_full_disk(small, list(range(1, writes + 1)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_is_written_from_a_run_on_a_disk_that_fills_at_any_write(small, name):
-    check_writers_on_a_full_disk(small, name, None)
-
-
-def test_an_output_that_takes_nothing_is_one_clear_error(small):
-    [(code, _, said)] = on_a_full_disk(small, [(0, 0, ("run", "run", *RUN))])
+def test_what_is_written_from_a_run_on_a_disk_that_fills_at_any_write(small, run, name):
+    command, to, in_python = WRITERS[name]
+    shutil.copytree(run, small / "copy")
+    [(code, writes, said)] = on_a_full_disk(small, [(0, 0, command)])
     assert code == 0, said
+    size = (small / to).stat().st_size if to else 0
+    for folder in (run, small / "out"):
+        shutil.rmtree(folder)
+    (small / "out").mkdir()
+    (small / "copy").rename(run)
+    assert writes > 1 or not in_python
+    faults = [(at, 0, command) for at in range(1, writes + 1)] if in_python else []
+    check_faults(small, faults + [(0, 1 + i * (size - 2) // 19, command) for i in range(20) if size])
+
+
+def test_an_output_that_takes_nothing_is_one_clear_error(run):
     program = [sys.executable, "-W", "ignore", "-c", "from stiffcore.cli import main; main()"]
-    for command in (("show", "run"), ("show", "run", "--json"), ("--help",)):
+    for command in (("show", "run"), ("show", "run", "--json")):
         with open("/dev/full", "w") as full:
             found = subprocess.run([*program, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert said_once(found.returncode, found.stderr), (command, found.stderr)

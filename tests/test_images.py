@@ -345,6 +345,9 @@ def test_grey_of_sixteen_bits_is_scaled_to_eight(tmp_path, suffix):
     grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     found = pixels_of(tmp_path, f"a{suffix}", Image.fromarray(grey))
     assert np.array_equal(found, np.repeat((grey // 257)[:, :, None], 3, axis=2))
+    x = load_images(str(tmp_path)).x
+    assert np.array_equal(x[0, 0, :, 0], (grey // 257)[0])
+    assert np.array_equal(x[:, 0, :, 0], (grey // 257)[:1])
 
 
 def test_colours_of_sixteen_bits_keep_their_high_byte(tmp_path):

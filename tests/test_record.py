@@ -27,7 +27,7 @@ from stiffcore.record import (
     event_to_json,
 )
 from stiffcore.run import state_of
-from stiffcore.spectra import Moments
+from stiffcore.spectra import Certificate, Moments
 from stiffcore.verify import verify
 from tests.records import a_header, a_record
 from tests.test_run import OPTIONS, execute
@@ -99,6 +99,7 @@ def test_a_run_of_an_earlier_version_is_read_verified_and_continued(stored, name
             assert one.certificate.failures == other.certificate.failures == ()
 
 
+CERTIFICATE = Certificate((), 0.0, 0.0, 0.0, 1e-9, np.inf, 1e-9, 0, 0.0, ())
 FLOATS = st.floats() | st.sampled_from([np.inf, -np.inf, np.nan])
 
 
@@ -112,8 +113,13 @@ FLOATS = st.floats() | st.sampled_from([np.inf, -np.inf, np.nan])
     kept=st.none() | st.booleans(),
 )
 def test_a_record_survives_strict_json(moments, growth, metrics, stage, failure, kept):
+    found = {}  # what each stage records, without which it is none
+    if not stage.before(Stage.REDUCED):
+        moments, found = moments or Moments(1.0, 2.0, 3.0), {"ilo": 0, "ihi": 8}
+    if stage is Stage.DONE:
+        found |= {"shift": 1, "certificate": CERTIFICATE}
     before = a_record(
-        stage=stage, moments=moments, logarithmic_norm=growth, metrics=metrics, failure=failure, kept=kept
+        **found, stage=stage, moments=moments, logarithmic_norm=growth, metrics=metrics, failure=failure, kept=kept
     )
     after = UnitRecord.from_json(json.loads(json.dumps(before.to_json(), allow_nan=False)))
     assert repr(after) == repr(before)

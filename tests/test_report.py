@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from torch import nn
 import stiffcore
 from stiffcore import cli
 from stiffcore.report.figures import paper_values
-from stiffcore.report.page import write_report
+from stiffcore.report.page import render, write_report
 from tests.test_run import OPTIONS, command, execute
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -30,9 +31,11 @@ def test_the_page_needs_nothing_from_elsewhere_and_has_every_part(run, small):
     text = (small / "r.html").read_text()
     assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!#|data:)", text)
     assert not re.findall(r"url\((?!#|['\"]?data:)", text)
-    for title in ("By block", "By label", "Correlations with accuracy and loss", "Certificates", "What made this run"):
+    for title in ("By block", "Certificates", "What made this run"):
         assert f"<h2>{title}" in text
-    for figure in ("spectra-matrix-block-0", "spectra-matrix-branch-0", "depth-matrix-block", "labels-matrix-block"):
+    for title in ("By label", "Correlations with accuracy and loss"):  # of four images with four labels there are none
+        assert f"<h2>{title}" not in text
+    for figure in ("spectra-matrix-block-0", "spectra-matrix-branch-0", "depth-matrix-block"):
         assert f'id="{figure}"' in text
         assert Image.open(small / f"figures/{figure}.png").size[0] > 300
         assert "<svg" in (small / f"figures/{figure}.svg").read_text()
@@ -40,6 +43,15 @@ def test_the_page_needs_nothing_from_elsewhere_and_has_every_part(run, small):
     row = run.metrics().iloc[0]
     assert f"{row['S_active']:.7g}" in text
     assert run.header.identity.weights in text
+
+
+def test_means_by_label_and_correlations_come_with_enough_images(run):
+    rows = run.metrics()
+    many = pd.concat([rows.assign(image=rows["image"] + 4 * i, loss=rows["loss"] + i % 3) for i in range(5)])
+    for copies, there in ((many, True), (many[many["image"] < 19], False)):
+        text = render(run, copies, {})
+        assert ("<h2>Correlations with accuracy and loss" in text) is there
+        assert "<h2>By label" in text
 
 
 def test_what_failed_and_what_is_open_stands_in_the_page(small, ends_are_cheap):
@@ -103,4 +115,6 @@ def test_blocks_that_are_no_residual_ones_and_images_without_labels_are_shown(sm
     labelled = stiffcore.analyze(network, images, [0, 1, 0, 1], run=small / "b", blocks="0.0,0.2")
     labelled.picture(block="0.0", grid=2, module=network)
     write_report(labelled, small / "b.html")
-    assert 'id="labels-matrix-block"' in (small / "b.html").read_text()
+    text = (small / "b.html").read_text()
+    assert 'id="labels-matrix-block"' in text
+    assert "<h2>By label" in text

@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import t as student
 
 from stiffcore.metrics import spell_share
-from stiffcore.report.statistics import benjamini_hochberg, correlations, holm, spread
-from stiffcore.report.tables import mean_cells
+from stiffcore.report.statistics import benjamini_hochberg, correlations, holm, mean_groups, spread
+from stiffcore.report.tables import correlations_table, mean_cells, means_table
 
 
 def study(images=40, blocks=("a", "b"), seed=0):
@@ -49,8 +49,9 @@ def test_means_are_over_certified_spectra_and_count_what_is_not_finite():
     assert (first["min"], first["median"], first["max"]) == (kept.min(), np.median(kept), kept.max())
     assert found.loc[("b", "S_active"), "values"] == 40
     by_label = spread(rows, ["label"], ["S_active"])
-    assert by_label["label"].tolist() == [0, 1, 2, 3]
+    assert by_label["label"].tolist() == [0, 1, 2, 3] * 2
     assert by_label["values"].sum() == 77
+    assert by_label["values"].max() == 10  # blocks are not pooled
 
 
 def test_the_mean_of_open_shares_is_an_interval():
@@ -98,10 +99,42 @@ def test_a_planted_correlation_is_found_and_a_constant_has_none():
     assert (found["pearson_holm"].dropna() >= found["pearson_p"].dropna()).all()
 
 
-def test_too_few_images_have_no_coefficient():
-    found = correlations(study(images=2))
-    assert found["pearson"].isna().all()
-    assert correlations(study()[:0]).empty
+@pytest.mark.parametrize("images", [0, 1, 2, 3, 19])
+def test_too_few_images_have_no_coefficient_and_no_star(images):
+    rows = study(images=40)[: 2 * images]
+    rows["S_active"] = rows["loss"]  # a perfect correlation, whose p is 0
+    found = correlations(rows)
+    assert found.empty or found[["pearson", "pearson_p", "pearson_holm", "spearman", "spearman_holm"]].isna().all(None)
+    rows = rows.assign(function="block", kind="matrix")
+    if images:
+        table = correlations_table(rows, "block")
+        assert {cell for column in table.columns[-2:] for cell in column.cells} == {"-"}
+
+
+def test_one_image_of_the_other_class_makes_no_correlation_with_accuracy():
+    rows = study(images=30)
+    rows["correct"] = (rows["image"] != 7).astype(float)
+    rows.loc[rows["image"] == 7, "S_active"] = 50.0
+    found = correlations(rows).set_index(["block", "metric", "outcome"])
+    assert math.isnan(found.loc[("a", "S_active", "correct"), "pearson"])
+    assert not math.isnan(found.loc[("a", "S_active", "loss"), "pearson"])
+
+
+def test_means_by_label_are_within_blocks_and_of_one_image_there_is_none():
+    rows = study(images=4).assign(function="block", kind="matrix")
+    for name in ("zero", "abscissa", "min_re_active"):
+        rows[name] = 1.0
+    assert mean_groups(rows, "label") == []  # each label has one image, though two blocks of it
+    assert means_table(rows, "label").row_count == 0
+    assert spread(rows, ["label"])[["mean", "std"]].isna().all(None)
+    assert len(mean_groups(rows, "block")) == 2
+    rows = study(images=5).assign(function="block", kind="matrix", zero=1.0, abscissa=1.0, min_re_active=1.0)
+    table = means_table(rows, "label")
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[:4] for row in cells[:2]] == [("1 a", "0", "block", "2"), ("1 a", "1", "block", "1")]
+    both = rows[(rows["block"] == "a") & (rows["label"] == 0)]["S_active"]
+    assert cells[0][4] == f"{both.mean():.5g} ({both.std():.2g})"
+    assert set(cells[1][4:]) == {"-"}
 
 
 def test_corrections_are_those_of_the_papers():

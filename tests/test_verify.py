@@ -17,7 +17,7 @@ from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
 
 ASKED = OPTIONS | {"blocks": "4", "keep": "all", "count": 2}
 # Who holds a run, and the lock for it, are no part of it.
-ASIDE = (".lock", "holder.json")
+ASIDE = (".lock", ".writers", "holder.json")
 
 
 def files(folder):

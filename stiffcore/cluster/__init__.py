@@ -676,7 +676,12 @@ def local_workers(on_event: Callable[[Event], None], *, dashboard: bool = False)
                 with terminal_signals_blocked():
                     forkserver.ensure_running()
             cluster = start(dashboard=dashboard)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
+            found: BaseException | None = error
+            while found is not None and not isinstance(found, OSError):
+                found = found.__cause__ or found.__context__
+            if found is not None:  # no space in shared memory, no more processes: what the system says
+                raise StiffcoreError(f"worker processes could not be started: {found}") from error
             raise StiffcoreError(
                 f"worker processes could not be started ({str(error).splitlines()[0]}): in a script, what starts them "
                 'must stand under `if __name__ == "__main__":`'

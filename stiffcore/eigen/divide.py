@@ -61,8 +61,8 @@ class Workspace(Protocol):
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """A JSON value, computed where it is not recorded; recorded before it is returned."""
 
-    def once_array(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """As `once`, of an array."""
+    def once_array(self, name: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """As `once`, of an array of that shape."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def eigenvectors(
     for number in range(len(values)):
         for i, offset in enumerate(OFFSETS):
             name = f"{number}-{i}"
-            found[:, :, number] = space.once_array(f"vectors{name}", partial(pair, number, name, offset))
+            found[:, :, number] = space.once_array(f"vectors{name}", (2, n), partial(pair, number, name, offset))
             space.drop(f"moved{name}", f"lu{name}")
             if np.isfinite(found[:, :, number]).all():
                 break
@@ -268,7 +268,7 @@ def _divided(
             release_free_memory()  # of blocks: a part would come on top
             return work.solve(_in_memory(opened()))
 
-        yield space.once_array(f"{name}-values", solved)
+        yield space.once_array(f"{name}-values", (n,), solved)
         return
     mean, spread, away = space.once(f"{name}-moments", lambda: _moments(opened()))
     if not spread:

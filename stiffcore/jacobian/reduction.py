@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -173,17 +173,19 @@ class Reduction:
             return None
         try:
             x = (self.jacobian.x * stretch).to(dtype)
+            weights: dict[int, tuple[Any, Any]] = {}
+            whole = recast(self.traced, dtype, weights)
             found = replace(
                 self,
-                jacobian=Linearisation(recast(self.traced, dtype), x, self.jacobian.name),
-                traced=recast(self.traced, dtype),
+                jacobian=Linearisation(whole, x, self.jacobian.name),
+                traced=whole,
                 coloured=None,
                 accumulation=None,
             )
             if self.head is None or self.tail is None:
                 return found
-            head = Linearisation(recast(cast(fx.GraphModule, self.head.f), dtype), x, self.head.name)
-            tail = Linearisation(recast(cast(fx.GraphModule, self.tail.f), dtype), head.value, self.tail.name)
+            head = Linearisation(recast(cast(fx.GraphModule, self.head.f), dtype, weights), x, self.head.name)
+            tail = Linearisation(recast(cast(fx.GraphModule, self.tail.f), dtype, weights), head.value, self.tail.name)
             return replace(found, head=head, tail=tail)
         except torch.OutOfMemoryError:
             raise

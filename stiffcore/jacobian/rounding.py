@@ -149,8 +149,18 @@ def _power_of_two_below(sizes: Tensor) -> Tensor:
     return torch.exp2(exponent.clamp(-60, 60)).to(sizes.dtype)
 
 
-def recast(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """The same graph with all floating numbers and all arithmetic in `dtype`; what was cast inside no longer is."""
+def recast(
+    module: fx.GraphModule, dtype: torch.dtype, cast_once: dict[int, tuple[Any, Any]] | None = None
+) -> fx.GraphModule:
+    """The same graph with all floating numbers and all arithmetic in `dtype`; what was cast inside no longer is.
+
+    Args:
+        module: the graph.
+        dtype: floating.
+        cast_once: weights cast before, and what became of them, by identity: parts of one function share theirs, and so
+            do their twins. It is added to.
+    """
+    known = {} if cast_once is None else cast_once
 
     def argument(value: Any) -> Any:
         return _like(value, dtype) if isinstance(value, torch.dtype) else value
@@ -164,7 +174,10 @@ def recast(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
         copy.kwargs = fx.node.map_aggregate(copy.kwargs, argument)
         copies[node] = copy
         if node.op == "get_attr":
-            constants[node.target] = _recast_constant(_attribute(module, node.target), dtype)
+            value = _attribute(module, node.target)
+            if id(value) not in known:
+                known[id(value)] = value, _recast_constant(value, dtype)
+            constants[node.target] = known[id(value)][1]
     return fx.GraphModule(constants, graph)
 
 

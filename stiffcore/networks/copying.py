@@ -16,7 +16,8 @@ def copy_module(module: nn.Module) -> nn.Module:
     """A copy of a module that shares no parameter, buffer or submodule with it.
 
     Tensors that are results of others (kept activations, the weights that `weight_norm` and `prune` compute) are copied
-    without their history. What nothing can copy (locks, Python modules, operators) is shared with the original.
+    without their history, compiled modules as they were written. What nothing can copy (locks, Python modules,
+    operators) is shared with the original.
 
     Args:
         module: any.
@@ -24,7 +25,18 @@ def copy_module(module: nn.Module) -> nn.Module:
     Raises:
         InputError: where a part that only it can copy (a `ScriptModule`, say) fails to.
     """
-    return _Copies().of(module)
+    made = _Copies().of(_as_written(module))
+    for part in made.modules():
+        for name, child in list(part.named_children()):
+            if (written := _as_written(child)) is not child:
+                setattr(part, name, written)
+        part._compiled_call_impl = None  # set by `Module.compile`, and bound to the original
+    return made
+
+
+def _as_written(module: nn.Module) -> nn.Module:
+    found = module._modules.get("_orig_mod")  # of `torch.compile`
+    return module if found is None else found
 
 
 class _Copies:

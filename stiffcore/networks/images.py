@@ -53,10 +53,15 @@ class Pixels:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def __getitem__(self, at: Any) -> np.ndarray:
+        i, *inside = at if isinstance(at, tuple) else (at,)
+        if not isinstance(i, (int, np.integer)):
+            return np.asarray(self)[at]
+        if inside:
+            return self[i][tuple(inside)]
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self._read(i)
+        return self._read(int(i))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.stack([self[i] for i in range(len(self))]).astype(dtype or self.dtype, copy=False)

@@ -9,10 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from stiffcore.errors import DamagedError
 from stiffcore.picture import Picture, stored_picture
 from stiffcore.report.statistics import METRICS, certified, metrics_of, spread
 from stiffcore.run import DONE, Run, state_of
 from stiffcore.spectra import Spectrum
+from stiffcore.store import StoreError
 from stiffcore.study import Kind
 from stiffcore.text import visible
 
@@ -32,10 +34,10 @@ def spectra(run: Run, image: int, function: str, kind: str = "matrix") -> Figure
     """
     keys = [
         key
-        for key, record in run.records().items()
+        for key, record in run.readable()[0].items()
         if (record.unit.image, record.unit.function, record.unit.kind) == (image, function, kind)
     ]
-    found = [key for key in keys if _has_spectrum(run, key)]
+    found = [(key, spectrum) for key in keys if (spectrum := _spectrum_of(run, key)) is not None]
     if not found:
         return None
     rows = -(-len(found) // COLUMNS)
@@ -44,8 +46,8 @@ def spectra(run: Run, image: int, function: str, kind: str = "matrix") -> Figure
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes[len(found) :]:
         axis.axis("off")
-    for axis, key in zip(axes, found, strict=False):
-        _spectrum(axis, run.stored(key), stored_picture(run.store, key))
+    for axis, (key, spectrum) in zip(axes, found, strict=False):
+        _spectrum(axis, spectrum, stored_picture(run.store, key))
     return figure
 
 
@@ -54,9 +56,13 @@ def _plain(text: str) -> str:
     return visible(text).replace("$", r"\$")
 
 
-def _has_spectrum(run: Run, key: str) -> bool:
-    record = run.store.record(key)
-    return state_of(record) in DONE and record.values_kept
+def _spectrum_of(run: Run, key: str) -> Spectrum | None:
+    """A spectrum to draw; None where there is none, or it cannot be read."""
+    try:
+        record = run.store.record(key)
+        return run.stored(key) if state_of(record) in DONE and record.values_kept else None
+    except (DamagedError, StoreError):
+        return None
 
 
 def _drawn(z: np.ndarray) -> np.ndarray:
@@ -152,12 +158,14 @@ def depth(rows: pd.DataFrame, function: str, network: str = "") -> Figure | None
 
 
 def heat(rows: pd.DataFrame, function: str) -> Figure | None:
-    """Means of the first of `metrics_of` by block and label; None where labels are unknown or there is only one."""
+    """Means of the first of `metrics_of` by block and label; None where there is one label, or one image of each."""
     chosen = certified(rows[(rows["function"] == function) & (rows["label"] >= 0)])
     if chosen["label"].nunique() < 2:
         return None
     metric = metrics_of(chosen)[0]
-    table = spread(chosen, ["number", "block", "label"], [metric])
+    table = spread(chosen, ["label"], [metric])
+    if table["mean"].isna().all():
+        return None
     names = [str(number) if number else block for number, block in zip(table["number"], table["block"], strict=True)]
     order = list(dict.fromkeys(names))
     grid = table.assign(name=names).pivot(index="name", columns="label", values="mean").loc[order]

@@ -17,9 +17,9 @@ from stiffcore.errors import InputError, writing_file
 from stiffcore.exports import whole_file
 from stiffcore.metrics import spell, spell_share
 from stiffcore.report import figures
-from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations, labelled
+from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlations, mean_groups
 from stiffcore.report.tables import mean_cells, means_of, percent
-from stiffcore.run import DONE, Run, status_summary
+from stiffcore.run import DONE, Run
 from stiffcore.store import IMAGES
 from stiffcore.study import Kind, Solver
 from stiffcore.text import visible
@@ -92,7 +92,7 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         url=run.store.url,
         header=run.header,
         study=run.study.model_dump(mode="json"),
-        summary=status_summary(run.records()),
+        summary=run.summary,
         functions=sorted(set(rows["function"])),
         kinds=sorted(set(rows["kind"])),
         images=rows["image"].nunique(),
@@ -145,19 +145,18 @@ def _svg(figure: Figure) -> str:
 
 
 def _means(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Tables of means over images: by block and, where there are several labels, by label; kinds apart."""
+    """Tables of means over images: by block and, where there are several labels, by block and label; kinds apart."""
     found = []
     for kind, part in certified(rows).groupby("kind", sort=False):
-        ways = [("block", ["number", "block", "function"], part)]
-        if rows["label"].nunique() > 1:
-            ways.append(("label", ["label", "function"], labelled(part)))
-        for first, by, chosen in ways:
+        for by in ("block", "label") if rows["label"].nunique() > 1 else ("block",):
             groups = [
-                {"name": " ".join(map(str, group[:-1])), "function": group[-1], "cells": mean_cells(some)}
-                | {"images": some["image"].nunique()}
-                for group, some in chosen.groupby(by)
+                {"names": names, "images": len(some), "cells": mean_cells(some)}
+                for names, some in mean_groups(part, by)
             ]
-            found.append({"kind": kind, "first": first, "headers": [h for h, _, _ in means_of(part)], "groups": groups})
+            firsts = ["block", "label", "function"] if by == "label" else ["block", "function"]
+            headers = [h for h, _, _ in means_of(part)]
+            if groups:
+                found.append({"kind": kind, "by": by, "firsts": firsts, "headers": headers, "groups": groups})
     return found
 
 

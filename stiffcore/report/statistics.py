@@ -12,8 +12,14 @@ from stiffcore.study import Kind
 METRICS = ("S_active", "negative")
 SINGULAR_METRICS = ("condition", "effective_rank")
 OUTCOMES = ("correct", "loss")
-# Below so many images a coefficient means nothing, and its p-value is not defined.
-FEWEST = 3
+# Columns that name a block.
+BLOCK = ("number", "block")
+# Images that a coefficient takes at least: its p-value rests on large samples, and with 20, one of 0.44 is the smallest
+# with p < 0.05. Of right and wrong classifications, so many on either side.
+FEWEST = 20
+FEWEST_EACH = 3
+# Images that a mean and its standard deviation take at least.
+FEWEST_OF_MEAN = 2
 SIGNIFICANT = 0.05
 
 
@@ -32,22 +38,40 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["label"] >= 0]
 
 
+def mean_groups(rows: pd.DataFrame, by: str) -> list[tuple[list[str], pd.DataFrame]]:
+    """Rows of which means are taken, by block and function, or by block, label and function: always within a block.
+
+    Args:
+        rows: from `Run.metrics`, of one kind.
+        by: `block` or `label`.
+
+    Returns:
+        For each group the cells that name it, and its certified rows, each of another image; none where no group has
+        the images that a mean takes.
+    """
+    names = [*BLOCK, *(["label"] if by == "label" else []), "function"]
+    chosen = certified(rows)
+    groups = (labelled(chosen) if by == "label" else chosen).groupby(names)
+    found = [([f"{g[0]} {g[1]}" if g[0] else str(g[1]), *map(str, g[2:])], part) for g, part in groups]
+    return found if any(len(part) >= FEWEST_OF_MEAN for _, part in found) else []
+
+
 def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRICS) -> pd.DataFrame:
-    """Means, standard deviations and quantiles of metrics over images.
+    """Means, standard deviations and quantiles of metrics over images, within each block.
 
     Args:
         rows: from `Run.metrics`, of one kind and one function.
-        by: columns that make a group, as `number` and `block`, or `label`.
+        by: columns that make a group, as `label`; the block belongs to every group, and its columns come first.
         metrics: names of `stiffcore.metrics.NAMES`.
 
     Returns:
         One row a group and metric: the columns of `by`, `metric`, `images` (different ones), `values` (finite ones),
-        `infinite` (of either sign), `unknown` (nan), `mean`, `std` (n - 1 in the denominator), `min`, `q25`, `median`,
-        `q75`, `max` of the finite ones; `mean_low` and `mean_high`, between which the mean is certain to be where
-        single values are open within an interval; else nan.
+        `infinite` (of either sign), `unknown` (nan), `mean`, `std` (n - 1 in the denominator; both nan of fewer than
+        2 values), `min`, `q25`, `median`, `q75`, `max` of the finite ones; `mean_low` and `mean_high`, between which
+        the mean is certain to be where single values are open within an interval; else nan.
     """
-    found = []
-    for group, part in certified(rows).groupby(list(by), sort=True):
+    found, by = [], [*BLOCK, *(name for name in by if name not in BLOCK)]
+    for group, part in certified(rows).groupby(by, sort=True):
         for metric in metrics:
             values = part[metric].to_numpy(float)
             finite = values[np.isfinite(values)]
@@ -60,8 +84,8 @@ def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRI
                     "values": len(finite),
                     "infinite": int(np.isinf(values).sum()),
                     "unknown": int(np.isnan(values).sum()),
-                    "mean": float(finite.mean()) if len(finite) else float("nan"),
-                    "std": float(finite.std(ddof=1)) if len(finite) > 1 else float("nan"),
+                    "mean": float(finite.mean()) if len(finite) >= FEWEST_OF_MEAN else float("nan"),
+                    "std": float(finite.std(ddof=1)) if len(finite) >= FEWEST_OF_MEAN else float("nan"),
                 }
                 | dict(zip(("min", "q25", "median", "q75", "max"), map(float, quantiles), strict=True))
                 | dict(zip(("mean_low", "mean_high"), mean_between(part, metric), strict=True))
@@ -92,7 +116,8 @@ def correlations(rows: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd
     Returns:
         One row a block, metric and outcome: `number`, `block`, `metric`, `outcome`, `images` (with both finite),
         `pearson`, `pearson_p`, `spearman`, `spearman_p`, and `pearson_holm`, `pearson_bh`, `spearman_holm`,
-        `spearman_bh`. Coefficients are nan where there are fewer than 3 images or one side is constant.
+        `spearman_bh`. Coefficients are nan where there are fewer than 20 images, one side
+        is constant, or fewer than 3 images are classified correctly or fewer than 3 wrongly.
     """
     found = []
     for (number, block), part in certified(rows).groupby(["number", "block"], sort=True):
@@ -128,7 +153,9 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
 
 
 def _coefficients(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
+    counts = np.unique(y, return_counts=True)[1]
+    too_few = len(x) < FEWEST or (len(counts) == 2 and counts.min() < FEWEST_EACH)
+    if too_few or np.ptp(x) == 0 or np.ptp(y) == 0:
         return dict.fromkeys(("pearson", "pearson_p", "spearman", "spearman_p"), float("nan"))
     pearson, spearman = stats.pearsonr(x, y), stats.spearmanr(x, y)
     return {

@@ -11,8 +11,8 @@ from rich.text import Text
 from stiffcore.metrics import spell, spell_share
 from stiffcore.plan import Plan, UnitPlan
 from stiffcore.record import UnitRecord
-from stiffcore.report.statistics import SIGNIFICANT, certified, correlations, labelled, mean_between
-from stiffcore.run import DONE, Run, state_of
+from stiffcore.report.statistics import FEWEST_OF_MEAN, SIGNIFICANT, correlations, mean_between, mean_groups
+from stiffcore.run import DAMAGED, DONE, Run, state_of
 from stiffcore.study import FAILED, Kind, Solver, counted, format_bytes
 
 
@@ -98,7 +98,7 @@ def _device(plan: Plan) -> str:
     )
 
 
-def status_table(records: Mapping[str, UnitRecord]) -> Table:
+def status_table(records: Mapping[str, UnitRecord], damaged: Mapping[str, str]) -> Table:
     """The units that are not simply done or planned, and what is known of them."""
     table = _table("", "")
     for name in ("unit", "state", "stage"):
@@ -107,19 +107,25 @@ def status_table(records: Mapping[str, UnitRecord]) -> Table:
     for key, record in records.items():
         if state_of(record) not in ("done", "stored", "planned", "no spectrum"):
             table.add_row(key, state_of(record), record.stage, _note(record))
+    for key, why in damaged.items():
+        table.add_row(key, DAMAGED, "", why)
     return table
 
 
 def status_rows(run: Run) -> dict[str, Any]:
     """The state of a run as JSON values."""
-    records = run.records()
+    records, damaged = run.readable()
     return {
         "run": run.store.url,
         "holder": run.store.holder(),
         "study": run.study.model_dump(mode="json"),
         "left_out": run.header.left_out,
         "units": [
-            {"key": key, "state": state_of(r), "stage": str(r.stage), "note": _note(r)} for key, r in records.items()
+            *(
+                {"key": key, "state": state_of(r), "stage": str(r.stage), "note": _note(r)}
+                for key, r in records.items()
+            ),
+            *({"key": key, "state": DAMAGED, "stage": "", "note": why} for key, why in damaged.items()),
         ],
     }
 
@@ -236,18 +242,15 @@ def means_of(rows: pd.DataFrame) -> tuple[tuple[str, str, int], ...]:
 
 
 def means_table(rows: pd.DataFrame, by: str = "block") -> Table:
-    """Mean and standard deviation over images of the certified spectra, by block and function, or by label."""
+    """Mean and standard deviation over images of the certified spectra, by block, or by block and label."""
     title = f"Mean over images (standard deviation) by {by}, certified {_kind(rows)} spectra only"
     table = _table(title, "")
-    for name in (by, "function"):
+    for name in (["block", "label"] if by == "label" else ["block"]) + ["function"]:
         table.add_column(name)
     for name in ("images", *(header for header, _, _ in means_of(rows))):
         table.add_column(name, justify="right")
-    names = ["number", "block", "function"] if by == "block" else [by, "function"]
-    chosen = certified(rows) if by == "block" else labelled(certified(rows))
-    for group, part in chosen.groupby(names):
-        first = _block(*group[:2]) if by == "block" else str(group[0])
-        table.add_row(first, group[-1], str(part["image"].nunique()), *mean_cells(part))
+    for names, part in mean_groups(rows, by):
+        table.add_row(*names, str(len(part)), *mean_cells(part))
     return table
 
 
@@ -263,7 +266,7 @@ def mean_cells(rows: pd.DataFrame) -> list[str]:
 
 def _between(rows: pd.DataFrame, name: str, factor: int) -> str:
     low, high = mean_between(rows, name)
-    return f" [{low * factor:.5g} to {high * factor:.5g}]" if low < high else ""
+    return f" [{low * factor:.5g} to {high * factor:.5g}]" if low < high and len(rows) >= FEWEST_OF_MEAN else ""
 
 
 def correlations_table(rows: pd.DataFrame, function: str) -> Table:
@@ -304,8 +307,8 @@ def _mean(values: Any) -> str:
     if not finite:
         return ", ".join(name for name, number in numbers.items() if number) or "-"
     series = pd.Series(finite)
-    spread = f" ({series.std():.2g})" if len(finite) > 1 else ""
-    return f"{series.mean():.5g}{spread}" + (f" [{', '.join(notes)}]" if notes else "")
+    mean = f"{series.mean():.5g} ({series.std():.2g})" if len(finite) >= FEWEST_OF_MEAN else "-"
+    return mean + (f" [{', '.join(notes)}]" if notes else "")
 
 
 def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ import zarr
 from stiffcore.store.inputs import PIXELS, images_chunk_bytes, read_image, same_images, write_images
 from stiffcore.store.lock import Lease, lease
 from stiffcore.store.metadata import is_there
-from stiffcore.store.remote import StoreError
+from stiffcore.store.place import StoreError
 from stiffcore.store.runs import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
 from stiffcore.store.tiles import TiledMatrix, file_rows
 from stiffcore.store.workspace import StoredWorkspace

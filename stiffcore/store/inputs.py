@@ -7,7 +7,7 @@ import numpy as np
 import zarr
 
 from stiffcore.errors import DamagedError
-from stiffcore.store.metadata import UNREADABLE, create_array, open_array
+from stiffcore.store.metadata import UNREADABLE, check_memory, create_array, open_array
 from stiffcore.store.runs import IMAGES, RunStore
 from stiffcore.study import image_digest
 
@@ -88,6 +88,7 @@ def _images(store: RunStore, positions: Iterable[int]) -> Iterator[np.ndarray]:
     try:
         array = _array(store)
         step, first, held = array.chunks[0], -1, np.zeros(0)
+        check_memory(math.prod(array.chunks) * array.dtype.itemsize, array.path)
         for i in positions:
             if i // step != first:
                 first = i // step

@@ -7,7 +7,6 @@ the record change.
 """
 
 import fcntl
-import json
 import os
 import socket
 import threading
@@ -28,7 +27,8 @@ from zarr.storage import WrapperStore
 
 from stiffcore.ending import at_end
 from stiffcore.errors import BusyError
-from stiffcore.store.metadata import json_buffer, read_raw
+from stiffcore.store.metadata import json_buffer, parsed, read_raw
+from stiffcore.store.place import check_path
 
 HOLDER = "holder.json"
 LOCK = ".lock"
@@ -100,6 +100,8 @@ class Holder:
         if self.local is None:
             yield
             return
+        check_path(self.local, LOCK, "file")
+        check_path(self.local, WRITERS, "file")
         lock = FileLock(self.local / LOCK, timeout=0)
         try:
             lock.acquire()
@@ -198,7 +200,7 @@ class Holder:
             if found is None:
                 return None
             try:
-                return json.loads(found)
+                return _as_holder(parsed(found))
             except ValueError:
                 # a URL's file may be seen half written
                 time.sleep(0.05 * (attempt + 1))
@@ -250,8 +252,8 @@ class Lease:
         found: Any = None
         raw = await store.get(HOLDER, default_buffer_prototype())
         with suppress(ValueError):
-            found = json.loads(raw.to_bytes()) if raw is not None else None
-        if not isinstance(found, dict) or found.get("token") != self.token:
+            found = parsed(raw.to_bytes()) if raw is not None else None
+        if not found or found.get("token") != self.token:
             raise BusyError(_over(self.url))
         return found.get("heartbeat")
 
@@ -311,6 +313,14 @@ class LeasedStore(WrapperStore[Store]):
         """Delete, while the lease lasts."""
         await self._led(lambda: self._store.delete_dir(prefix))
 
+    async def size(self, key: str) -> int:
+        """Bytes of a file, see the stores of a run."""
+        return await self._store.size(key)  # type: ignore[attr-defined]  # both stores of a run have it
+
+    async def sizes(self, prefix: str) -> dict[str, int]:
+        """As the store's."""
+        return await self._store.sizes(prefix)  # type: ignore[attr-defined]  # both stores of a run have it
+
     async def _set_many(self, values: Any) -> None:
         for key, value in values:
             await self.set(key, value)
@@ -361,6 +371,13 @@ def _alone(folder: Path | None, url: str) -> Iterator[None]:
 
 def _over(url: str) -> str:
     return f"the session that began this on {url} is over"
+
+
+def _as_holder(found: dict[str, Any]) -> dict[str, Any]:
+    """Who holds a run, as read; nobody where it does not say so in the right types."""
+    numbers = (("pid", int, 2**31), ("since", (int, float), 2**33), ("heartbeat", (int, float), 2**33))
+    known = all(isinstance(found.get(name), kind) and 0 < found[name] < most for name, kind, most in numbers)
+    return found if known and all(isinstance(found.get(name), str) for name in ("token", "host")) else {}
 
 
 def _me() -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore
 
-from stiffcore.errors import InputError, StiffcoreError
-
-
-class StoreError(StiffcoreError, OSError):
-    """A run on a URL could not be reached, read or written: the network, the credentials, the bucket."""
+from stiffcore.errors import InputError
+from stiffcore.store.place import (
+    StoreError,
+    check_metadata_size,
+    check_name,
+    check_path,
+    file_size,
+    local_folder,
+    open_folder,
+)
 
 
 class _RemoteStore(FsspecStore):
@@ -23,12 +29,20 @@ class _RemoteStore(FsspecStore):
     """
 
     @contextmanager
-    def _wire(self, doing: str, key: str = "") -> Iterator[None]:
+    def _wire(self, doing: str, key: str = "", sort: str = "file") -> Iterator[None]:
+        name = key.rstrip("/") if sort == "folder" else key
+        folder = local_folder(self.fs, self.path)
+        if name and folder is None:
+            check_name(name, self.path)
+        elif name and folder is not None:
+            check_path(folder, name, "" if doing == "deleted" else sort)
+            if name.endswith(".json"):
+                check_metadata_size(folder / name)
         try:
             yield
         except Exception as error:
             place = f"{self.fs.unstrip_protocol(self.path)}/{key}".rstrip("/")
-            raise StoreError(f"{place} cannot be {doing}: {error or type(error).__name__}") from error
+            raise StoreError(f"{place} cannot be {doing}: {error or type(error).__name__}", error) from error
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         with self._wire("read", key):
@@ -37,14 +51,20 @@ class _RemoteStore(FsspecStore):
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
+        ranges = list(key_ranges)
+        for key, _ in ranges:
+            with self._wire("read", key):
+                pass
         with self._wire("read"):
-            return await super().get_partial_values(prototype, key_ranges)
+            return await super().get_partial_values(prototype, ranges)
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         with self._wire("written", key):
             await super().set(key, value, byte_range)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        with self._wire("written", key):
+            pass
         try:
             await self.fs._pipe_file(f"{self.path}/{key}", value.to_bytes(), mode="create")
         except FileExistsError:
@@ -62,7 +82,7 @@ class _RemoteStore(FsspecStore):
             await super().delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        with self._wire("deleted", prefix):
+        with self._wire("deleted", prefix, "folder"):
             await super().delete_dir(prefix)
 
     async def list(self) -> AsyncIterator[str]:
@@ -71,14 +91,26 @@ class _RemoteStore(FsspecStore):
                 yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        with self._wire("listed", prefix):
+        with self._wire("listed", prefix, "folder"):
             async for key in super().list_dir(prefix):
                 yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        with self._wire("listed", prefix):
+        with self._wire("listed", prefix, "folder"):
             async for key in super().list_prefix(prefix):
                 yield key
+
+    async def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of each object below a prefix, by name."""
+        with self._wire("listed", prefix, "folder"):
+            found = await self.fs._find(f"{self.path}/{prefix}", detail=True, withdirs=False)
+        return {name: int(facts["size"]) for name, facts in found.items()}
+
+    async def size(self, key: str) -> int:
+        """Bytes of a file on this machine; 0 elsewhere, where to ask would take as long as to read."""
+        with self._wire("read", key):
+            folder = local_folder(self.fs, self.path)
+            return file_size(folder / key) if folder else 0
 
     async def names(self) -> tuple[str, ...]:
         """What lies at the root; the place need not exist, but its bucket must."""
@@ -90,7 +122,16 @@ class _RemoteStore(FsspecStore):
         return found
 
 
-def open_store(url: str) -> _RemoteStore:
+def open_store(url: str) -> Store:
+    """The store in a folder, or at a URL.
+
+    Raises:
+        InputError: as `open_url`.
+    """
+    return open_url(url) if "://" in url else open_folder(Path(url).expanduser().absolute())
+
+
+def open_url(url: str) -> _RemoteStore:
     """The store at a URL that fsspec knows.
 
     Raises:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
 from stiffcore.errors import DamagedError, InputError, NoRunError
+from stiffcore.metrics import NAMES
 from stiffcore.record import FORMAT, Header, UnitRecord
 from stiffcore.spectra import Spectrum
 from stiffcore.store.lock import Holder, Lease, LeasedStore
@@ -24,6 +24,8 @@ from stiffcore.store.metadata import (
     GROUP_KEYS,
     ROOT,
     UNREADABLE,
+    check_memory,
+    check_numbers,
     checked,
     create_array,
     digest,
@@ -34,11 +36,15 @@ from stiffcore.store.metadata import (
     names_in,
     only_begun,
     open_array,
+    open_group,
+    parsed,
     read_raw,
     torn,
 )
-from stiffcore.store.remote import open_store
+from stiffcore.store.place import StoreError, open_folder
+from stiffcore.store.remote import open_store, open_url
 from stiffcore.store.tiles import TiledMatrix
+from stiffcore.study import Kind, unit_key
 
 # The group of what a matrix is divided into, and the field of a unit's record that says what is known of it.
 DIVISION = "division"
@@ -62,7 +68,7 @@ class RunStore(Holder):
             StoreError: where a URL cannot be reached, or its bucket does not exist.
         """
         if "://" in url:
-            store = open_store(url)
+            store = open_url(url)
             names = sync(store.names())
             if foreign(names, read_raw(store, ROOT)):
                 raise InputError(f"{url} holds something that is not a run: give a new place")
@@ -77,7 +83,7 @@ class RunStore(Holder):
             raise InputError(f"{url} exists and is not a folder: give a new one")
         header = None
         with suppress(OSError):
-            header = (folder / "zarr.json").read_bytes()
+            header = read_raw(open_folder(folder), ROOT)
         if foreign((p.name for p in folder.iterdir()), header):
             raise InputError(f"{url} exists and is not a run: give a new folder")
 
@@ -106,11 +112,11 @@ class RunStore(Holder):
                 raise self._no_run()
             elif not self.local.is_dir():
                 raise InputError(f"{self.url} is not a folder, so it is no run")
-        self._store = LocalStore(self.local) if self.local else open_store(self.url)
+        self._store = open_store(self.url)
         if lease is not None:
             self._store = LeasedStore(self._store, lease)
         try:
-            self.root = zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+            self.root = open_group(self._store)
         except FileNotFoundError:
             if self.local is None or self.local.exists():  # reading would make the folder
                 self._refuse_damaged("is gone")
@@ -177,7 +183,7 @@ class RunStore(Holder):
         folder = Path(url).expanduser().absolute()
         if "://" not in url and not folder.is_dir():
             return False
-        store = LocalStore(folder) if "://" not in url else open_store(url)
+        store = open_store(url)
         root, copy = read_raw(store, ROOT), read_raw(store, COPY)
         found = {ROOT: header_in(root), COPY: header_in(copy)}
         whole = [attributes for attributes in found.values() if attributes is not None]
@@ -191,7 +197,7 @@ class RunStore(Holder):
         # zarr looks first and writes then: a slow process would write over the header of the run of a fast one
         try:
             sync(self._store.set_if_not_exists(ROOT, group_buffer(BEGUN)))
-            return zarr.open_group(store=self._store, mode="r+", zarr_format=3)
+            return open_group(self._store)
         except OSError as error:
             raise InputError(f"{self.url} cannot be made: {error}") from error
 
@@ -251,8 +257,12 @@ class RunStore(Holder):
         """
         where = f"{self.url}/units/{key}/zarr.json"
         try:
-            attributes = zarr.open_group(store=self._store, path=f"units/{key}", mode="r", zarr_format=3).attrs
-            return UnitRecord.from_json(checked(dict(attributes), where))
+            attributes = open_group(self._store, f"units/{key}").attrs
+            record = UnitRecord.from_json(checked(dict(attributes), where))
+            unit = record.unit
+            if not key == unit.key == unit_key(unit.image, unit.block, unit.function, unit.kind):
+                raise DamagedError(f"{where}: holds the record of another unit")
+            return record
         except UNREADABLE as error:
             raise DamagedError(f"{where}: {error}") from error
 
@@ -283,15 +293,28 @@ class RunStore(Holder):
             raise DamagedError(f"{len(damaged)} units are damaged: {shown}. `stiffcore run {self.url}` makes them anew")
         return found
 
-    def whole_units(self) -> tuple[dict[str, UnitRecord], dict[str, str]]:
-        """The records that can be trusted, by key; and what is wrong with each of the others."""
+    def whole_units(self, *, looking: bool = False) -> tuple[dict[str, UnitRecord], dict[str, str]]:
+        """The records that can be trusted, by key; and what is wrong with each of the others.
+
+        Args:
+            looking: whether what cannot be read now, by permissions or a fault of the disk, is told of like damage;
+                who makes damaged units anew would lose what may be whole.
+        """
+        count = len(self.header.identity.images) if self.header else 0
         keys = list(self.header.units if self.header else ()) or sync(names_in(self._store, "units"))
         found: dict[str, UnitRecord] = {}
         damaged: dict[str, str] = {}
         for key in sorted(keys):
             try:
                 found[key] = self.record(key)
+                if self.header and found[key].unit.image >= count:
+                    raise DamagedError(f"{self.url}/units/{key}: image: the run has {count}")
             except DamagedError as error:
+                found.pop(key, None)
+                damaged[key] = str(error)
+            except StoreError as error:
+                if self.local is None or not looking:
+                    raise
                 damaged[key] = str(error)
         return found, damaged
 
@@ -320,9 +343,8 @@ class RunStore(Holder):
         where = f"{self.url}/{group}/{name}"
         try:
             array = open_array(self.root, f"{group}/{name}")
-            # zarr reads a chunk that is not there as zeros
-            if array.nchunks_initialized < array.nchunks:
-                raise DamagedError(f"{where}: its numbers are not there")
+            check_numbers(array, where)
+            check_memory(array.nbytes, where)
             return np.asarray(array[...])
         except UNREADABLE as error:
             raise DamagedError(f"{where}: {error}") from error
@@ -337,8 +359,14 @@ class RunStore(Holder):
         Yields:
             The path of a thing, its bytes, and what is wrong with it, or nothing.
         """
-        yield (group, *self.read_metadata(group))
-        names, expected = sorted(sync(names_in(self._store, group))), set(expected)
+        try:
+            yield (group, *self.read_metadata(group))
+            names, expected = sorted(sync(names_in(self._store, group))), set(expected)
+        except (DamagedError, StoreError) as error:
+            if self.local is None and isinstance(error, StoreError):
+                raise
+            yield group, 0, str(error)
+            return
         yield from ((f"{group}/{name}", 0, "is gone") for name in sorted(expected.difference(names)))
         for name in names:
             if name.endswith("_tiles") and name.removesuffix("_tiles") in names:
@@ -346,15 +374,17 @@ class RunStore(Holder):
             if name in SCRATCH and name not in expected and f"{name}_tiles" not in names:
                 continue  # of a stage that was not finished: made again
             parts = [part for part in (name, f"{name}_tiles") if part in names]
-            checks = [self.read_metadata(f"{group}/{part}") for part in parts]
-            size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
+            size, problem = 0, ""
             try:
+                checks = [self.read_metadata(f"{group}/{part}") for part in parts]
+                size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
                 if len(parts) == 2:
-                    whole = zarr.open_group(store=self._store, path=group, mode="r", zarr_format=3)
-                    size += TiledMatrix(whole, name).check(complete=name in expected)
+                    size += TiledMatrix(open_group(self._store, group), name).check(complete=name in expected)
                 else:
                     size += self._read_through(f"{group}/{name}")
-            except (*UNREADABLE, DamagedError) as error:
+            except (*UNREADABLE, DamagedError, StoreError) as error:
+                if self.local is None and isinstance(error, StoreError):
+                    raise
                 problem = problem or str(error)
             yield f"{group}/{name}", size, problem
 
@@ -368,8 +398,10 @@ class RunStore(Holder):
             DamagedError: where some are not there; zarr reads these as zeros.
         """
         array = open_array(self.root, path)
-        if array.nchunks_initialized < array.nchunks:
-            raise DamagedError(f"{self.url}/{path}: its numbers are not there")
+        check_numbers(array, f"{self.url}/{path}")
+        check_memory(
+            array.nbytes // max(1, array.shape[0]) * min(array.chunks[0], array.shape[0]), f"{self.url}/{path}"
+        )
         for first in range(0, array.shape[0], max(1, array.chunks[0])):
             np.asarray(array[first : first + array.chunks[0]])
         return array.nbytes
@@ -381,11 +413,14 @@ class RunStore(Holder):
             path: of it; empty for the root.
         """
         name = f"{path}/zarr.json".lstrip("/")
-        raw = read_raw(self._store, name)
+        try:
+            raw = read_raw(self._store, name)
+        except DamagedError as error:
+            return 0, str(error)
         if raw is None:
             return 0, f"{name} is gone"
         try:
-            found = json.loads(raw)
+            found = parsed(raw)
             if json.dumps(found, indent=2).encode() != raw:
                 return len(raw), f"{name}: not what was written"
             if found["node_type"] == "group":
@@ -436,7 +471,7 @@ class RunStore(Holder):
 
     def _refresh(self) -> None:
         # who held the run before may have written a header since it was opened
-        self.root, self._header = zarr.open_group(store=self._store, mode="r+", zarr_format=3), None
+        self.root, self._header = open_group(self._store), None
 
 
 def stored_spectrum(store: RunStore, key: str) -> Spectrum:
@@ -450,6 +485,8 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
     if certificate is None or shift is None:
         raise DamagedError(f"{store.url}, {key}: its certificate is not recorded")
     values = store.get_array(f"units/{key}", "eigenvalues") if record.values_kept else np.zeros(0, complex)
+    if record.values_kept and (values.ndim != 1 or values.dtype.kind != ("f" if unit.kind is Kind.SINGULAR else "c")):
+        raise DamagedError(f"{store.url}, {key}: what is stored are no eigenvalues")
     expected = unit.k if record.found is None else record.found  # fewer than k where only the ends were solved
     if record.values_kept and len(values) != expected:
         raise DamagedError(f"{store.url}, {key}: {len(values)} eigenvalues are stored of {expected}")
@@ -470,6 +507,6 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         shift=shift,
         frobenius=record.moments.frobenius if record.moments else float("nan"),
         numerical_abscissa=shift + growth,
-        given=record.metrics,
+        given=record.metrics and {name: record.metrics.get(name, float("nan")) for name in NAMES},
         has_values=record.values_kept,
     )

@@ -14,12 +14,14 @@ import zarr
 from zarr.core.sync import sync
 
 from stiffcore.errors import DamagedError
-from stiffcore.store.metadata import UNREADABLE, create_array, is_there, open_array
+from stiffcore.store.metadata import CHECKSUM_BYTES, UNREADABLE, check_memory, create_array, is_there, open_array
 
 # Of one file; a panel of a taller matrix is several, of which those that are all zero are not written.
 ROWS_IN_SHARD = 16_384
 # Rows of each of these: a sparse matrix of order 100,000 is written in 16 s in bands of 4,096, in 53 s of 16,384.
 BAND_ROWS = 4096
+# In a file of several tiles, of each: where it begins, and how long it is.
+INDEX_BYTES = 16
 # Of the array. Matrices of earlier versions have them the other way round, and are read so.
 AXES = ("column", "row")
 
@@ -52,10 +54,16 @@ class TiledMatrix:
         self._data = open_array(group, name)
         self._tiles = open_array(group, f"{name}_tiles")
         self._by_column = getattr(self._data.metadata, "dimension_names", None) == AXES
+        if self._data.ndim != 2 or self._tiles.ndim != 2 or self._data.dtype.kind not in "fc":
+            raise DamagedError(f"{self._data.store_path}: not a matrix")
         self.shape: tuple[int, int] = self._turned(self._data.shape)
         self.dtype: np.dtype = self._data.dtype
         self.tile, self.shard = self._turned(self._data.chunks)
         self._band = self._turned(self._data.shards or self._data.shape)[0]
+        tiles, where = (-(-self.shape[0] // self.tile), -(-self.shape[1] // self.shard)), self._data.store_path
+        if self._tiles.shape != tiles or self._tiles.chunks != (tiles[0], 1) or self._tiles.dtype != np.uint8:
+            raise DamagedError(f"{where}: its tiles are not those of NAME_tiles")
+        check_memory(tiles[0] * tiles[1], f"{where}_tiles")
 
     @classmethod
     def create(
@@ -96,7 +104,11 @@ class TiledMatrix:
                 fill_value=int(Tile.MISSING),
                 dimension_names=("row_tile", "column_shard"),
             )
-        return cls(group, name)
+        found = cls(group, name)
+        if found.shape != shape or found.dtype != dtype:
+            stored = f"{found.shape} of {found.dtype} are stored"
+            raise DamagedError(f"{found._data.store_path}: {stored}, and {shape} of {dtype} are recorded")
+        return found
 
     def _turned(self, of_axes: tuple[Any, ...]) -> tuple[Any, Any]:
         """What is said of rows and columns, as the array has its axes; and back."""
@@ -162,9 +174,21 @@ class TiledMatrix:
         try:
             self._data[where] = numbers
         except ValueError:  # Zarr looks into the file that it replaces, which a writer may have left torn
-            key = self._data.metadata.encode_chunk_key(self._turned((first // self._band, start // self.shard)))
-            sync((self._data.store_path / key).delete())
+            sync((self._data.store_path / self._file(first // self._band, start // self.shard)).delete())
             self._data[where] = numbers
+
+    def _file(self, band: int, shard: int) -> str:
+        """The name, in the array, of the file of a band of a shard."""
+        return self._data.metadata.encode_chunk_key(self._turned((band, shard)))
+
+    def _check_file(self, band: int, shard: int, where: str) -> None:
+        """Refuse a file with more in it than its tiles, their checksums and where each begins."""
+        tiles = self._band // self.tile
+        most = tiles * (self.tile * self.shard * self.dtype.itemsize + CHECKSUM_BYTES + INDEX_BYTES) + CHECKSUM_BYTES
+        path = self._data.store_path / self._file(band, shard)
+        size = sync(path.store.size(path.path))  # type: ignore[attr-defined]  # the stores of a run have it
+        if size > most:
+            raise DamagedError(f"{where}: a file has {size:,} bytes, and its tiles have {most:,} at most")
 
     def _bands(self, block: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[int, np.ndarray]]:
         """The bands of a block that may hold a nonzero, dense and writeable, each with its first row."""
@@ -306,6 +330,9 @@ class TiledMatrix:
             if not len(stored):
                 continue
             first = int(stored[0]) * self.tile
+            rows_read = min((int(stored[-1]) + 1) * self.tile, self.shape[0]) - first
+            check_memory(rows_read * (stop - start) * self.dtype.itemsize, where)
+            self._check_file(first // self._band, shard, where)
             part = self._turned((slice(first, (int(stored[-1]) + 1) * self.tile), slice(start, stop)))
             try:
                 numbers = np.asarray(self._data[part])

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from stiffcore.errors import DamagedError
 from stiffcore.store.runs import DIVISION, RunStore
 from stiffcore.store.tiles import TiledMatrix
 
@@ -52,8 +53,12 @@ class StoredWorkspace:
             self._store.update(self._key, division=dict(self._known))
         return self._known[name]
 
-    def once_array(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """As `once`, of an array."""
+    def once_array(self, name: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """As `once`, of an array of that shape.
+
+        Raises:
+            DamagedError: where what is stored is of another one.
+        """
         group = f"units/{self._key}/{DIVISION}"
 
         def written() -> bool:
@@ -63,4 +68,7 @@ class StoredWorkspace:
             return True
 
         self.once(name, written)
-        return self._store.get_array(group, name)
+        found = self._store.get_array(group, name)
+        if found.shape != shape or found.dtype.kind not in "fc":
+            raise DamagedError(f"{self._store.url}/{group}/{name}: {found.dtype} of {found.shape}, not of {shape}")
+        return found
