@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from stiffcore.eigen.certificate import distance_of
 from stiffcore.eigen.numerical_range import numerical_range
-from stiffcore.eigen.sparse import smallest_singular_value
+from stiffcore.eigen.sparse import EPS, smallest_singular_value
 from stiffcore.errors import DamagedError, InputError, writing_store
 from stiffcore.jacobian.reduction import Reduction
 from stiffcore.store import RunStore, TiledMatrix, is_there
@@ -72,7 +73,7 @@ def take_picture(
         FillError: where no LU fits.
         StiffcoreError: where the store cannot be written.
     """
-    a = shifted_matrix(store, key, module, trusted)
+    a, _ = shifted_matrix(store, key, module, trusted)
     _, curve = numerical_range(a)
     before = stored_picture(store, key)
     if not grid and before is not None:
@@ -123,8 +124,13 @@ def stored_picture(store: RunStore, key: str) -> Picture | None:
     return found if whole else None  # it was being written when its process was killed
 
 
-def shifted_matrix(store: RunStore, key: str, module: Any = None, trusted: str = "") -> sp.csc_array:
-    """shift I + M of a unit, which has k of the eigenvalues of J: as kept, or built again.
+def shifted_matrix(
+    store: RunStore, key: str, module: Any = None, trusted: str = ""
+) -> tuple[sp.csc_array, float | None]:
+    """shift I + M of a unit, which has k of the eigenvalues of J, as kept or built again; and how far it may be off.
+
+    That is in the 2-norm, from the matrix in exact arithmetic; None where M was kept by a version that did not record
+    it.
 
     Raises:
         InputError: where the unit has no matrix.
@@ -132,15 +138,18 @@ def shifted_matrix(store: RunStore, key: str, module: Any = None, trusted: str =
     record = store.record(key)
     if not record.unit.k:
         raise InputError(f"{key} has no matrix: {record.unit.reason}")
-    shift = record.shift
+    shift, distance = record.shift, record.distance
     if record.kept and shift is not None and is_there(store.unit_group(key), "matrix"):
         matrix = TiledMatrix(store.unit_group(key), "matrix").read_sparse()
     else:
         reduction = open_operator(store, record, "cpu", module, trusted)
         assert isinstance(reduction, Reduction)
         shift, matrix = reduction.shift, sparse_matrix(reduction, record.plan.chunk)
+        distance = distance_of(reduction)  # known once M is built
     exactly = matrix.astype(np.float64)
-    return sp.csc_array(exactly + shift * sp.eye_array(record.unit.k, format="csc"))
+    shifted = sp.csc_array(exactly + shift * sp.eye_array(record.unit.k, format="csc"))
+    rounded = EPS * float(np.abs(shifted.diagonal()).max()) if shift else 0.0
+    return shifted, None if distance is None else distance + rounded
 
 
 def _axes(curve: np.ndarray, grid: int) -> tuple[np.ndarray, np.ndarray]:

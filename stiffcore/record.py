@@ -219,6 +219,8 @@ class UnitRecord:
         ends: of `extremes`, what is known of the rest of the spectrum.
         certificate: how far the eigenvalues can be trusted.
         shift: what was added to the eigenvalues of the matrix solved.
+        distance: of the matrix solved from that of exact arithmetic, in the 2-norm: its rounding, and what the graph
+            lost.
         found: how many eigenvalues are stored.
         metrics: where the eigenvalues alone do not say them.
         values_kept: whether the eigenvalues are stored; else a histogram of them is.
@@ -246,6 +248,7 @@ class UnitRecord:
     ends: Ends | None = None
     certificate: Certificate | None = None
     shift: Annotated[int, Field(ge=0, le=1)] | None = None
+    distance: float | None = None
     found: Size | None = None
     metrics: dict[str, float] | None = None
     values_kept: bool = True
@@ -340,6 +343,7 @@ NOT_SAID: dict[str, Any] = {"values_kept": True}
 WITH_FLOATS = {
     "moments",
     "logarithmic_norm",
+    "distance",
     "range_left",
     "range_right",
     "divided",

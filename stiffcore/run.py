@@ -196,13 +196,21 @@ class Run:
             UntrustedError: where code would be imported without `trust`.
             StiffcoreError: where the weights are not those of the run.
         """
+        from stiffcore.eigen.certificate import distance_of
         from stiffcore.eigen.counting import count_left
+        from stiffcore.jacobian.reduction import Reduction
         from stiffcore.picture import shifted_matrix
+        from stiffcore.unit import open_operator
 
         key = self._key(image, block, function, Kind.MATRIX)
         allowed = parse_bytes(memory) if isinstance(memory, str) else memory
         trusted = trusted_network(self.study, trust=trust)
-        found = count_left(shifted_matrix(self.store, key, module, trusted), threshold, memory_bytes=allowed)
+        matrix, distance = shifted_matrix(self.store, key, module, trusted)
+        if distance is None:
+            operator = open_operator(self.store, self.store.record(key), "cpu", module, trusted)
+            assert isinstance(operator, Reduction)
+            distance = distance_of(operator)
+        found = count_left(matrix, threshold, memory_bytes=allowed, rounding=distance)
         if found.count is None:
             return found
         unit = self.store.record(key).unit

@@ -834,7 +834,9 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         exact_ones=run.unit.ones,
         exact_zeros=run.unit.zeros,
     )
-    return {"ends": ends, "certificate": found, "shift": run.reduction.shift, "found": len(values)}
+    return {"ends": ends, "certificate": found, "shift": run.reduction.shift, "found": len(values)} | {
+        "distance": certificate.distance_of(run.reduction)
+    }
 
 
 def _located_matrix(run: UnitRun, real_parts: tuple[float, float] | None) -> np.ndarray | None:

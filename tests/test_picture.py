@@ -17,7 +17,7 @@ def test_a_picture_is_of_the_matrix_that_has_the_spectrum_and_stays_in_the_run(s
     run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "keep": keep})
     found = run.picture(block=1, grid=7, trust=True)
     key = next(iter(run.records()))
-    a = shifted_matrix(run.store, key, trusted=OPTIONS["network"]).toarray()
+    a = shifted_matrix(run.store, key, trusted=OPTIONS["network"])[0].toarray()
     spectrum = run.spectrum(block=1)
     assert np.allclose(np.sort_complex(np.linalg.eigvals(a).round(9)), np.sort_complex(spectrum.computed.round(9)))
     for z, t in zip(found.numerical_range, 2 * np.pi * np.arange(72) / 72, strict=True):
@@ -50,6 +50,20 @@ def test_eigenvalues_left_of_any_line_are_counted_exact_ones_and_zeros_with_them
         assert found.count == (values.real < threshold).sum()
         assert found.margin <= np.abs(values.real - threshold).min() + 1e-9
     assert found.count is not None or np.abs(values.real - threshold).min() < 1e-6
+
+
+def test_a_count_of_a_run_allows_for_the_rounding_of_its_matrix(small, monkeypatch):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "1", "keep": "all"})
+    key = next(iter(run.records()))
+    threshold = float(np.sort(run.spectrum(block=1).computed.real)[:2].mean())
+    sure = run.count_left(threshold, block=1, trust=True)
+    distance = run.store.record(key).distance
+    assert 0 < distance < 1e-12
+    assert sure.tolerated > distance
+    run.store.update(key, distance=2 * sure.tolerated)  # as of a far larger rounding
+    assert run.count_left(threshold, block=1, trust=True).count is None
+    run.store.update(key, distance=None)  # a run of an older version
+    assert run.count_left(threshold, block=1, trust=True) == sure
 
 
 def test_the_command_says_what_it_found_and_refuses_a_unit_that_is_not_there(small):
