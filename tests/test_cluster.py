@@ -542,6 +542,45 @@ def _was_in(emit):
     return os.getpid()
 
 
+def _wants(path):
+    if not os.path.exists(path):
+        raise StiffcoreError("there is no run here")
+
+
+def _asleep(emit):
+    time.sleep(600)
+
+
+def test_what_waits_for_a_worker_that_is_gone_is_given_up_and_one_that_joins_is_looked_at(small, cluster, monkeypatch):
+    cluster.worker()
+    path, told = small / "wanted", []
+    path.touch()
+    with workers_at(cluster.file, print, tell=told.append) as executor:
+        executor.pass_over(_wants, str(path))
+        (first,) = (worker.pid for worker in executor.workers())
+        waiting = executor.submit(_asleep)
+        time.sleep(1)
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError):
+            waiting.result(timeout=60)
+        monkeypatch.setattr("stiffcore.cluster.NONE_LEFT_S", 1)
+        with pytest.raises(ConnectionLostError, match="no worker that can be used"):
+            executor.submit(_was_in)
+        path.unlink()
+        cluster.worker()
+        deadline = time.monotonic() + 60
+        while not told and time.monotonic() < deadline:
+            assert executor.workers() == []
+            time.sleep(0.2)
+        assert "is not used: there is no run here" in told[0]
+        with pytest.raises(ConnectionLostError):
+            executor.submit(_was_in)
+        path.touch()
+        cluster.worker()
+        monkeypatch.setattr("stiffcore.cluster.NONE_LEFT_S", 60)
+        assert executor.submit(_was_in).result(timeout=60) != first
+
+
 def test_no_space_in_shared_memory_is_not_blamed_on_a_script(monkeypatch):
     def start(**options):
         try:
