@@ -37,7 +37,7 @@ from stiffcore.cluster import (
 from stiffcore.eigen import divide
 from stiffcore.eigen.panels import SingularError, factor, one_by_one
 from stiffcore.errors import StiffcoreError
-from stiffcore.record import Stage
+from stiffcore.record import Stage, Step
 from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace
@@ -380,7 +380,7 @@ def divided(folder, emit, *, shared=True):
         space,
         45,
         first=0.0,
-        tell=lambda what, done, total: emit({"what": what, "done": done, "pid": os.getpid()}),
+        tell=lambda what, done, total: emit(Step(str(os.getpid()), Stage.SOLVED, done, total, what)),
         each=each,
     )
     return found.values.tobytes(), [s.beyond for s in found.splits]
@@ -409,7 +409,7 @@ def test_workers_share_the_blocks_of_a_unit_and_write_the_same_bytes(tmp_path, a
     with local_workers(events.append) as executor:
         executor.scale(2)
         assert executor.submit(divided, folder).result() == alone
-        first = [e["done"] for e in events if "LU" in e["what"]][: ORDER // COLUMNS]
+        first = [e.done for e in events if "LU" in e.note][: ORDER // COLUMNS]
         assert first == list(range(1, ORDER // COLUMNS + 1))
         # a panel that depends on one that cannot be made is given up, and what is wrong is said
         a = random_matrix()
@@ -425,8 +425,8 @@ def test_a_worker_that_dies_leaves_its_block_to_the_others(tmp_path, alone, lead
     written(folder, random_matrix())
 
     def kill(event):
-        if pids and "step 3 " in event["what"] and "LU" in event["what"] and event["done"] == 4:
-            os.kill(next(pid for pid in pids if (pid == event["pid"]) is leads), signal.SIGKILL)
+        if pids and "step 3 " in event.note and "LU" in event.note and event.done == 4:
+            os.kill(next(pid for pid in pids if (pid == int(event.unit)) is leads), signal.SIGKILL)
             pids.clear()
 
     with local_workers(kill) as executor:
@@ -444,8 +444,8 @@ def test_a_worker_of_a_cluster_that_dies_and_does_not_come_back(tmp_path, cluste
     written(folder, random_matrix())
 
     def kill(event):
-        if pids and "step 3 " in event["what"] and "inverse" in event["what"]:
-            os.kill(next(pid for pid in pids if pid != event["pid"]), signal.SIGKILL)
+        if pids and "step 3 " in event.note and "inverse" in event.note:
+            os.kill(next(pid for pid in pids if pid != int(event.unit)), signal.SIGKILL)
             pids.clear()
 
     cluster.worker()

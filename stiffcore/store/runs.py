@@ -125,6 +125,10 @@ class RunStore(Holder):
             if self.local is None:
                 self.check_new(self.url)
             self.root = self._create()
+        except StoreError as error:
+            if create and self.local is not None and not self.local.exists():  # zarr makes the folder to look at it
+                raise InputError(f"{self.url} cannot be made: {error}") from error
+            raise
         except (ValueError, TypeError, KeyError) as error:
             self._refuse_damaged(str(error))
             if torn(read_raw(self._store, ROOT)):
