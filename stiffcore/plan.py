@@ -17,7 +17,7 @@ import numpy as np
 
 from stiffcore.eigen import dense
 from stiffcore.eigen.extremes import DENSE_SHARE
-from stiffcore.eigen.inclusion import FULL_ORDER, inclusion_bytes
+from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER, inclusion_bytes
 from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
@@ -868,6 +868,15 @@ def _located_bytes(k: int) -> int:
     return inclusion_bytes(k) if k <= FULL_ORDER else 0
 
 
+def locate_bytes(k: int, kernel_items: int, itemsize: int) -> int:
+    """On top of the certificate, where all eigenvalues of a larger order are located for their signs.
+
+    `eigen.inclusion.inclusion_bytes`, and the twins in other precisions that M's rounding was measured with:
+        + 3 * kernel_items * itemsize.
+    """
+    return inclusion_bytes(k) + KERNEL_COPIES * kernel_items * itemsize
+
+
 Stages = Callable[[Unit, int, int, int], dict[str, int]]
 
 
@@ -890,16 +899,20 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
     eigenvectors holds the operator too, for what follows: its kernels and the values it was linearised at:
         + 3 * kernel_items * itemsize + 2 * column_bytes.
     certify: after the matrices of the inverse iteration are gone; small orders are located (`_located_bytes`).
+    locate: of a branch, whose numerical range holds 0 as a rule, all eigenvalues are located up to a larger order.
     """
     k, matrix, a_shard = unit.k, unit.k**2 * itemsize, _shard_bytes(unit.k, shard, itemsize)
     operator = operator_bytes(unit.kernel_items, column_bytes, itemsize)
+    certify = _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize) + _located_bytes(unit.k)
+    located = unit.function is BlockFunction.BRANCH and FULL_ORDER < k <= MOST_ORDER
     return {
         "hessenberg": max(
             dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, matrix + max(a_shard, 56 * unit.nonzeros + BLAS_BYTES)
         ),
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, matrix + a_shard),
         "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED_MOST, itemsize) + BLAS_BYTES + operator,
-        "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize) + _located_bytes(unit.k),
+        "certify": certify,
+        **({"locate": certify + locate_bytes(k, unit.kernel_items, itemsize)} if located else {}),
     }
 
 
