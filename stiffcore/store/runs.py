@@ -126,7 +126,9 @@ class RunStore(Holder):
                 self.check_new(self.url)
             self.root = self._create()
         except StoreError as error:
-            if create and self.local is not None and not self.local.exists():  # zarr makes the folder to look at it
+            # zarr makes the folder to look at it
+            refused = isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError, PermissionError))
+            if create and refused and self.local is not None and not self.local.exists():
                 raise InputError(f"{self.url} cannot be made: {error}") from error
             raise
         except (ValueError, TypeError, KeyError) as error:
