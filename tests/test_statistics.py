@@ -8,7 +8,15 @@ import pytest
 from scipy.stats import t as student
 
 from stiffcore.metrics import spell_share
-from stiffcore.report.statistics import benjamini_hochberg, correlations, holm, mean_groups, spread
+from stiffcore.report.statistics import (
+    PERMUTATIONS,
+    _coefficients,
+    benjamini_hochberg,
+    correlations,
+    holm,
+    mean_groups,
+    spread,
+)
 from stiffcore.report.tables import correlations_table, mean_cells, means_table
 
 
@@ -82,9 +90,9 @@ def test_a_share_is_spelled_with_its_interval():
 
 
 def test_a_planted_correlation_is_found_and_a_constant_has_none():
-    found = correlations(study()).set_index(["block", "metric", "outcome"])
+    rows = study(images=120)
+    found = correlations(rows).set_index(["block", "metric", "outcome"])
     planted = found.loc[("a", "S_active", "loss")]
-    rows = study()
     rows = rows[rows["block"] == "a"]
     r = np.corrcoef(rows["S_active"], rows["loss"])[0, 1]
     assert planted["pearson"] == pytest.approx(r)
@@ -97,6 +105,48 @@ def test_a_planted_correlation_is_found_and_a_constant_has_none():
     assert found.loc[("b", "S_active", "loss"), "pearson_holm"] > 0.05
     assert found["pearson"].xs("negative", level="metric").isna().all()
     assert (found["pearson_holm"].dropna() >= found["pearson_p"].dropna()).all()
+
+
+def test_p_values_of_few_images_are_of_permutations_and_of_skewed_losses_right():
+    rows = study(images=40)
+    planted = correlations(rows).set_index(["block", "metric", "outcome"]).loc[("a", "S_active", "loss")]
+    assert planted["pearson_p"] == planted["spearman_p"] == 1 / (PERMUTATIONS + 1)
+    rng, below = np.random.default_rng(3), 0
+    for _ in range(60):  # no relation, but heavy tails: p < 0.05 in one of twenty
+        sample = pd.DataFrame({"S": rng.standard_cauchy(20), "loss": rng.exponential(size=20) ** 4})
+        below += _coefficients(sample.to_numpy())["pearson_p"] < 0.05
+    assert below <= 9
+
+
+def test_an_interval_covers_what_is_true_of_all_images():
+    rng, covered = np.random.default_rng(5), 0
+    for _ in range(60):
+        x = rng.normal(size=60)
+        y = 0.6 * x + 0.8 * rng.normal(size=60)  # r = 0.6
+        found = _coefficients(np.stack([x, y], axis=1))
+        covered += found["pearson_low"] <= 0.6 <= found["pearson_high"]
+        assert found["pearson_low"] < found["pearson"] < found["pearson_high"]
+    assert covered >= 51
+
+
+def test_what_a_column_held_fixed_explains_is_no_correlation():
+    rows = study(images=200)
+    rng = np.random.default_rng(1)
+    margin = np.repeat(rng.normal(size=200), 2)
+    rows["margin"], rows["loss"] = margin, 2 * margin + rng.normal(size=400)
+    rows["S_active"] = margin + rng.normal(size=400)
+    plain = correlations(rows, ["S_active"], ["loss"]).set_index("block").loc["a"]
+    partial = correlations(rows, ["S_active"], ["loss"], held="margin").set_index("block").loc["a"]
+    assert plain["pearson"] > 0.4
+    assert abs(partial["pearson"]) < 0.2
+    part = rows[rows["block"] == "a"]
+    left = [
+        np.polynomial.Polynomial.fit(part["margin"], part[c], 1)(part["margin"]) - part[c] for c in ("S_active", "loss")
+    ]
+    r = np.corrcoef(*left)[0, 1]
+    assert partial["pearson"] == pytest.approx(r)
+    t = abs(r) * math.sqrt(197 / (1 - r * r))
+    assert partial["pearson_p"] == pytest.approx(2 * student.sf(t, 197))
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 3, 19])

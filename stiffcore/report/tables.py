@@ -273,8 +273,9 @@ def correlations_table(rows: pd.DataFrame, function: str) -> Table:
     """Correlations of the metrics of `metrics_of` with accuracy and loss, block by block; see `correlations`."""
     found = correlations(rows[rows["function"] == function])
     table = _table(
-        f"Correlation over images, certified {_kind(rows)} spectra of {function}: coefficient (p; p by Holm)",
-        "bold: p < 0.05 as it stands, without regard to the number of tests; an asterisk: by Holm, too",
+        f"Correlation over images, certified {_kind(rows)} spectra of {function}: coefficient [95 %] (p; p by Holm)",
+        "[95 %]: interval over resampled images; bold: p < 0.05 as it stands, without regard to the number of tests; "
+        "an asterisk: by Holm, too",
     )
     table.add_column("block", no_wrap=True)
     for name in ("metric", "with"):
@@ -292,7 +293,8 @@ def _coefficient(row: pd.Series, test: str) -> str | Text:
     value, p, corrected = row[test], row[f"{test}_p"], row[f"{test}_holm"]
     if math.isnan(value):
         return "-"
-    text = f"{value:.2f} ({p:.2g}; {corrected:.2g}){'*' if corrected < SIGNIFICANT else ''}"
+    interval = f"[{row[f'{test}_low']:.2f}, {row[f'{test}_high']:.2f}]"
+    text = f"{value:.2f} {interval} ({p:.2g}; {corrected:.2g}){'*' if corrected < SIGNIFICANT else ''}"
     return Text(text, style="bold") if p < SIGNIFICANT else text
 
 
