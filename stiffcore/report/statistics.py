@@ -171,7 +171,7 @@ def _coefficients(columns: np.ndarray) -> dict[str, float]:
     counts = np.unique(columns[:, 1], return_counts=True)[1]
     too_few = len(columns) < FEWEST or (len(counts) == 2 and counts.min() < FEWEST_EACH)
     known = not too_few and (np.ptp(columns, axis=0) > 0).all()
-    found = {}
+    found: dict[str, float] = {}
     for name, ranked in (("pearson", False), ("spearman", True)):
         values = _coefficient(columns, ranked) if known else (float("nan"),) * 4
         found |= dict(zip((name, f"{name}_p", f"{name}_low", f"{name}_high"), values, strict=True))
