@@ -343,6 +343,7 @@ def study_page():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["add"]:
+        add(*sys.argv[2:])
     (HERE / "extremes-study.md").write_text(extremes_page())
-    if len(read("slices-resnet18")):
-        (HERE / "study.md").write_text(study_page())
+    (HERE / "study.md").write_text(study_page())
