@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
@@ -323,8 +324,62 @@ def findings():
     )
 
 
+BEYOND = """## Does stiffness say anything beyond confidence?
+
+A network that is sure of its answer has a wide margin between its two largest logits, and mostly a small loss. So a
+metric that follows the margin correlates with the loss, and adds nothing that the logits do not say. The table has
+Spearman's rho with the loss, first plain, then with the margin held fixed (the partial coefficient of the ranks; the
+margins are those of `python docs/study_margins.py`), in brackets intervals of 95 %, p corrected by Holm within each
+network and kind.
+
+{verdicts}
+
+So {before} of {tests} metrics of blocks follow the loss, and {after} still do among images of equal margin, weakly
+({largest} at most): in these checkpoints, almost all that stiffness has to say of the loss, confidence says."""
+
+
+def with_margins(network, rows):
+    margins = table_of(HERE / "data" / f"margins-{network}.csv")
+    return rows.merge(margins[["image_index", "margin"]], on="image_index")
+
+
+def beyond():
+    """Correlations with the loss, plain and with the margin held fixed, of blocks with enough images."""
+    lines, verdicts, totals, largest = [], [], np.zeros(3, int), 0.0
+    for network, kind, name, metrics in (
+        ("resnet18", "tensor-slices", "slices-resnet18", ["S", "negative"]),
+        ("resnet50", "tensor-slices", "slices-resnet50", ["S", "negative"]),
+        ("resnet18", "matrix", "extremes-resnet18", ["S_active", "abscissa"]),
+        ("resnet50", "matrix", "extremes-resnet50", ["S_active", "abscissa"]),
+    ):
+        rows = with_margins(network, read(name))
+        rows = rows.groupby("number").filter(lambda block: block["image"].nunique() >= FEWEST)
+        plain = correlations(rows, metrics, ["loss"])
+        held = correlations(rows, metrics, ["loss"], held="margin")
+        for before, after in zip(plain.to_dict("records"), held.to_dict("records"), strict=True):
+            spoken = {"S": "S", "S_active": "S active", "negative": "P", "abscissa": "max Re"}[before["metric"]]
+            line = [network, kind, f"{before['number']} {before['block']}", spoken, before["images"]]
+            for row in (before, after):
+                text, _, corrected, _ = coefficient(row, "spearman")
+                line += [text, corrected]
+            lines.append(line)
+        sure = [part["spearman_holm"] < SIGNIFICANT for part in (plain, held)]
+        totals += [len(plain), *(part.sum() for part in sure)]
+        largest = max([largest, *held["spearman"][sure[1]].abs()])
+        verdicts.append(
+            f"- {network}, {kind}: {sure[0].sum()} of {len(plain)} are significant after Holm's correction, "
+            f"{sure[1].sum()} with the margin held fixed."
+        )
+    header = ["network", "kind", "block", "metric", "images", "rho with loss", "Holm", "margin held fixed", "Holm"]
+    tests, before, after = totals
+    text = BEYOND.format(
+        verdicts="\n".join(verdicts), tests=tests, before=before, after=after, largest=f"{largest:.2f}"
+    )
+    return [text, table(lines, header)]
+
+
 def study_page():
-    parts = [STUDY_HEAD, findings()]
+    parts = [STUDY_HEAD, findings(), *beyond()]
     for network in NETWORKS:
         for kind, name in (("tensor-slices", f"slices-{network}"), ("matrix", f"spectra-{network}")):
             rows = read(name)

@@ -8,6 +8,7 @@ core. The folder then holds resnet20-IMAGES.safetensors after 0, 5,000, ... imag
 
 import io
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def images(file):
     """All images, (count, 3, 32, 32) float32 normalised, and labels."""
     stored = np.load(file)
     jpeg, offsets = stored["jpeg"], stored["offsets"]
-    pixels = [np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in zip(offsets, offsets[1:])]
+    pixels = [np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in pairwise(offsets)]
     x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
     return x, torch.from_numpy(stored["y"].astype(np.int64))
