@@ -276,6 +276,18 @@ class _Columns:
                     )
         return target
 
+    def picked(self, weights: Array, parts: list[tuple[Rectangle, Array]], rectangle: Rectangle) -> Array:
+        """As `product`, where the blocks are of the identity, at a position each: nothing is multiplied."""
+        target = np.zeros((len(weights), self.size(rectangle)), dtype=weights.dtype)
+        start = 0
+        for (y, _, x, _), block in parts:
+            rows = weights[:, start : start + len(block)]
+            start += len(block)
+            if rectangle[0] <= y <= rectangle[1] and rectangle[2] <= x <= rectangle[3]:
+                here = target[:, self._run(rectangle, y, x, x + 1)]
+                here[:, ... if len(block) == block.shape[1] else block.argmax(axis=1)] += rows
+        return target
+
     def _run(self, rectangle: Rectangle, y: int, left: int, after: int) -> slice:
         """Where the columns at some positions of a row stand in a block over a rectangle."""
         row, first = y * self.width, self.first
@@ -380,6 +392,8 @@ class Accumulation:
                     rows = _tap(step, counts[step.sources[0]], tap, 0)
                     of = _within([self._rectangles[i], _tap(step, self._rectangles[step.sources[0]], tap, -1)])
                     stacked += rows
+                    if step.sources[0] == 0:
+                        continue
                     flops += int(2 * (counts[i] * rows * self._columns.within(of)).sum())
                 largest = (stacked * (counts[i] + columns[i]) + counts[i] * columns[i]).max(initial=0)
                 most = max(most, held + new + int(largest) + step.kernel.size)
@@ -486,7 +500,8 @@ class Accumulation:
             if not len(channels) or not parts or not size:
                 yield None
                 continue
-            yield rectangle, columns.product(kernel[np.ix_(channels, np.concatenate(taken))], parts, rectangle)
+            product = columns.picked if step.sources[0] == 0 else columns.product
+            yield rectangle, product(kernel[np.ix_(channels, np.concatenate(taken))], parts, rectangle)
 
     def _summed(self, i: int, kept: "list[_Blocks]") -> "Iterator[_Block]":
         step, columns, used = self._steps[i], self._columns, self._used[i]
