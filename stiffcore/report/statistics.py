@@ -148,10 +148,10 @@ def compared(runs: Mapping[str, pd.DataFrame], metrics: Sequence[str] | None = N
 
     Returns:
         One row a kind, block, function, metric and run: `kind`, `number`, `block`, `function`, `metric`, `run`,
-        `images` (with a finite certified value), `mean` and `std` over these (nan of fewer than 2). Of all but the
+        `images` (with a finite certified value), `mean` and `std` over these (`std` nan of one). Of all but the
         first run, over `common` images, which have a finite certified value in both: `difference`, the mean of the
         value less that in the first run, and `difference_low`, `difference_high`, its interval of 95 % by Student's t
-        (nan of fewer than 2).
+        (nan of one).
     """
     found = []
     frames = {name: certified(rows).set_index(["kind", *BLOCK, "function"]).sort_index() for name, rows in runs.items()}
@@ -180,9 +180,7 @@ def _finite(values: pd.Series) -> pd.Series:
 
 
 def _mean_and_deviation(values: pd.Series) -> tuple[float, float]:
-    if len(values) < FEWEST_OF_MEAN:
-        return float("nan"), float("nan")
-    return float(values.mean()), float(values.std(ddof=1))
+    return float(values.mean()), float(values.std(ddof=1))  # of one value, itself and nan; of none, nan
 
 
 def _difference(values: pd.Series) -> dict[str, float]:

@@ -340,15 +340,18 @@ def comparison_table(found: pd.DataFrame, kind: str) -> Table:
 
 
 def _mean_of(row: Mapping[str, Any]) -> str:
-    known = not math.isnan(row["mean"])
-    return f"{row['mean']:.5g} ({row['std']:.2g}), {counted(row['images'], 'image', 'images')}" if known else "-"
+    if math.isnan(row["mean"]):
+        return "-"
+    deviation = "" if math.isnan(row["std"]) else f" ({row['std']:.2g})"
+    return f"{row['mean']:.5g}{deviation}, {counted(row['images'], 'image', 'images')}"
 
 
 def _difference_of(row: Mapping[str, Any]) -> str:
     if math.isnan(row["difference"]):
         return "-"
-    interval = f"[{row['difference_low']:.2g}, {row['difference_high']:.2g}]"
-    return f"{row['difference']:+.3g} {interval}, {counted(row['common'], 'image', 'images')}"
+    few = math.isnan(row["difference_low"])
+    interval = "" if few else f" [{row['difference_low']:.2g}, {row['difference_high']:.2g}]"
+    return f"{row['difference']:+.3g}{interval}, {counted(row['common'], 'image', 'images')}"
 
 
 def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
