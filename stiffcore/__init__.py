@@ -8,12 +8,16 @@ from stiffcore.version import __version__
 if TYPE_CHECKING:
     from stiffcore.api import analyze, spectrum
     from stiffcore.errors import BusyError, DamagedError, InputError, StiffcoreError
+    from stiffcore.report.figures import plot_compare
+    from stiffcore.report.statistics import compare
     from stiffcore.run import Run, open_run
     from stiffcore.spectra import Certificate, Certified, Count, Ends, Spectrum
     from stiffcore.study import Study
 
 _HOMES = {
     "analyze": "api",
+    "compare": "report.statistics",
+    "plot_compare": "report.figures",
     "spectrum": "api",
     "BusyError": "errors",
     "DamagedError": "errors",
@@ -43,7 +47,9 @@ __all__ = [
     "Study",
     "__version__",
     "analyze",
+    "compare",
     "open_run",
+    "plot_compare",
     "spectrum",
 ]
 

@@ -67,9 +67,10 @@ ENTRY_SECONDS = 1e-7
 # All eigenvalues of a dense matrix on a device, of each k and each k^2: within 25 % of what an H200 took at k = 1,024
 # to 8,192 (`bench/rates.py`), where it does not come near the rate of its products.
 DEVICE_SECONDS = (1.1e-4, 6.2e-8)
-# Of tensor slices: a batch of squares with all that is made of it, and the time that an eigenvalue takes.
-SQUARES_BYTES = 96 << 20
-SQUARE_SECONDS = 6e-7
+# Of tensor slices: numba, what it takes to compile its code for them (194 MiB, 115 where that is on disk), and a batch
+# of squares with what is made of it; and the time that an eigenvalue takes.
+SQUARES_BYTES = 224 << 20
+SQUARE_SECONDS = 2e-7
 # Of `eigen.divide`: columns of a panel, wide ones where a block holds several; rows of its tiles; how often one that
 # passes through a block is in memory beside it (one at work, and 4 times on its way to or from Zarr, or while LAPACK
 # factors it); Newton's steps, and flops of all, in k^3.
@@ -552,7 +553,7 @@ def _slices(
 
     solve: blocks or a chunk of products, one position's squares twice, a batch with its eigenvalues, and the kernel's
         copies; where spectra are kept, all eigenvalues four times (parts, whole, sorted, written):
-        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 96 MiB
+        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 224 MiB
         + 3 * kernel_items * itemsize + 2 * column_bytes + 4 * 2 * itemsize * k.
     moved: what is kept, once.
     """

@@ -12,6 +12,7 @@ from stiffcore.report.statistics import (
     PERMUTATIONS,
     _coefficients,
     benjamini_hochberg,
+    compared,
     correlations,
     holm,
     mean_groups,
@@ -213,3 +214,29 @@ def test_corrections_are_those_of_the_papers():
     assert holm(np.array([0.01, np.nan, 0.04, 0.03])) == pytest.approx([0.03, np.nan, 0.06, 0.06], nan_ok=True)
     shuffled = np.random.default_rng(0).permutation(len(p))
     assert np.allclose(holm(p[shuffled]), holm(p)[shuffled])
+
+
+def test_runs_are_compared_at_the_same_images():
+    first = study(images=30).assign(function="block", kind="matrix", abscissa=1.0)
+    first["image_digest"] = first["image"].map("image {}".format)
+    second = first[first["image"] >= 10].assign(S_active=first["S_active"] + 0.25)
+    second.loc[second.index[0], "certified"] = False  # image 10 of block a
+    second["image_digest"] = second["image_digest"].replace("image 29", "another")
+    second["image"] -= 10  # positions are others, images the same
+    found = compared({"before": first, "after": second}).set_index(["block", "metric", "run"])
+    row = found.loc[("a", "S_active", "after")]
+    assert (row["images"], row["common"]) == (19, 18)
+    assert row["difference"] == pytest.approx(0.25)
+    assert row["difference_low"] == pytest.approx(0.25)
+    assert found.loc[("b", "S_active", "after"), "common"] == 19
+    assert math.isnan(found.loc[("a", "S_active", "before"), "difference"])
+    noisy = first.assign(S_active=first["S_active"] + np.random.default_rng(0).normal(0.1, 1, len(first)))
+    row = (
+        compared({"before": first, "after": noisy})
+        .set_index(["block", "metric", "run"])
+        .loc[("a", "S_active", "after")]
+    )
+    each = (noisy["S_active"] - first["S_active"])[first["block"] == "a"]
+    half = student.ppf(0.975, 29) * each.std(ddof=1) / math.sqrt(30)
+    assert row["difference_low"] == pytest.approx(each.mean() - half)
+    assert row["difference_high"] == pytest.approx(each.mean() + half)

@@ -1,12 +1,14 @@
 """What a study of many images says: means by block and label, and correlations with accuracy and loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from stiffcore.run import DONE
+from stiffcore.errors import InputError
+from stiffcore.metrics import NAMES as METRIC_NAMES
+from stiffcore.run import DONE, Run
 from stiffcore.study import Kind
 
 METRICS = ("S_active", "negative")
@@ -105,6 +107,86 @@ def mean_between(rows: pd.DataFrame, metric: str) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = (float(rows[end].to_numpy(float).mean()) for end in ends)
     return low, high
+
+
+def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Compare runs block by block, at the same images: before and after training, seeds, weights.
+
+    Runs are called by their folders' names, by their whole paths where two are the same. Images are the same where the
+    network is given the same numbers, whatever file or position they came from.
+
+    Args:
+        runs: two or more; the first is what the others are compared with.
+        metrics: names of `stiffcore.metrics.NAMES`; None: those of the kind, and the spectral abscissa.
+
+    Returns:
+        As `compared`.
+
+    Raises:
+        InputError: for fewer than two runs, the same run twice, or an unknown metric.
+    """
+    urls = [run.store.url for run in runs]
+    if len(urls) < 2 or len(set(urls)) < len(urls):
+        raise InputError(f"two different runs or more can be compared, got {', '.join(urls) or 'none'}")
+    unknown = sorted(set(metrics or ()) - set(METRIC_NAMES))
+    if unknown:
+        raise InputError(f"unknown metrics: {', '.join(unknown)}; known are {', '.join(METRIC_NAMES)}")
+    short = [url.rstrip("/").rsplit("/", 1)[-1] for url in urls]
+    frames = {}
+    for name, run in zip(short if len(set(short)) == len(short) else urls, runs, strict=True):
+        rows, digests = run.metrics(), run.header.identity.images
+        frames[name] = rows.assign(image_digest=[digests[i] for i in rows["image"]])
+    return compared(frames, metrics)
+
+
+def compared(runs: Mapping[str, pd.DataFrame], metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Each metric of each block in several runs: means, and differences from the first run at the same images.
+
+    Args:
+        runs: by name, in order; rows from `Run.metrics`, with `image_digest`, by which images are known again.
+        metrics: names of `stiffcore.metrics.NAMES`; None: those of the kind, and the spectral abscissa.
+
+    Returns:
+        One row a kind, block, function, metric and run: `kind`, `number`, `block`, `function`, `metric`, `run`,
+        `images` (with a finite certified value), `mean` and `std` over these (`std` nan of one). Of all but the
+        first run, over `common` images, which have a finite certified value in both: `difference`, the mean of the
+        value less that in the first run, and `difference_low`, `difference_high`, its interval of 95 % by Student's t
+        (nan of one).
+    """
+    found = []
+    frames = {name: certified(rows).set_index(["kind", *BLOCK, "function"]).sort_index() for name, rows in runs.items()}
+    units = sorted(set().union(*(frame.index for frame in frames.values())))
+    for unit in units:
+        parts = {name: frame.loc[[unit]] for name, frame in frames.items() if unit in frame.index}
+        chosen = metrics or (SINGULAR_METRICS if unit[0] == Kind.SINGULAR else (*METRICS, "abscissa"))
+        for metric in chosen:
+            values = {name: _finite(part.set_index("image_digest")[metric]) for name, part in parts.items()}
+            first = values.get(next(iter(runs)), pd.Series(dtype=float))
+            for name, series in values.items():
+                common = first.index.intersection(series.index) if name != next(iter(runs)) else first.index[:0]
+                found.append(
+                    dict(zip(("kind", *BLOCK, "function"), unit, strict=True))
+                    | {"metric": metric, "run": name, "images": len(series)}
+                    | dict(zip(("mean", "std"), _mean_and_deviation(series), strict=True))
+                    | {"common": len(common)}
+                    | _difference(series[common] - first[common])
+                )
+    return pd.DataFrame(found)
+
+
+def _finite(values: pd.Series) -> pd.Series:
+    values = values[~values.index.duplicated()].astype(float)
+    return values[np.isfinite(values)]
+
+
+def _mean_and_deviation(values: pd.Series) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1))  # of one value, itself and nan; of none, nan
+
+
+def _difference(values: pd.Series) -> dict[str, float]:
+    mean, deviation = _mean_and_deviation(values)
+    half = float(stats.t.ppf(0.975, max(len(values) - 1, 1)) * deviation / np.sqrt(max(len(values), 1)))
+    return {"difference": mean, "difference_low": mean - half, "difference_high": mean + half}
 
 
 def correlations(

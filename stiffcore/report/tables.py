@@ -313,6 +313,47 @@ def _mean(values: Any) -> str:
     return mean + (f" [{', '.join(notes)}]" if notes else "")
 
 
+def comparison_table(found: pd.DataFrame, kind: str) -> Table:
+    """What `compared` found of one kind: a line a block and metric, a column a run."""
+    names = list(dict.fromkeys(found["run"]))
+    table = _table(
+        f"Mean over images (standard deviation) of certified {kind} spectra, run by run",
+        f"difference from {names[0]} at the images of both, [95 %]: its interval by Student's t",
+    )
+    table.add_column("block", no_wrap=True)
+    for name in ("function", "metric"):
+        table.add_column(name)
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right")
+        if i:
+            table.add_column(f"{name} less {names[0]}", justify="right")
+    part = found[found["kind"] == kind]
+    for unit, rows in part.groupby(["number", "block", "function", "metric"], sort=False):
+        by_run, cells = {row["run"]: row for row in rows.to_dict("records")}, []
+        for i, name in enumerate(names):
+            row = by_run.get(name)
+            cells.append(_mean_of(row) if row else "-")
+            if i:
+                cells.append(_difference_of(row) if row else "-")
+        table.add_row(_block(unit[0], unit[1]), str(unit[2]), str(unit[3]), *cells)
+    return table
+
+
+def _mean_of(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["mean"]):
+        return "-"
+    deviation = "" if math.isnan(row["std"]) else f" ({row['std']:.2g})"
+    return f"{row['mean']:.5g}{deviation}, {counted(row['images'], 'image', 'images')}"
+
+
+def _difference_of(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["difference"]):
+        return "-"
+    few = math.isnan(row["difference_low"])
+    interval = "" if few else f" [{row['difference_low']:.2g}, {row['difference_high']:.2g}]"
+    return f"{row['difference']:+.3g}{interval}, {counted(row['common'], 'image', 'images')}"
+
+
 def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as strict JSON: missing values are null, infinities spelled out."""
     return [{k: _json_value(v) for k, v in row.items()} for row in rows.to_dict("records")]
