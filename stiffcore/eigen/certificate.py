@@ -117,12 +117,12 @@ def certify_ends(
     failures += [reach.contradiction for reach in reaches.values() if reach.contradiction]
     # what may lie further out counts as what is certified there
     possible = [Certified(complex(reach.sign * reach.bound), 0.0, 1.0, 0.0, True) for reach in reaches.values()]
-    ratio_error = partial(_ratio_error, reduction, values, (*found.certified, *possible), None)
+    error_of = partial(ratio_error, reduction, values, (*found.certified, *possible), None)
     return replace(
         found,
         error=max(found.error, *(reach.bound - reach.outermost for reach in reaches.values())),
-        s_error=ratio_error(structural=True),
-        s_active_error=ratio_error(structural=False),
+        s_error=error_of(structural=True),
+        s_active_error=error_of(structural=False),
         negative=_negative_between(found.certified, ends, reduction.k),
         near_axis=found.near_axis if count is None else 0,
         unproved=tuple(name for name, reach in reaches.items() if not reach.proved),
@@ -257,8 +257,8 @@ def certify(
         square_error=square_error,
         reduction_check=reduction.check,
         error=max((c.error for c in certified), default=0.0),
-        s_error=_ratio_error(reduction, values, certified, located, structural=True),
-        s_active_error=_ratio_error(reduction, values, certified, located, structural=False),
+        s_error=ratio_error(reduction, values, certified, located, structural=True),
+        s_active_error=ratio_error(reduction, values, certified, located, structural=False),
         near_axis=signs.unsure,
         axis_error=signs.axis_error,
         failures=tuple(failures),
@@ -432,7 +432,7 @@ def _finite(value: float) -> float:
     return float(value) if np.isfinite(value) else float("inf")
 
 
-def _ratio_error(
+def ratio_error(
     reduction: Reduction,
     values: np.ndarray,
     certified: tuple[Certified, ...],
