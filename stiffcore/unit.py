@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from stiffcore.eigen import certificate, dense, device, divide, panels, singular
-from stiffcore.eigen.counting import ends_of
+from stiffcore.eigen.counting import Whole, ends_of
 from stiffcore.eigen.deflation import Enclosure
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER, inclusion_bytes
@@ -36,7 +36,7 @@ from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction, Route
 from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
-from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, operator_bytes
+from stiffcore.plan import BLAS_BYTES, DIVIDE_TILE_ROWS, KRYLOV_VECTORS, TILE_ROWS, operator_bytes
 from stiffcore.record import (
     Converged,
     Divided,
@@ -50,7 +50,7 @@ from stiffcore.record import (
     UnitPlan,
     UnitRecord,
 )
-from stiffcore.spectra import Moments, certified_choice
+from stiffcore.spectra import Ends, Moments, certified_choice
 from stiffcore.store import (
     DIVISION,
     HISTOGRAM,
@@ -814,14 +814,16 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         values, chosen, some = _solved(run)
         left, right = run.record.range_left, run.record.range_right
         between = None if left is None or right is None else (left, right)
+        matrix = _located_matrix(run, between)
         found = certificate.certify(
             run.reduction,
             values,
             chosen,
             some,
             moments,
-            matrix=_located_matrix(run, between),
+            matrix=matrix,
             real_parts=between,
+            ends=None if matrix is not None else _whole_ends(run, values, chosen, some, between),
             **division_checks(run.record),
         )
     run.store.put_array(
@@ -850,6 +852,38 @@ def _located_matrix(run: UnitRun, real_parts: tuple[float, float] | None) -> np.
         if not fits or certificate.side_of_axis(run.reduction, real_parts) is not None:
             return None
     return _read_matrix(run) if k else None
+
+
+def _whole_ends(
+    run: UnitRun,
+    values: np.ndarray,
+    chosen: np.ndarray,
+    vectors: dense.Eigenvectors | None,
+    real_parts: tuple[float, float] | None,
+) -> Ends | None:
+    """What is proved of the ends of a whole spectrum, where the plan has room for that beside the certificate."""
+    k, nonzeros, plan = run.unit.k, run.unit.nonzeros or run.unit.k**2, run.plan
+    if vectors is None or real_parts is None:
+        return None
+    # reading takes a sparse matrix twice, and the count its negative and its symmetric part
+    room = plan.projected_bytes - (plan.stages or {}).get("certify", 0) - 5 * 12 * nonzeros - BLAS_BYTES
+    room -= 8 * k * KRYLOV_VECTORS
+    if room < 0:
+        return None
+    with _undoing(run, Stage.PLANNED, "matrix"):
+        sparse = run.matrix("matrix").read_sparse().astype(np.float64)
+    found = ends_of(
+        sparse,
+        run.reduction.shift,
+        (values[chosen].astype(np.complex128), vectors.right.astype(np.complex128)),
+        disc=run.unit.function == BlockFunction.BRANCH,
+        memory_bytes=room,
+        note="",
+        rounding=certificate.distance_of(run.reduction),
+        whole=Whole(values.real.astype(np.float64), real_parts, certificate.side_of_axis(run.reduction, real_parts)),
+    )
+    run.release()
+    return found
 
 
 def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | None]:

@@ -109,21 +109,36 @@ def certify_ends(
     count, negative = ends.left_of_zero.count, int((real < -slack).sum())
     if count is not None and (negative > count or (count and not (real < slack).any())):
         failures.append(f"{count} eigenvalues are proved to be negative, but the smallest found is {real.min():.6g}")
-    reaches = {"largest": _reach(found.certified, ends.right_lines, ends.range_right + slack, 1)}
-    reaches["smallest"] = _reach(found.certified, ends.left_lines, -ends.range_left + slack, -1)
-    failures += [reach.contradiction for reach in reaches.values() if reach.contradiction]
+    bounded = _bounded(reduction, values, replace(found, failures=tuple(failures)), ends, slack)
+    return replace(
+        bounded,
+        negative=_negative_between(found.certified, ends, reduction.k),
+        near_axis=found.near_axis if count is None else 0,
+    )
+
+
+def _bounded(
+    reduction: Reduction, values: np.ndarray, found: Certificate, ends: Ends | None, slack: float
+) -> Certificate:
+    """The certificate with errors that reach as far as the ends of the spectrum may."""
+    right_lines: tuple[Count, ...] = ()
+    left_lines: tuple[Count, ...] = ()
+    right, left = np.inf, -np.inf
+    if ends is not None:
+        right_lines, left_lines, right, left = ends.right_lines, ends.left_lines, ends.range_right, ends.range_left
+    reaches = {"largest": _reach(found.certified, right_lines, right + slack, 1)}
+    reaches["smallest"] = _reach(found.certified, left_lines, -left + slack, -1)
     # what may lie further out counts as what is certified there
     possible = [Certified(complex(reach.sign * reach.bound), 0.0, 1.0, 0.0, True) for reach in reaches.values()]
     ratio_error = partial(_ratio_error, reduction, values, (*found.certified, *possible), None)
+    further = [reach.bound - reach.outermost for reach in reaches.values()]
     return replace(
         found,
-        error=max(found.error, *(reach.bound - reach.outermost for reach in reaches.values())),
+        error=max(found.error, *further),
         s_error=ratio_error(structural=True),
         s_active_error=ratio_error(structural=False),
-        negative=_negative_between(found.certified, ends, reduction.k),
-        near_axis=found.near_axis if count is None else 0,
         unproved=tuple(name for name, reach in reaches.items() if not reach.proved),
-        failures=tuple(failures),
+        failures=(*found.failures, *(reach.contradiction for reach in reaches.values() if reach.contradiction)),
     )
 
 
@@ -147,7 +162,7 @@ class _Reach:
 
 
 def _reach(certified: tuple[Certified, ...], lines: tuple[Count, ...], range_end: float, sign: int) -> _Reach:
-    outermost = max(sign * c.value.real for c in certified)
+    outermost = max((sign * c.value.real for c in certified), default=-np.inf)
     for count in lines:
         line = sign * count.threshold
         beyond = [c for c in certified if sign * c.value.real > line]
@@ -171,7 +186,12 @@ def _apart(certified: Sequence[Certified]) -> list[Certified]:
     kept: list[Certified] = []
     for c in certified:
         alone = not c.value.imag or abs(c.value.imag) > c.error
-        if c.converged and alone and all(abs(c.value - d.value) > c.error + d.error for d in kept):
+        if (
+            c.converged
+            and np.isfinite(c.error)
+            and alone
+            and all(abs(c.value - d.value) > c.error + d.error for d in kept)
+        ):
             kept.append(c)
     return kept
 
@@ -201,6 +221,7 @@ def certify(
     right: int | None = None,
     matrix: np.ndarray | None = None,
     real_parts: tuple[float, float] | None = None,
+    ends: Ends | None = None,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -218,13 +239,27 @@ def certify(
         matrix: (k, k) M, where the whole spectrum is to be located; where k is at most
             `stiffcore.eigen.inclusion.FULL_ORDER`, it is made again where it is not given.
         real_parts: bounds of those in the numerical range of M: at larger orders, what signs are certified by.
+        ends: at larger orders, what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`);
+            what it does not prove is open.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
     """
     dtype = reduction.jacobian.dtype
     located = _located(reduction, values, matrix) if complete else None
-    certified = () if vectors is None else _certified(reduction, values[chosen], vectors, moments, neglected, located)
+    certified = (
+        ()
+        if vectors is None
+        else _certified(
+            reduction,
+            values[chosen],
+            vectors,
+            moments,
+            neglected,
+            located,
+            _radii(ends, len(chosen)) if complete else None,
+        )
+    )
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
     norm = max(moments.frobenius, float(np.finfo(np.float64).tiny))
@@ -232,7 +267,7 @@ def certify(
     if complete:
         trace_error = float(abs(complex(exactly.sum()) - moments.trace)) / norm
         square_error = float(abs(complex(((exactly / norm) ** 2).sum()) - moments.trace_square / norm / norm))
-    signs = _signs(reduction, values, certified, located, real_parts, complete)
+    signs = _signs(reduction, values, certified, located, real_parts, complete, ends)
     failures = _failures(
         reduction,
         values,
@@ -245,20 +280,31 @@ def certify(
     )
     if complete:
         failures += _miscounted(reduction, values, signs, right)
-    return Certificate(
+    found = Certificate(
         certified=certified,
         trace_error=trace_error,
         square_error=square_error,
         reduction_check=reduction.check,
-        error=max((c.error for c in certified), default=0.0),
+        error=max((c.error for c in certified if c.estimate is None), default=0.0),
         s_error=_ratio_error(reduction, values, certified, located, structural=True),
         s_active_error=_ratio_error(reduction, values, certified, located, structural=False),
         near_axis=signs.unsure,
         axis_error=signs.axis_error,
         failures=tuple(failures),
         negative=signs.negative if complete else None,
-        outside=_outside(reduction, located),
+        outside=_outside(reduction, located, ends if complete else None),
+        near_first=signs.near_first,
     )
+    if not complete or located is not None or not certified:
+        return found
+    found = _bounded(reduction, values, found, ends, distance_of(reduction))
+    return (
+        replace(found, real_parts=(ends.range_left, ends.range_right)) if ends is not None and found.unproved else found
+    )
+
+
+def _radii(ends: Ends | None, number: int) -> tuple[float, ...]:
+    return ends.radii if ends is not None and ends.radii else (np.inf,) * number
 
 
 def distance_of(reduction: Reduction) -> float:
@@ -297,10 +343,12 @@ class _Signs:
     Attributes:
         negative: at least and at most.
         axis_error: no eigenvalue whose sign is open has a larger |Re|; 0 where none is.
+        near_first: see `stiffcore.spectra.Certificate`.
     """
 
     negative: tuple[int, int]
     axis_error: float
+    near_first: int | None = None
 
     @property
     def unsure(self) -> int:
@@ -315,6 +363,7 @@ def _signs(
     located: Inclusion | None,
     real_parts: tuple[float, float] | None,
     complete: bool,
+    ends: Ends | None,
 ) -> _Signs:
     real, k, axis = np.asarray(values.real, float) + reduction.shift, reduction.k, -float(reduction.shift)
     if not k:
@@ -328,14 +377,20 @@ def _signs(
     side = side_of_axis(reduction, real_parts)
     if side is not None:
         return _Signs((side, side), 0.0)
-    axis_error = max((c.error for c in certified if c.error >= abs(c.value.real)), default=0.0)
+    errors = [(c.error if c.estimate is None else c.estimate, abs(c.value.real)) for c in certified]
+    axis_error = max((error for error, away in errors if error >= away), default=0.0)
+    near = int(np.count_nonzero(np.abs(real) <= axis_error))
     if not complete:
-        return _Signs((0, int(np.count_nonzero(np.abs(real) <= axis_error))), axis_error)
-    return _Signs((0, k), axis_error)
+        return _Signs((0, near), axis_error)
+    low, high = (0, k) if ends is None else _negative_between(certified, ends, k)
+    return _Signs((low, high), axis_error, near) if low < high else _Signs((low, high), 0.0)
 
 
-def _outside(reduction: Reduction, located: Inclusion | None) -> tuple[int, int] | None:
+def _outside(reduction: Reduction, located: Inclusion | None, ends: Ends | None) -> tuple[int, int] | None:
     """How many eigenvalues of M, shifted, have |1 + l| > 1, at least and at most."""
+    if ends is not None and ends.outside_disc is not None:
+        count = ends.outside_disc.count
+        return None if count is None else (count, count)
     return None if located is None else located.counted(OutsideOf(-1.0 - reduction.shift, 1.0))
 
 
@@ -360,6 +415,7 @@ def _certified(
     moments: Moments,
     neglected: float,
     located: Inclusion | None,
+    radii: tuple[float, ...] | None,
 ) -> tuple[Certified, ...]:
     x, dtype = reduction.jacobian.x, reduction.jacobian.dtype
     complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
@@ -373,7 +429,7 @@ def _certified(
     eps = float(np.finfo(dtype).eps)
     rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
     found = []
-    for value, ok, outer, inner in zip(values, vectors.converged, of_j, of_m, strict=True):
+    for i, (value, ok, outer, inner) in enumerate(zip(values, vectors.converged, of_j, of_m, strict=True)):
         shifted = complex(reduction.shift + value)
         error, condition = min((_finite(c * (r + rounding)), c) for r, c in (outer, inner))
         if located is not None:
@@ -381,7 +437,11 @@ def _certified(
             error = located.error(complex(value)) + eps * abs(shifted)
         if reduction.loss:
             error += _finite(outer[1] * reduction.loss)
-        found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok)))
+        estimate = None
+        if located is None and radii is not None:  # M is as near to J's as its margin allows for: no more is lost
+            bound = radii[i] + eps * abs(shifted)
+            estimate, error = (None, bound) if np.isfinite(bound) else (_finite(error), np.inf)
+        found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok), estimate))
     return tuple(found)
 
 

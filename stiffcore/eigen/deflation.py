@@ -30,7 +30,7 @@ from stiffcore.eigen.powers import (
     powers_needed,
     roomiest,
 )
-from stiffcore.eigen.regions import Region
+from stiffcore.eigen.regions import Around, Region
 from stiffcore.eigen.sparse import DENSE_ORDER, EPS, Arnoldi, Array, Product, complement, host_matrix, norm_bound
 
 # Steps of Arnoldi after which it is looked whether they are enough, doubled until they are the most.
@@ -66,6 +66,8 @@ WHOLE_BYTES = 96
 QUICK_WHOLE = 250
 CHEAP_WHOLE = 1000
 LEAST_NORM = 1e-140
+# Times that a disc around an eigenvalue is made four times as wide.
+WIDER = 8
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,7 @@ class Inner:
         nothing, size = np.zeros((len(a), 0)), float(np.linalg.norm(a))
         return cls(nothing, values, vectors, conditions, skew, 0.0, unsolved, 0.0, size)
 
-    def resolvent(self, region: Region) -> float:
+    def resolvent(self, region: Region | Around) -> float:
         """An upper bound of |(T - z)^-1| over the boundary."""
         reach = 2 * float(np.abs(self.values).max(initial=0.0))
         if reach == 0:
@@ -418,7 +420,21 @@ class Enclosure:
         reach = math.hypot(abs(self.ellipse.centre + shift) + self.ellipse.along, self.ellipse.across)
         return found if found >= reach else math.nan
 
-    def count(self, region: Region) -> Deflated | None:
+    def error(self, value: complex, rounding: float) -> float:
+        """The radius of a disc around a number that holds one eigenvalue of each matrix within `rounding`, or inf."""
+        t = self.inner
+        if not len(t.values):
+            return math.inf
+        condition = float(t.conditions[np.abs(t.values - value).argmin()])
+        radius = 2 * condition * (rounding + 2 * t.residual + t.unsolved) + float(np.abs(t.values - value).min())
+        for _ in range(WIDER):
+            found = self.count(Around(value, radius)) if 0 < radius < math.inf else None
+            if found is not None and found.margin > rounding:
+                return radius if found.count == 1 else math.inf
+            radius *= 4
+        return math.inf
+
+    def count(self, region: Region | Around) -> Deflated | None:
         """The count, where the ellipse is beside the region and no eigenvalue meets the boundary."""
         t, outer = self.inner, 0.0
         if self.ellipse is not None and self.decay is not None:
