@@ -44,11 +44,6 @@ app = typer.Typer(
 # tables keep their columns in a file or a pipe, where rich would assume 80
 out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
 err = Terminal(stderr=True)
-# where less room is told of, a terminal breaks the lines of a table: narrower columns would hold a letter each, or none
-NARROWEST = 60
-for console in (out, err):
-    if console.width < NARROWEST:
-        console.width = NARROWEST
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -243,7 +238,7 @@ def plan(
         _print_json(tables.plan_rows(prepared.plan, prepared.left_out))
     else:
         _announce(prepared)
-        out.print(tables.plan_table(prepared.plan))
+        out.print_table(tables.plan_table(prepared.plan))
         _say(out, tables.plan_summary(prepared.plan))
     if not any(p.works for p in prepared.plan.units):
         check_budget(prepared.plan)
@@ -266,7 +261,7 @@ def status(run: RunArgument, as_json: Json = False) -> None:
         _say(out, line)
     table = tables.status_table(records, damaged)
     if table.row_count:
-        out.print(table)
+        out.print_table(table)
     _refuse_damaged(found)
 
 
@@ -493,14 +488,14 @@ def _show(run: Run, *, each: bool = False) -> None:
     images = rows["image"].nunique()
     for kind, part in rows.groupby("kind", sort=False):
         if listed:
-            out.print(tables.metrics_table(part, out.width, kind))
+            out.print_table(tables.metrics_table(part, out.width, kind))
         for by in ("block", "label") if rows["label"].nunique() > 1 else ("block",):
             means = tables.means_table(part, by)
             if means.row_count > 0 and (listed or means.row_count <= LISTED):
-                out.print(means)
+                out.print_table(means)
         if images >= FEWEST:
             for function in sorted(set(part["function"])):
-                out.print(tables.correlations_table(part, function))
+                out.print_table(tables.correlations_table(part, function))
     if np.isinf(rows["S"]).any():
         _say(
             out,

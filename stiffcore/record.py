@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, PlainValidator
 
 from stiffcore.spectra import Certificate, Ends, Moments, read_as, spelled, unspelled
-from stiffcore.study import LARGEST, Build, Flops, Identity, Kind, Size, Solver, Study, Unit
+from stiffcore.study import FAILED, LARGEST, Build, Flops, Identity, Kind, Size, Solver, Study, Unit
 
 # Of the layout of a run and of what is recorded in it; a run of another one is refused.
 FORMAT = 2
@@ -309,7 +309,7 @@ class UnitRecord:
         if strange:
             return f"damaged: {strange[0]!r} is no array of a unit"
         total = unit.k + unit.ones + unit.zeros
-        if unit.kind is Kind.MATRIX and unit.route != "none" and not total == unit.n == unit.m:
+        if unit.kind is Kind.MATRIX and unit.route not in ("none", FAILED) and not total == unit.n == unit.m:
             return "k, ones, zeros: do not add up to n"
         if unit.kind is Kind.SINGULAR and total > min(unit.n, unit.m):
             return "k, ones, zeros: more than there are singular values"

@@ -22,12 +22,7 @@ def lies_of(case, solver):
         return ()
 
 
-def named(name):
-    open_yet = pytest.mark.xfail(reason="errors of defective ends are of first order", strict=False)
-    return pytest.param(name, marks=open_yet) if name == "Jordan block" else name
-
-
-@pytest.mark.parametrize("name", map(named, [*MATRICES, *FUNCTIONS]))
+@pytest.mark.parametrize("name", [*MATRICES, *FUNCTIONS])
 def test_nothing_that_is_certified_is_wrong(name):
     make = matrix_case if name in MATRICES else function_case
     for seed, dtype in enumerate(BOTH):

@@ -72,11 +72,16 @@ def test_matrices_alone_are_named_as_stored_wherever_a_spectrum_would_be(small):
 @pytest.mark.parametrize("columns", ["0", "20", "nonsense"])
 def test_a_width_that_holds_no_table_is_not_kept_to(columns):
     code = (
-        "from stiffcore.cli import out; from rich.table import Table; t = Table('k'); t.add_row('1,234'); out.print(t)"
+        "from stiffcore.cli import out; from rich.table import Table; t = Table('block', 'k', title='of');"
+        "t.caption = 'end'; t.add_row('layer1.0', '1,234'); out.print_table(t)"
     )
     environment = os.environ | {"COLUMNS": columns}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "1,234" in found.stdout
+    lines = [line.strip() for line in found.stdout.splitlines()]
+    if columns == "nonsense":
+        assert "│ layer1.0 │ 1,234 │" in lines
+    else:  # a line a cell: no column is narrower than its words
+        assert lines == ["of", "block layer1.0", "k 1,234", "", "end"]
 
 
 def test_tables_show_blocks_without_spectrum_as_dashes(small):

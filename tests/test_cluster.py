@@ -129,11 +129,12 @@ def _was_forked(emit):
     return "stiffcore.preload" in sys.modules or multiprocessing.get_start_method(allow_none=True) == "forkserver"
 
 
-def listening():
-    """The ports on which this process and those it started listen, and addresses of other machines' way in."""
-    found = set()
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        found |= {(c.laddr.ip, c.laddr.port) for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+def listening(pid=None):
+    """The ports on which a process (this one) and those it started listen, and addresses of other machines' way in."""
+    found, top = set(), psutil.Process(pid)
+    for process in [top, *top.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            found |= {(c.laddr.ip, c.laddr.port) for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
     return found
 
 
@@ -168,6 +169,33 @@ def test_ports_are_of_this_machine_alone_and_answer_only_to_who_has_the_key(dash
             for protocol, key in (("tcp", Security()), ("tls", Security.temporary())):
                 with pytest.raises((OSError, TimeoutError)):
                     asyncio.run(asked(f"{protocol}://{ip}:{port}", key))
+
+
+def test_the_ports_of_a_run_command_are_of_this_machine_alone_and_refuse_who_has_no_key(small):
+    options = ["--network", "smallnet:make_slow", "--images", "six.npz", "--blocks", "1", "--count", "2"]
+    options += ["--workers", "2", "--memory", "4GiB"]
+    command = [sys.executable, "-m", "stiffcore", "run", str(small / "run"), *options]
+    here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        command, cwd=small, env=os.environ | here, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
+    try:
+        deadline, ports = time.monotonic() + 90, set()
+        while len(ports) < 5 and process.poll() is None and time.monotonic() < deadline:
+            ports |= listening(process.pid)  # a scheduler; two workers, and who starts each of them
+            time.sleep(0.2)
+        assert len(ports) >= 5, process.poll()
+        assert {ip for ip, _ in ports} == {"127.0.0.1"}
+        for ip, port in ports:
+            for protocol, key in (("tcp", Security()), ("tls", Security.temporary())):
+                with pytest.raises((OSError, TimeoutError)):
+                    asyncio.run(asked(f"{protocol}://{ip}:{port}", key))
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in said.decode()
 
 
 def test_a_cluster_that_asks_for_a_key_is_reached_with_one(small, monkeypatch):

@@ -6,7 +6,9 @@ import scipy.linalg
 
 import stiffcore
 from stiffcore.errors import DamagedError
-from stiffcore.picture import shifted_matrix, stored_picture
+from stiffcore.picture import ARRAYS, shifted_matrix, stored_picture
+from stiffcore.store import RunStore
+from tests.records import put
 from tests.test_run import OPTIONS, command, execute
 
 
@@ -89,3 +91,24 @@ def test_a_kept_matrix_that_was_damaged_is_said_to_be(small):
             run.picture(block=1, trust=True)
         path.write_bytes(whole)
     run.picture(block=1, trust=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("numerical_range", np.zeros((3, 2), complex)),
+        ("numerical_range", np.zeros(3)),
+        ("pseudospectrum_re", np.zeros((1, 2))),
+        ("pseudospectrum", np.zeros(2)),
+        ("pseudospectrum", np.zeros((2, 2), complex)),
+    ],
+)
+def test_a_picture_of_other_arrays_than_were_written_is_none(tmp_path, name, values):
+    store = RunStore(str(tmp_path / "run"), create=True)
+    key = put(store)
+    whole = (np.zeros(3, complex), np.zeros(2), np.zeros(2), np.zeros((2, 2)))
+    for array, stored in zip(ARRAYS, whole, strict=True):
+        store.put_array(f"units/{key}", array, stored, tuple(f"axis{i}" for i in range(stored.ndim)))
+    assert stored_picture(store, key) is not None
+    store.put_array(f"units/{key}", name, values, tuple(f"axis{i}" for i in range(values.ndim)))
+    assert stored_picture(store, key) is None

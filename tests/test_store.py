@@ -798,3 +798,17 @@ def test_xarray_opens_a_unit_with_named_dimensions(store):
         assert found["eigenvalues"].dims == ("eigenvalue",)
         assert np.array_equal(found["matrix"].transpose("row", "column").values, a)
         assert np.array_equal(found["eigenvalues"].values, [1 + 1j, 1 - 1j])
+
+
+@pytest.mark.parametrize("rows", [8, 20_000])
+def test_a_file_with_more_than_its_tiles_is_refused_before_it_is_read(tmp_path, rows):
+    store = RunStore(str(tmp_path / "run"), create=True)
+    a = TiledMatrix.create(store.unit_group(put(store)), "a", (rows, 3), np.dtype(float), tile=4, shard=2)
+    for shard in range(a.shards):
+        a.write(shard, np.ones((rows, a.columns(shard)[1] - a.columns(shard)[0])))
+    assert a.read().sum() == 3 * rows
+    path = next(p for p in tmp_path.rglob("a/c/*/*") if p.is_file())
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DamagedError, match="1,099,511,627,776 bytes"):
+        a.read()

@@ -26,6 +26,9 @@ from stiffcore.metrics import stiffness_error
 from stiffcore.spectra import Certificate, Certified, Count, Ends, Moments
 
 PANEL = 32
+# Condition times residual is of first order. It holds for eigenvalues that are well conditioned (those of a normal
+# matrix move by no more, however near to each other they are), and where it is small beside the gap to the next one.
+WELL_CONDITIONED, FIRST_ORDER_SHARE = 30.0, 0.1
 # Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
 RESIDUAL_TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
 # Relative to the Frobenius norm F of M (squared for the squares). Solvers are backward stable: they find the
@@ -247,18 +250,11 @@ def certify(
     """
     dtype = reduction.jacobian.dtype
     located = _located(reduction, values, matrix) if complete else None
+    gaps, radii = _gaps(values, chosen), _radii(ends, len(chosen)) if complete else None
     certified = (
         ()
         if vectors is None
-        else _certified(
-            reduction,
-            values[chosen],
-            vectors,
-            moments,
-            neglected,
-            located,
-            _radii(ends, len(chosen)) if complete else None,
-        )
+        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, radii)
     )
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
@@ -411,6 +407,7 @@ def _miscounted(reduction: Reduction, values: np.ndarray, signs: _Signs, right: 
 def _certified(
     reduction: Reduction,
     values: np.ndarray,
+    gaps: np.ndarray,
     vectors: Eigenvectors,
     moments: Moments,
     neglected: float,
@@ -429,20 +426,30 @@ def _certified(
     eps = float(np.finfo(dtype).eps)
     rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
     found = []
-    for i, (value, ok, outer, inner) in enumerate(zip(values, vectors.converged, of_j, of_m, strict=True)):
+    given = zip(values, gaps, radii or [None] * len(values), vectors.converged, of_j, of_m, strict=True)
+    for value, gap, radius, ok, outer, inner in given:
         shifted = complex(reduction.shift + value)
         error, condition = min((_finite(c * (r + rounding)), c) for r, c in (outer, inner))
+        estimate = error if located is None and radius is not None else None
+        if condition > WELL_CONDITIONED and error > FIRST_ORDER_SHARE * gap:
+            error = float("inf")  # of a cluster: what it is to first order is not known to hold
         if located is not None:
             condition = inner[1]
             error = located.error(complex(value)) + eps * abs(shifted)
         if reduction.loss:
             error += _finite(outer[1] * reduction.loss)
-        estimate = None
-        if located is None and radii is not None:  # M is as near to J's as its margin allows for: no more is lost
-            bound = radii[i] + eps * abs(shifted)
-            estimate, error = (None, bound) if np.isfinite(bound) else (_finite(error), np.inf)
+        if estimate is not None and radius is not None:  # nor is more lost: its margin allows for all that M is off
+            error = radius + eps * abs(shifted)
+            estimate = None if np.isfinite(error) else estimate
         found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok), estimate))
     return tuple(found)
+
+
+def _gaps(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """How far the nearest other eigenvalue that was computed is from each of the chosen ones."""
+    apart = np.abs(values[chosen, None].astype(np.complex128) - values[None, :])
+    apart[np.arange(len(chosen)), chosen] = np.inf
+    return apart.min(axis=1, initial=np.inf)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,8 @@ class Linearisation:
                 raise InputError(f"{name}: its output has values that are not finite")
             raise InputError(
                 f"{name} is not deterministic: two evaluations at the same input differ by up to "
-                f"{float((first - second).abs().max()):.3g}. Is dropout left on? Call .eval(), or pass training=False."
+                f"{float((first - second).abs().max()):.3g}. Is dropout left on (call .eval(), or pass "
+                "training=False)? Does its forward change a parameter in place (do it once, before)?"
             )
         if not bool(torch.isfinite(first).all()):
             raise InputError(f"{name}: its output has values that are not finite")
