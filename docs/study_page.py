@@ -1,16 +1,20 @@
 """Make docs/extremes-study.md and docs/study.md from the exported metrics in docs/data: never written by hand.
 
-python docs/study_page.py
+python docs/study_page.py                         writes the pages
+python docs/study_page.py add EXPORT.csv NAME     adds the rows of an export to docs/data/NAME.csv first
 """
 
+import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
 from stiffcore.report.figures import paper_values
 from stiffcore.report.statistics import FEWEST, SIGNIFICANT, correlations, labelled, spread
+from stiffcore.run import DONE
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet18", "resnet34", "resnet50")
@@ -23,10 +27,10 @@ wherever no eigenvalue is negative. How S and the sign are found and what proves
 
     stiffcore run store/NETWORK --network NETWORK --weights NETWORK_cifar10.safetensors --normalize cifar10 \\
         --images cifar10_test_2000.npz --count 200 --solver extremes --memory 6GiB
-    stiffcore export store/NETWORK --to docs/data/NETWORK.csv
-    python docs/study_page.py
+    stiffcore export store/NETWORK --to store/NETWORK.csv
+    python docs/study_page.py add store/NETWORK.csv extremes-NETWORK
 
-Each file in `docs/data` holds rows of such an export, the columns that this page needs. Images are the first of the
+Each file in `docs/data` holds rows of such exports, the columns that this page needs. Images are the first of the
 test set.
 """
 STUDY_HEAD = """# The paper's tables, reproduced, and the true spectra beside them
@@ -41,16 +45,18 @@ matrices of the same blocks (`matrix`) and of the right-hand sides F of x' = F(x
         --images cifar10_test_2000.npz --count IMAGES --kind tensor-slices --keep metrics --memory 6GiB
     stiffcore run store/spectra --network NETWORK --weights NETWORK_cifar10.safetensors --normalize cifar10 \\
         --images cifar10_test_2000.npz --count IMAGES --function branch --memory 6GiB
-    stiffcore export store/slices --to docs/data/slices-NETWORK.csv
-    stiffcore export store/spectra --to docs/data/spectra-NETWORK.csv
-    python docs/study_page.py
+    stiffcore export store/slices --to store/slices.csv
+    stiffcore export store/spectra --to store/spectra.csv
+    python docs/study_page.py add store/slices.csv slices-NETWORK
+    python docs/study_page.py add store/spectra.csv spectra-NETWORK
 
 The spectra of the blocks themselves (function `block`) are those of the [study of S and the sign](extremes-study.md).
 The checkpoints were trained for this project (ResNet18 84.2 %, ResNet34 83.5 %, ResNet50 77.7 % correct); they are not
 the paper's, which are not public, so values need not agree. Images are the first of `cifar10_test_2000.npz`, in which
 any ten in a row have each label once. Values are means over images with the standard deviation in brackets, of
-certified spectra only. Correlations are over images, Pearson's r as in the paper, with p as it stands, and corrected by
-Holm and by Benjamini and Hochberg for the number of tests in the table; bold: p < 0.05 as it stands.
+certified spectra only. Correlations are over images, Pearson's r as in the paper, in brackets its interval of 95 % over
+resampled images, with p as it stands, and corrected by Holm and by Benjamini and Hochberg for the number of tests in
+the table; bold: p < 0.05 as it stands.
 """
 FINDINGS = """## What agrees with the paper, what does not, and why
 
@@ -93,19 +99,34 @@ is {right} (means of blocks), the smallest {left}: F has growing modes beside de
 COLUMNS = ["image_index", "label", "prediction", "loss", "correct", "number", "block", "function", "kind", "n", "k"]
 COLUMNS += ["elements", "eigenvalues", "state", "certified", "S", "S_active", "S_active_error", "negative", "zero"]
 COLUMNS += ["abscissa", "min_re_active", "basis", "seconds"]
+UNIT = ["image_index", "number", "function"]
 
 
 table = partial(tabulate, tablefmt="github", disable_numparse=True)
 
 
 def read(name):
-    """All exports of that name as one table; a unit that stands in several counts once."""
-    found = sorted((HERE / "data").glob(f"{name}*.csv"))
-    if not found:
-        return pd.DataFrame(columns=COLUMNS)
-    rows = pd.concat([pd.read_csv(file, na_values=["nan"], keep_default_na=False) for file in found])
-    rows = rows.drop_duplicates(["image_index", "block", "function"])
+    """The rows of docs/data/NAME.csv; none where there is no such file."""
+    file = HERE / "data" / f"{name}.csv"
+    rows = table_of(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
     return rows.assign(image=rows["image_index"])
+
+
+def table_of(file):
+    return pd.read_csv(file, na_values=["nan"], keep_default_na=False)
+
+
+def add(export, name):
+    """Add finished units of an export to docs/data/NAME.csv; one that stands there already is replaced."""
+    file, found = HERE / "data" / f"{name}.csv", table_of(export)
+    found = found[found["state"].isin(DONE)]
+    if file.exists():
+        columns = table_of(file).columns
+        found = pd.concat([table_of(file), found[columns]], ignore_index=True)
+    else:
+        found = found[COLUMNS]
+    found = found.drop_duplicates(UNIT, keep="last").sort_values(UNIT)
+    found.to_csv(file, index=False, float_format="%.10g", na_rep="nan")
 
 
 def counts(rows, done):
@@ -131,7 +152,7 @@ def distribution(rows):
 
 
 def coefficient(row, test):
-    text = f"{row[test]:.2f}"
+    text = f"{row[test]:.2f} [{row[f'{test}_low']:.2f}, {row[f'{test}_high']:.2f}]"
     corrected = [f"{row[f'{test}_{which}']:.2g}" for which in ("p", "holm", "bh")]
     return [f"**{text}**" if row[f"{test}_p"] < SIGNIFICANT else text, *corrected]
 
@@ -149,7 +170,7 @@ def related(rows):
 def extremes_page():
     parts = [EXTREMES_HEAD]
     for network in ("resnet18", "resnet50"):
-        rows = read(network)
+        rows = read(f"extremes-{network}")
         done = rows[rows["state"] == "done"]
         if not len(done):
             continue
@@ -208,7 +229,8 @@ def by_label(network, rows):
 
 
 def correlated(network, rows):
-    if rows["image"].nunique() < FEWEST:
+    rows = rows.groupby("number").filter(lambda block: block["image"].nunique() >= FEWEST)
+    if rows.empty:
         return f"None: fewer than {FEWEST} images."
     paper, lines = published(network, "correlations"), []
     names = {("S", "correct"): "acc_S", ("negative", "correct"): "acc_P"}
@@ -261,7 +283,7 @@ def findings():
         f"{s[with_identity & small].max():.0f} to {s[with_identity & small].min():.0f}"
         for s in (ours["S"], beside["S"])
     ]
-    square = pd.concat([read("resnet18"), read("resnet50")], ignore_index=True)
+    square = pd.concat([read("extremes-resnet18"), read("extremes-resnet50")], ignore_index=True)
     square = square[square["state"] == "done"]
     none, doubtful = int((square["negative"] == 0).sum()), square["negative"].isna().sum()
     block, ratios = square[square["negative"] > 0]["block"].iloc[0], square[square["negative"] == 0]["S_active"]
@@ -302,13 +324,67 @@ def findings():
     )
 
 
+BEYOND = """## Does stiffness say anything beyond confidence?
+
+A network that is sure of its answer has a wide margin between its two largest logits, and mostly a small loss. So a
+metric that follows the margin correlates with the loss, and adds nothing that the logits do not say. The table has
+Spearman's rho with the loss, first plain, then with the margin held fixed (the partial coefficient of the ranks; the
+margins are those of `python docs/study_margins.py`), in brackets intervals of 95 %, p corrected by Holm within each
+network and kind.
+
+{verdicts}
+
+So {before} of {tests} metrics of blocks follow the loss, and {after} still do among images of equal margin, weakly
+({largest} at most): in these checkpoints, almost all that stiffness has to say of the loss, confidence says."""
+
+
+def with_margins(network, rows):
+    margins = table_of(HERE / "data" / f"margins-{network}.csv")
+    return rows.merge(margins[["image_index", "margin"]], on="image_index")
+
+
+def beyond():
+    """Correlations with the loss, plain and with the margin held fixed, of blocks with enough images."""
+    lines, verdicts, totals, largest = [], [], np.zeros(3, int), 0.0
+    for network, kind, name, metrics in (
+        ("resnet18", "tensor-slices", "slices-resnet18", ["S", "negative"]),
+        ("resnet50", "tensor-slices", "slices-resnet50", ["S", "negative"]),
+        ("resnet18", "matrix", "extremes-resnet18", ["S_active", "abscissa"]),
+        ("resnet50", "matrix", "extremes-resnet50", ["S_active", "abscissa"]),
+    ):
+        rows = with_margins(network, read(name))
+        rows = rows.groupby("number").filter(lambda block: block["image"].nunique() >= FEWEST)
+        plain = correlations(rows, metrics, ["loss"])
+        held = correlations(rows, metrics, ["loss"], held="margin")
+        for before, after in zip(plain.to_dict("records"), held.to_dict("records"), strict=True):
+            spoken = {"S": "S", "S_active": "S active", "negative": "P", "abscissa": "max Re"}[before["metric"]]
+            line = [network, kind, f"{before['number']} {before['block']}", spoken, before["images"]]
+            for row in (before, after):
+                text, _, corrected, _ = coefficient(row, "spearman")
+                line += [text, corrected]
+            lines.append(line)
+        sure = [part["spearman_holm"] < SIGNIFICANT for part in (plain, held)]
+        totals += [len(plain), *(part.sum() for part in sure)]
+        largest = max([largest, *held["spearman"][sure[1]].abs()])
+        verdicts.append(
+            f"- {network}, {kind}: {sure[0].sum()} of {len(plain)} are significant after Holm's correction, "
+            f"{sure[1].sum()} with the margin held fixed."
+        )
+    header = ["network", "kind", "block", "metric", "images", "rho with loss", "Holm", "margin held fixed", "Holm"]
+    tests, before, after = totals
+    text = BEYOND.format(
+        verdicts="\n".join(verdicts), tests=tests, before=before, after=after, largest=f"{largest:.2f}"
+    )
+    return [text, table(lines, header)]
+
+
 def study_page():
-    parts = [STUDY_HEAD, findings()]
+    parts = [STUDY_HEAD, findings(), *beyond()]
     for network in NETWORKS:
         for kind, name in (("tensor-slices", f"slices-{network}"), ("matrix", f"spectra-{network}")):
             rows = read(name)
             if kind == "matrix" and len(rows):
-                rows = pd.concat([read(network), rows], ignore_index=True)
+                rows = pd.concat([read(f"extremes-{network}"), rows], ignore_index=True)
             done = rows[(rows["state"] == "done") & (rows["kind"] == kind)]
             if not len(done):
                 continue
@@ -322,6 +398,7 @@ def study_page():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["add"]:
+        add(*sys.argv[2:])
     (HERE / "extremes-study.md").write_text(extremes_page())
-    if len(read("slices-resnet18")):
-        (HERE / "study.md").write_text(study_page())
+    (HERE / "study.md").write_text(study_page())

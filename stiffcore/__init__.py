@@ -8,12 +8,14 @@ from stiffcore.version import __version__
 if TYPE_CHECKING:
     from stiffcore.api import analyze, spectrum
     from stiffcore.errors import BusyError, DamagedError, InputError, StiffcoreError
+    from stiffcore.report.statistics import compare
     from stiffcore.run import Run, open_run
     from stiffcore.spectra import Certificate, Certified, Count, Ends, Spectrum
     from stiffcore.study import Study
 
 _HOMES = {
     "analyze": "api",
+    "compare": "report.statistics",
     "spectrum": "api",
     "BusyError": "errors",
     "DamagedError": "errors",
@@ -43,6 +45,7 @@ __all__ = [
     "Study",
     "__version__",
     "analyze",
+    "compare",
     "open_run",
     "spectrum",
 ]

@@ -404,6 +404,33 @@ def report(
     _refuse_damaged(found)
 
 
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(help="Two or more, paths or URLs; the first is what others differ from.")
+    ],
+    to: Annotated[Path | None, typer.Option(help="A file for the rows, .csv; it must not exist.")] = None,
+) -> None:
+    """Compare runs block by block, at the same images: before and after training, seeds, weights."""
+    from stiffcore.exports import check_target, spreadsheet_cell, whole_file, with_texts
+    from stiffcore.report.statistics import compare as compare_spectra
+
+    if to is not None:
+        check_target(to, (".csv",))
+    opened = [open_run(url) for url in runs]
+    found = compare_spectra(opened)
+    for kind in dict.fromkeys(found["kind"]) if len(found) else ():
+        out.print_table(tables.comparison_table(found, kind))
+    if found.empty:
+        _say(out, "none of these runs has a certified spectrum")
+    if to is not None:
+        with whole_file(to, f"--to {to}") as beside:
+            with_texts(found, spreadsheet_cell).to_csv(beside, index=False, na_rep="nan")
+        _say(out, f"{counted(len(found), 'row', 'rows')} in {to}")
+    for run in opened:
+        _refuse_damaged(run)
+
+
 def _refuse_damaged(found: Run) -> None:
     """End with what could not be read, once the rest was said."""
     if found.damaged:

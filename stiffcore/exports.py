@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,19 @@ def whole_file(to: Path, option: str) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def check_target(to: Path) -> None:
-    """Refuse a file that `export` would refuse, before anything is read.
+def check_target(to: Path, suffixes: Sequence[str] = ()) -> None:
+    """Refuse a file that cannot be written, before anything is read.
+
+    Args:
+        to: must not exist; its folder must.
+        suffixes: that it may have; none: those of `export`.
 
     Raises:
         InputError: as `export`.
     """
-    if to.suffix not in WRITERS:
-        raise InputError(f"--to {to}: known are {', '.join(WRITERS)}")
+    known = suffixes or tuple(WRITERS)
+    if to.suffix not in known:
+        raise InputError(f"--to {to}: known are {', '.join(known)}")
     if to.exists():
         raise InputError(f"--to {to} exists: give a new file")
     if not to.parent.is_dir():
@@ -98,13 +103,13 @@ def check_target(to: Path) -> None:
 
 
 def _write_csv(run: Run, to: Path) -> str:
-    rows = _with_texts(run.metrics(), spreadsheet_cell)
+    rows = with_texts(run.metrics(), spreadsheet_cell)
     rows.to_csv(to, index=False, na_rep="nan")
     return counted(len(rows), "row", "rows")
 
 
 def _write_parquet(run: Run, to: Path) -> str:
-    rows = _with_texts(run.metrics(), visible)
+    rows = with_texts(run.metrics(), visible)
     rows.to_parquet(to, index=False, engine="pyarrow")
     return counted(len(rows), "row", "rows")
 
@@ -169,7 +174,7 @@ def _column(values: pd.Series) -> Any:
     return values.astype(str).map(visible).to_numpy(object)
 
 
-def _with_texts(rows: pd.DataFrame, shown: Callable[[str], str]) -> pd.DataFrame:
+def with_texts(rows: pd.DataFrame, shown: Callable[[str], str]) -> pd.DataFrame:
     """The rows with each text as a format takes it; numbers stay."""
     texts = {name: rows[name].astype(str).map(shown) for name in rows if rows[name].dtype.kind not in "biuf"}
     return rows.assign(**texts)

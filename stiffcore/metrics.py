@@ -135,9 +135,28 @@ class Tally:
         if decaying.any():
             found["slowest"] = real[decaying].max()
             found["-step"] = -_stable_step(values[decaying])
+        self._put_ends(found)
+        self._add_squares(np.abs(values.astype(np.complex128) - shift))
+
+    def add_counted(self, counts: Mapping[str, int], ends: Mapping[str, float], histogram: np.ndarray) -> None:
+        """Count some more that were counted elsewhere, with no shift, an `axis_error` of 0, and none unsure.
+
+        Args:
+            counts: `found`, `negative`, `positive` and `inside`.
+            ends: as `add` finds them, and `modulus_square`, the sum of |l|^2.
+            histogram: as the attribute.
+        """
+        self.count += counts["found"]
+        self.negative += counts["negative"]
+        self.positive += counts["positive"]
+        self.inside += counts["inside"]
+        self.histogram += histogram
+        self._put_ends({name: value for name, value in ends.items() if name != "modulus_square"})
+        self._add_squares(np.array([math.sqrt(ends["modulus_square"])]))
+
+    def _put_ends(self, found: Mapping[str, float]) -> None:
         for name, value in found.items():
             self._ends[name] = max(self._ends.get(name, -math.inf), float(value))
-        self._add_squares(np.abs(values.astype(np.complex128) - shift))
 
     def _add_squares(self, modulus: np.ndarray) -> None:
         """Scaled, so that squares of tiny or huge numbers keep (as BLAS' nrm2)."""

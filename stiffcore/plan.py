@@ -16,8 +16,9 @@ from functools import partial
 import numpy as np
 
 from stiffcore.eigen import dense
+from stiffcore.eigen.deflation import CHEAP_WHOLE, WHOLE_BYTES
 from stiffcore.eigen.extremes import DENSE_SHARE
-from stiffcore.eigen.inclusion import FULL_ORDER, inclusion_bytes
+from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER, inclusion_bytes
 from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
@@ -67,9 +68,10 @@ ENTRY_SECONDS = 1e-7
 # All eigenvalues of a dense matrix on a device, of each k and each k^2: within 25 % of what an H200 took at k = 1,024
 # to 8,192 (`bench/rates.py`), where it does not come near the rate of its products.
 DEVICE_SECONDS = (1.1e-4, 6.2e-8)
-# Of tensor slices: a batch of squares with all that is made of it, and the time that an eigenvalue takes.
-SQUARES_BYTES = 96 << 20
-SQUARE_SECONDS = 6e-7
+# Of tensor slices: numba, what it takes to compile its code for them (194 MiB, 115 where that is on disk), and a batch
+# of squares with what is made of it; and the time that an eigenvalue takes.
+SQUARES_BYTES = 224 << 20
+SQUARE_SECONDS = 2e-7
 # Of `eigen.divide`: columns of a panel, wide ones where a block holds several; rows of its tiles; how often one that
 # passes through a block is in memory beside it (one at work, and 4 times on its way to or from Zarr, or while LAPACK
 # factors it); Newton's steps, and flops of all, in k^3.
@@ -335,6 +337,7 @@ def _cuda_dense(
     plan = replace(
         base,
         why="fits the device",
+        stages=_with_proof(base, np.dtype(study.dtype).itemsize, data_bytes),
         device_bytes=needed,
         disk_bytes=matrix + vectors,
         kept_bytes=vectors + _kept(study, matrix),
@@ -362,6 +365,7 @@ def _host_dense(
     plan = replace(
         base,
         why="fits the host budget",
+        stages=_with_proof(base, np.dtype(study.dtype).itemsize, data_bytes),
         disk_bytes=2 * (matrix + vectors),
         kept_bytes=vectors + _kept(study, 2 * matrix + vectors),
         moved_bytes=5 * matrix + 6 * vectors,
@@ -454,6 +458,7 @@ def _divide(
     plan = replace(
         base,
         why=f"blocks of {width * at_once:,} columns, parts of {leaf:,} in memory{among}",
+        stages=_with_proof(base, np.dtype(study.dtype).itemsize, room),
         device_bytes=on_device,
         panel=width,
         at_once=at_once,
@@ -552,7 +557,7 @@ def _slices(
 
     solve: blocks or a chunk of products, one position's squares twice, a batch with its eigenvalues, and the kernel's
         copies; where spectra are kept, all eigenvalues four times (parts, whole, sorted, written):
-        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 96 MiB
+        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 224 MiB
         + 3 * kernel_items * itemsize + 2 * column_bytes + 4 * 2 * itemsize * k.
     moved: what is kept, once.
     """
@@ -868,7 +873,37 @@ def _located_bytes(k: int) -> int:
     return inclusion_bytes(k) if k <= FULL_ORDER else 0
 
 
+def locate_bytes(k: int, kernel_items: int, itemsize: int) -> int:
+    """On top of the certificate, where all eigenvalues of a larger order are located for their signs.
+
+    `eigen.inclusion.inclusion_bytes`, and the twins in other precisions that M's rounding was measured with:
+        + 3 * kernel_items * itemsize.
+    """
+    return inclusion_bytes(k) + KERNEL_COPIES * kernel_items * itemsize
+
+
 Stages = Callable[[Unit, int, int, int], dict[str, int]]
+
+
+def prove_bytes(unit: Unit, itemsize: int) -> int:
+    """What proves the ends and the errors of a whole spectrum, beside what it is told that it may take.
+
+    The operator, the matrix while it is read, and what the counts of `_extremes_stages` make of it, without factors.
+    """
+    parts = 10 if unit.function is BlockFunction.BRANCH else 5
+    operator = operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize)
+    return operator + parts * 12 * (unit.nonzeros or unit.k**2) + _krylov_bytes(unit.k)
+
+
+def _with_proof(base: UnitPlan, itemsize: int, data_bytes: int) -> dict[str, int]:
+    """The stages of a whole spectrum, with `prove` where the budget has room: else it is found, not proved.
+
+    That is done above the order up to which all eigenvalues are located.
+    prove: `prove_bytes`; of a small order, the dense solve that is its last resort, too.
+    """
+    k, stages = base.unit.k, base.stages or {}
+    needed = prove_bytes(base.unit, itemsize) + (WHOLE_BYTES * k * k if k <= CHEAP_WHOLE else 0)
+    return stages | {"prove": needed} if k > FULL_ORDER and needed <= data_bytes else stages
 
 
 def _no_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:
@@ -890,16 +925,20 @@ def _host_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> di
     eigenvectors holds the operator too, for what follows: its kernels and the values it was linearised at:
         + 3 * kernel_items * itemsize + 2 * column_bytes.
     certify: after the matrices of the inverse iteration are gone; small orders are located (`_located_bytes`).
+    locate: of a branch, whose numerical range holds 0 as a rule, all eigenvalues are located up to a larger order.
     """
     k, matrix, a_shard = unit.k, unit.k**2 * itemsize, _shard_bytes(unit.k, shard, itemsize)
     operator = operator_bytes(unit.kernel_items, column_bytes, itemsize)
+    certify = _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize) + _located_bytes(unit.k)
+    located = unit.function is BlockFunction.BRANCH and FULL_ORDER < k <= MOST_ORDER
     return {
         "hessenberg": max(
             dense.to_hessenberg_bytes(k, itemsize) + BLAS_BYTES, matrix + max(a_shard, 56 * unit.nonzeros + BLAS_BYTES)
         ),
         "eigenvalues": max(dense.hessenberg_eigenvalues_bytes(k, itemsize) + BLAS_BYTES, matrix + a_shard),
         "eigenvectors": dense.hessenberg_eigenvectors_bytes(k, CERTIFIED_MOST, itemsize) + BLAS_BYTES + operator,
-        "certify": _certify_bytes(CERTIFIED_MOST, unit, column_bytes, itemsize) + _located_bytes(unit.k),
+        "certify": certify,
+        **({"locate": certify + locate_bytes(k, unit.kernel_items, itemsize)} if located else {}),
     }
 
 

@@ -92,7 +92,7 @@ class UnitPlan:
     device_bytes: Size = 0
     disk_bytes: Size = 0
     kept_bytes: Size = 0
-    moved_bytes: Size = 0
+    moved_bytes: Flops = 0
     flops: Flops = 0
     seconds: Seconds = 0.0
 

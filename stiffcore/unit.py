@@ -25,7 +25,7 @@ from stiffcore.eigen import certificate, dense, device, divide, panels, singular
 from stiffcore.eigen.counting import Whole, ends_of
 from stiffcore.eigen.deflation import Enclosure
 from stiffcore.eigen.extremes import extremes
-from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER, inclusion_bytes
+from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER
 from stiffcore.eigen.numerical_range import logarithmic_norm, range_bounds
 from stiffcore.eigen.panels import Each
 from stiffcore.eigen.windows import WindowSpectrum
@@ -36,7 +36,7 @@ from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction, Route
 from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
-from stiffcore.plan import BLAS_BYTES, DIVIDE_TILE_ROWS, KRYLOV_VECTORS, TILE_ROWS, operator_bytes
+from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, locate_bytes, operator_bytes, prove_bytes
 from stiffcore.record import (
     Converged,
     Divided,
@@ -845,10 +845,8 @@ def _located_matrix(run: UnitRun, real_parts: tuple[float, float] | None) -> np.
     """M, where all of its eigenvalues are to be located: of a small order, or where nothing cheaper gives the signs."""
     k = run.unit.k
     if k > FULL_ORDER:
-        fits = (
-            k <= MOST_ORDER
-            and (run.plan.stages or {}).get("certify", 0) + inclusion_bytes(k) <= run.plan.projected_bytes
-        )
+        needed = (run.plan.stages or {}).get("certify", 0) + locate_bytes(k, run.unit.kernel_items, run.dtype.itemsize)
+        fits = k <= MOST_ORDER and needed <= run.plan.projected_bytes
         if not fits or certificate.side_of_axis(run.reduction, real_parts) is not None:
             return None
     return _read_matrix(run) if k else None
@@ -862,13 +860,7 @@ def _whole_ends(
     real_parts: tuple[float, float] | None,
 ) -> Ends | None:
     """What is proved of the ends of a whole spectrum, where the plan has room for that beside the certificate."""
-    k, nonzeros, plan = run.unit.k, run.unit.nonzeros or run.unit.k**2, run.plan
-    if vectors is None or real_parts is None:
-        return None
-    # reading takes a sparse matrix twice, and the count its negative and its symmetric part
-    room = plan.projected_bytes - (plan.stages or {}).get("certify", 0) - 5 * 12 * nonzeros - BLAS_BYTES
-    room -= 8 * k * KRYLOV_VECTORS
-    if room < 0:
+    if vectors is None or real_parts is None or "prove" not in (run.plan.stages or {}):
         return None
     with _undoing(run, Stage.PLANNED, "matrix"):
         sparse = run.matrix("matrix").read_sparse().astype(np.float64)
@@ -877,7 +869,7 @@ def _whole_ends(
         run.reduction.shift,
         (values[chosen].astype(np.complex128), vectors.right.astype(np.complex128)),
         disc=run.unit.function == BlockFunction.BRANCH,
-        memory_bytes=room,
+        memory_bytes=run.plan.projected_bytes - prove_bytes(run.unit, run.dtype.itemsize),
         note="",
         rounding=certificate.distance_of(run.reduction),
         whole=Whole(values.real.astype(np.float64), real_parts, certificate.side_of_axis(run.reduction, real_parts)),

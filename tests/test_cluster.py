@@ -37,7 +37,7 @@ from stiffcore.cluster import (
 from stiffcore.eigen import divide
 from stiffcore.eigen.panels import SingularError, factor, one_by_one
 from stiffcore.errors import StiffcoreError
-from stiffcore.record import Stage
+from stiffcore.record import Stage, Step
 from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace
@@ -380,7 +380,7 @@ def divided(folder, emit, *, shared=True):
         space,
         45,
         first=0.0,
-        tell=lambda what, done, total: emit({"what": what, "done": done, "pid": os.getpid()}),
+        tell=lambda what, done, total: emit(Step(str(os.getpid()), Stage.SOLVED, done, total, what)),
         each=each,
     )
     return found.values.tobytes(), [s.beyond for s in found.splits]
@@ -409,7 +409,7 @@ def test_workers_share_the_blocks_of_a_unit_and_write_the_same_bytes(tmp_path, a
     with local_workers(events.append) as executor:
         executor.scale(2)
         assert executor.submit(divided, folder).result() == alone
-        first = [e["done"] for e in events if "LU" in e["what"]][: ORDER // COLUMNS]
+        first = [e.done for e in events if "LU" in e.note][: ORDER // COLUMNS]
         assert first == list(range(1, ORDER // COLUMNS + 1))
         # a panel that depends on one that cannot be made is given up, and what is wrong is said
         a = random_matrix()
@@ -425,8 +425,8 @@ def test_a_worker_that_dies_leaves_its_block_to_the_others(tmp_path, alone, lead
     written(folder, random_matrix())
 
     def kill(event):
-        if pids and "step 3 " in event["what"] and "LU" in event["what"] and event["done"] == 4:
-            os.kill(next(pid for pid in pids if (pid == event["pid"]) is leads), signal.SIGKILL)
+        if pids and "step 3 " in event.note and "LU" in event.note and event.done == 4:
+            os.kill(next(pid for pid in pids if (pid == int(event.unit)) is leads), signal.SIGKILL)
             pids.clear()
 
     with local_workers(kill) as executor:
@@ -444,8 +444,8 @@ def test_a_worker_of_a_cluster_that_dies_and_does_not_come_back(tmp_path, cluste
     written(folder, random_matrix())
 
     def kill(event):
-        if pids and "step 3 " in event["what"] and "inverse" in event["what"]:
-            os.kill(next(pid for pid in pids if pid != event["pid"]), signal.SIGKILL)
+        if pids and "step 3 " in event.note and "inverse" in event.note:
+            os.kill(next(pid for pid in pids if pid != int(event.unit)), signal.SIGKILL)
             pids.clear()
 
     cluster.worker()
@@ -540,6 +540,45 @@ def test_workers_that_cannot_be_used_are_named_and_get_nothing(cluster, monkeypa
 
 def _was_in(emit):
     return os.getpid()
+
+
+def _wants(path):
+    if not os.path.exists(path):
+        raise StiffcoreError("there is no run here")
+
+
+def _asleep(emit):
+    time.sleep(600)
+
+
+def test_what_waits_for_a_worker_that_is_gone_is_given_up_and_one_that_joins_is_looked_at(small, cluster, monkeypatch):
+    cluster.worker()
+    path, told = small / "wanted", []
+    path.touch()
+    with workers_at(cluster.file, print, tell=told.append) as executor:
+        executor.pass_over(_wants, str(path))
+        (first,) = (worker.pid for worker in executor.workers())
+        waiting = executor.submit(_asleep)
+        time.sleep(1)
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError):
+            waiting.result(timeout=60)
+        monkeypatch.setattr("stiffcore.cluster.NONE_LEFT_S", 1)
+        with pytest.raises(ConnectionLostError, match="no worker that can be used"):
+            executor.submit(_was_in)
+        path.unlink()
+        cluster.worker()
+        deadline = time.monotonic() + 60
+        while not told and time.monotonic() < deadline:
+            assert executor.workers() == []
+            time.sleep(0.2)
+        assert "is not used: there is no run here" in told[0]
+        with pytest.raises(ConnectionLostError):
+            executor.submit(_was_in)
+        path.touch()
+        cluster.worker()
+        monkeypatch.setattr("stiffcore.cluster.NONE_LEFT_S", 60)
+        assert executor.submit(_was_in).result(timeout=60) != first
 
 
 def test_no_space_in_shared_memory_is_not_blamed_on_a_script(monkeypatch):

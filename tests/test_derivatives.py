@@ -21,7 +21,7 @@ from stiffcore.jacobian.derivatives import value_gap
 from stiffcore.jacobian.factors import open_factors
 from stiffcore.jacobian.linearise import Linearisation, Way
 from stiffcore.jacobian.modules import modules_of
-from stiffcore.jacobian.reduction import NoSpectrumError, Route, is_residual, reduce_jacobian
+from stiffcore.jacobian.reduction import NoSpectrumError, Route, UntracedError, is_residual, reduce_jacobian
 from stiffcore.jacobian.slices import open_slices
 from stiffcore.study import BlockFunction
 from tests.cases import Basic, randomised, seeded
@@ -388,7 +388,10 @@ def test_modules_are_left_as_they_were(name, wrapped):
     assert all(torch.equal(tensors[key], t) for key, t in after.items())
     assert attributes == same
     assert getattr(module, "python_calls", 0) == 0
-    assert not is_residual(f, x)
+    try:
+        assert not is_residual(f, x)
+    except UntracedError:  # the graph has no place for what these do to their tensors
+        assert name in ("buffers in forward", "spectral norm by data")
 
 
 class Bound:

@@ -24,6 +24,7 @@ PAGES = (
     "theory",
     "trust",
     "trust-model",
+    "glossary",
     "inputs",
     "store",
     "architecture",

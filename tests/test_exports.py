@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 import stiffcore
+from stiffcore import cli
+from stiffcore.errors import InputError
 from stiffcore.exports import export
 from tests.test_run import OPTIONS, execute
 
@@ -103,3 +105,23 @@ def test_what_cannot_be_written_is_refused(run, small, monkeypatch):
     monkeypatch.setitem(sys.modules, "xarray", None)
     with pytest.raises(stiffcore.InputError, match=r"stiffcore\[export\]"):
         run.to_xarray()
+
+
+def test_two_runs_are_compared_block_by_block(run, small, capsys):
+    execute(small / "other", OPTIONS | {"count": 1, "blocks": "1,2"})
+    other = stiffcore.open_run(str(small / "other"))
+    found = stiffcore.compare([run, other], ["S_active"])
+    both = found[found["common"] > 0]
+    assert set(both["number"]) == {1}
+    assert set(both["run"]) == {"other"}
+    assert (both["difference"] == 0).all()  # the same network at the same image, under another name
+    with pytest.raises(InputError, match="two different runs"):
+        stiffcore.compare([run, run])
+    with pytest.raises(InputError, match="unknown metrics: stiffness"):
+        stiffcore.compare([run, other], ["stiffness"])
+    cli.compare([str(small / "run"), str(small / "other")], small / "c.csv")
+    shown = capsys.readouterr().out
+    assert "other less run" in shown
+    assert len(pd.read_csv(small / "c.csv")) == len(stiffcore.compare([run, other]))
+    with pytest.raises(InputError, match=r"known are \.csv"):
+        cli.compare([str(small / "run"), str(small / "other")], small / "c.parquet")

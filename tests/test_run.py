@@ -546,10 +546,10 @@ def test_workers_are_gone_before_the_run_is_released(small):
         alive_at_release = []
 
         @contextmanager
-        def watched(store):
-            with hold(store):
+        def watched(store, **how):
+            with hold(store, **how) as token:
                 try:
-                    yield
+                    yield token
                 finally:
                     alive_at_release.extend(p for p in pids if psutil.pid_exists(p))
 

@@ -8,7 +8,16 @@ import pytest
 from scipy.stats import t as student
 
 from stiffcore.metrics import spell_share
-from stiffcore.report.statistics import benjamini_hochberg, correlations, holm, mean_groups, spread
+from stiffcore.report.statistics import (
+    PERMUTATIONS,
+    _coefficients,
+    benjamini_hochberg,
+    compared,
+    correlations,
+    holm,
+    mean_groups,
+    spread,
+)
 from stiffcore.report.tables import correlations_table, mean_cells, means_table
 
 
@@ -82,9 +91,9 @@ def test_a_share_is_spelled_with_its_interval():
 
 
 def test_a_planted_correlation_is_found_and_a_constant_has_none():
-    found = correlations(study()).set_index(["block", "metric", "outcome"])
+    rows = study(images=120)
+    found = correlations(rows).set_index(["block", "metric", "outcome"])
     planted = found.loc[("a", "S_active", "loss")]
-    rows = study()
     rows = rows[rows["block"] == "a"]
     r = np.corrcoef(rows["S_active"], rows["loss"])[0, 1]
     assert planted["pearson"] == pytest.approx(r)
@@ -97,6 +106,48 @@ def test_a_planted_correlation_is_found_and_a_constant_has_none():
     assert found.loc[("b", "S_active", "loss"), "pearson_holm"] > 0.05
     assert found["pearson"].xs("negative", level="metric").isna().all()
     assert (found["pearson_holm"].dropna() >= found["pearson_p"].dropna()).all()
+
+
+def test_p_values_of_few_images_are_of_permutations_and_of_skewed_losses_right():
+    rows = study(images=40)
+    planted = correlations(rows).set_index(["block", "metric", "outcome"]).loc[("a", "S_active", "loss")]
+    assert planted["pearson_p"] == planted["spearman_p"] == 1 / (PERMUTATIONS + 1)
+    rng, below = np.random.default_rng(3), 0
+    for _ in range(60):  # no relation, but heavy tails: p < 0.05 in one of twenty
+        sample = pd.DataFrame({"S": rng.standard_cauchy(20), "loss": rng.exponential(size=20) ** 4})
+        below += _coefficients(sample.to_numpy())["pearson_p"] < 0.05
+    assert below <= 9
+
+
+def test_an_interval_covers_what_is_true_of_all_images():
+    rng, covered = np.random.default_rng(5), 0
+    for _ in range(60):
+        x = rng.normal(size=60)
+        y = 0.6 * x + 0.8 * rng.normal(size=60)  # r = 0.6
+        found = _coefficients(np.stack([x, y], axis=1))
+        covered += found["pearson_low"] <= 0.6 <= found["pearson_high"]
+        assert found["pearson_low"] < found["pearson"] < found["pearson_high"]
+    assert covered >= 51
+
+
+def test_what_a_column_held_fixed_explains_is_no_correlation():
+    rows = study(images=200)
+    rng = np.random.default_rng(1)
+    margin = np.repeat(rng.normal(size=200), 2)
+    rows["margin"], rows["loss"] = margin, 2 * margin + rng.normal(size=400)
+    rows["S_active"] = margin + rng.normal(size=400)
+    plain = correlations(rows, ["S_active"], ["loss"]).set_index("block").loc["a"]
+    partial = correlations(rows, ["S_active"], ["loss"], held="margin").set_index("block").loc["a"]
+    assert plain["pearson"] > 0.4
+    assert abs(partial["pearson"]) < 0.2
+    part = rows[rows["block"] == "a"]
+    left = [
+        np.polynomial.Polynomial.fit(part["margin"], part[c], 1)(part["margin"]) - part[c] for c in ("S_active", "loss")
+    ]
+    r = np.corrcoef(*left)[0, 1]
+    assert partial["pearson"] == pytest.approx(r)
+    t = abs(r) * math.sqrt(197 / (1 - r * r))
+    assert partial["pearson_p"] == pytest.approx(2 * student.sf(t, 197))
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 3, 19])
@@ -163,3 +214,29 @@ def test_corrections_are_those_of_the_papers():
     assert holm(np.array([0.01, np.nan, 0.04, 0.03])) == pytest.approx([0.03, np.nan, 0.06, 0.06], nan_ok=True)
     shuffled = np.random.default_rng(0).permutation(len(p))
     assert np.allclose(holm(p[shuffled]), holm(p)[shuffled])
+
+
+def test_runs_are_compared_at_the_same_images():
+    first = study(images=30).assign(function="block", kind="matrix", abscissa=1.0)
+    first["image_digest"] = first["image"].map("image {}".format)
+    second = first[first["image"] >= 10].assign(S_active=first["S_active"] + 0.25)
+    second.loc[second.index[0], "certified"] = False  # image 10 of block a
+    second["image_digest"] = second["image_digest"].replace("image 29", "another")
+    second["image"] -= 10  # positions are others, images the same
+    found = compared({"before": first, "after": second}).set_index(["block", "metric", "run"])
+    row = found.loc[("a", "S_active", "after")]
+    assert (row["images"], row["common"]) == (19, 18)
+    assert row["difference"] == pytest.approx(0.25)
+    assert row["difference_low"] == pytest.approx(0.25)
+    assert found.loc[("b", "S_active", "after"), "common"] == 19
+    assert math.isnan(found.loc[("a", "S_active", "before"), "difference"])
+    noisy = first.assign(S_active=first["S_active"] + np.random.default_rng(0).normal(0.1, 1, len(first)))
+    row = (
+        compared({"before": first, "after": noisy})
+        .set_index(["block", "metric", "run"])
+        .loc[("a", "S_active", "after")]
+    )
+    each = (noisy["S_active"] - first["S_active"])[first["block"] == "a"]
+    half = student.ppf(0.975, 29) * each.std(ddof=1) / math.sqrt(30)
+    assert row["difference_low"] == pytest.approx(each.mean() - half)
+    assert row["difference_high"] == pytest.approx(each.mean() + half)

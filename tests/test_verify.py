@@ -196,7 +196,7 @@ def test_a_run_that_may_not_be_written_to_is_read_alone(one, monkeypatch):
 
     key = next(iter(open_run(str(one)).records()))
     flip(next(p for p in (one / "units" / key / "eigenvalues" / "c").rglob("*") if p.is_file()), 3)
-    monkeypatch.setattr("stiffcore.store.runs.FileLock.acquire", refuse)
+    monkeypatch.setattr("stiffcore.store.lock.FileLock.acquire", refuse)
     before = {p: p.read_bytes() for p in files(one)}
     found = verify(open_run(str(one)))
     assert (len(found.findings), found.recorded) == (1, False)

@@ -32,6 +32,10 @@ from stiffcore.version import __version__
 
 CONNECT_S = 10
 WORKERS_S = 30
+# Of a cluster that is not ours: how often it is looked whether the workers that units wait for are there; and how long
+# is waited for one, where none is left.
+LOOK_S = 2.0
+NONE_LEFT_S = 120.0
 # A worker maps more of its libraries as it goes; these pages are shared and reserved already.
 MAPPED_BYTES = 256 << 20
 # There where an NVIDIA driver is loaded. A process that has asked for devices cannot use one after a fork, and the
@@ -164,7 +168,10 @@ class DaskWorkers:
             tell: told of workers that are not used.
         """
         self._client, self._tell = client, tell
+        self._known: set[str] = set()  # by address, the workers that were looked at
         self._passed_over: set[str] = set()
+        self._checks: list[tuple[Callable[..., Any], tuple]] = []
+        self._looking, self._over = threading.Lock(), threading.Event()
         self.peak_bytes = 0
         self.separate = separate
         self.dashboard = ""
@@ -175,12 +182,19 @@ class DaskWorkers:
             self.dashboard = self.dashboard.replace("/status", "/info/main/workers.html")
         # of this session only: a cluster may serve several
         self._topic = f"stiffcore-{uuid.uuid4().hex}"
-        self._tasks: set[Any] = set()
+        self._tasks: dict[Any, tuple[Future[Any], list[str] | None]] = {}
         client.subscribe_topic(self._topic, lambda told: on_event(event_from_json(told[1])))
+        if separate:
+            threading.Thread(target=self._attend, daemon=True, name="stiffcore-attend").start()
 
     def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
-        """Start `function` on a free worker."""
+        """Start `function` on a free worker.
+
+        Raises:
+            ConnectionLostError: where the cluster has none left that can be used.
+        """
         done: Future[Any] = Future()
+        able = self._awaited()
         parent = None if self.separate else os.getpid()
         resources = {"GPU": 1} if gpu and self.separate else None
         task = self._client.submit(
@@ -189,13 +203,14 @@ class DaskWorkers:
             pure=False,
             retries=0,
             resources=resources,
-            workers=self._able(),
+            workers=able,
             allow_other_workers=False,
         )
-        self._tasks.add(task)
+        self._tasks[task] = done, able
 
         def finish(finished: Any) -> None:
-            self._tasks.discard(finished)
+            if self._tasks.pop(finished, None) is None:
+                return  # given up
             try:
                 found, peak = finished.result()
                 if self.separate:
@@ -225,7 +240,8 @@ class DaskWorkers:
 
     def workers(self) -> list[Worker]:
         """The workers there are now, as each sees itself."""
-        found = self._client.run(_describe, workers=self._able())
+        able = self._able()
+        found = self._client.run(_describe, workers=able) if able != [] else {}
         gpus = self._client.run_on_scheduler(_with_gpu)
         return [Worker(**facts, gpu=address in gpus) for address, facts in found.items()]
 
@@ -237,18 +253,66 @@ class DaskWorkers:
         """
         if not self.separate:
             return
-        found = self._client.run(able, *args, on_error="return", workers=self._able())
-        wrong = {address: error for address, error in found.items() if isinstance(error, BaseException)}
-        self._passed_over |= wrong.keys()
+        with self._looking:
+            self._checks.append((able, args))
+            there = set(self._client.nthreads()) - self._passed_over
+            wrong = self._wrong(self._checks[-1:], there & self._known) | self._wrong(self._checks, there - self._known)
         lines = [f"the worker at {address} is not used: {error}" for address, error in wrong.items()]
-        if wrong and len(wrong) == len(found):
+        if wrong and len(wrong) == len(there):
             raise StiffcoreError("no worker of the cluster can be used:\n" + "\n".join(f"  - {line}" for line in lines))
         for line in lines:
             self._tell(line)
 
+    def _wrong(
+        self, checks: Sequence[tuple[Callable[..., Any], tuple]], addresses: set[str]
+    ) -> dict[str, BaseException]:
+        """Of some workers, those that cannot be used, and why."""
+        wrong: dict[str, BaseException] = {}
+        for able, args in checks:
+            left = sorted(addresses - wrong.keys())
+            found = self._client.run(able, *args, on_error="return", workers=left) if left else {}
+            wrong |= {address: error for address, error in found.items() if isinstance(error, BaseException)}
+        self._known |= addresses
+        self._passed_over |= wrong.keys()
+        return wrong
+
     def _able(self) -> list[str] | None:
-        """The workers that units may go to; None: all."""
-        return sorted(set(self._client.nthreads()) - self._passed_over) if self._passed_over else None
+        """The workers that units may go to, those that joined since looked at first; None: all."""
+        if not self.separate:
+            return None
+        with self._looking:
+            there = set(self._client.nthreads())
+            for address, error in self._wrong(self._checks, there - self._known).items():
+                self._tell(f"the worker at {address} is not used: {error}")
+            return sorted(there - self._passed_over)
+
+    def _awaited(self) -> list[str] | None:
+        """As `_able`, once there is one."""
+        end = time.monotonic() + NONE_LEFT_S
+        while (able := self._able()) == []:
+            if time.monotonic() > end:
+                raise ConnectionLostError(
+                    f"the cluster has had no worker that can be used for {NONE_LEFT_S:.0f} s: what is done is kept; "
+                    "start some, then run again to continue"
+                )
+            time.sleep(LOOK_S / 4)
+        return able
+
+    def _attend(self) -> None:
+        """Give up what waits for workers that are gone: its scheduler would keep it until they are there again."""
+        while not self._over.wait(LOOK_S):
+            with suppress(Exception):  # where the scheduler is gone, its client says so of each task
+                there = set(self._client.nthreads())
+                lost = [task for task, (_, able) in list(self._tasks.items()) if not there.intersection(able or there)]
+                for task in lost:
+                    given_up = self._tasks.pop(task, None)
+                    if given_up is not None:
+                        given_up[0].set_exception(_died())
+                        task.cancel(force=True)
+
+    def close(self) -> None:
+        """Look no longer whether workers are there."""
+        self._over.set()
 
     def stop(self) -> None:
         """End our own workers at once, and wait until they are gone; elsewhere, tasks end with their next step."""
@@ -460,14 +524,18 @@ def _with_events(
     return found, own_peak_bytes()
 
 
+def _died() -> WorkerDiedError:
+    return WorkerDiedError(
+        "the worker died (beyond its budget, out of memory, or killed): what it had recorded stays, run again"
+    )
+
+
 def _readable(error: Exception) -> Exception:
     from distributed.comm import CommClosedError
     from distributed.scheduler import KilledWorker
 
     if isinstance(error, KilledWorker):
-        return WorkerDiedError(
-            "the worker died (beyond its budget, out of memory, or killed): what it had recorded stays, run again"
-        )
+        return _died()
     if isinstance(error, (CancelledError, CommClosedError)):
         return ConnectionLostError(
             "the connection to Dask's scheduler is lost: what is done is kept; run again to continue"
@@ -623,8 +691,11 @@ def workers_at(
             except TimeoutError:
                 raise InputError(f"the cluster at {scheduler} has no worker: start some, then run again") from None
             found = DaskWorkers(client, on_event, separate=True, tell=tell)
-            found.pass_over(_same_version(), __version__)
-            yield found
+            try:
+                found.pass_over(_same_version(), __version__)
+                yield found
+            finally:
+                found.close()
 
 
 @contextmanager

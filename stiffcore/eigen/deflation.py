@@ -11,6 +11,7 @@ The ellipse holds all eigenvalues but those found, so that both ends of a spectr
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,16 +103,11 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
     Raises:
         LinAlgError: where LAPACK fails, or what was found has no basis of eigenvectors.
     """
-    most = _steps(a.k, memory_bytes)
-    space = Arnoldi(a.apply, a.k, most, rng)
-    steps = FIRST_STEPS
-    while True:
-        space.extend(min(steps, most))
+    for space, done in _growing(a.apply, a.k, memory_bytes, rng):
         values, residuals = space.ritz()
         scale = float(np.abs(values).max(initial=0.0))
         found, counted = _smallest(residuals, FOUND * scale), region.has(values)
         sure = int((counted & (residuals <= ROUGH * scale)).sum())
-        done = space.size == most or space.exhausted
         missing = bool((counted & ~found).any())
         if missing and sure > CROWD and (sure > CROWD_SHARE * space.size or done):
             return Deflated(None, 0.0, f"some {sure} are seen there already: needs the spectrum")
@@ -121,7 +117,6 @@ def count_beyond(a: Operator, region: Region, memory_bytes: int | None, rng: np.
                 break
         if done:
             return None
-        steps *= 2
     basis = space.schur_vectors(values, found)
     del space
     size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
@@ -176,26 +171,18 @@ def left_vectors(values: Array, transposed: Product, k: int, memory_bytes: int |
         memory_bytes: as for `count_beyond`.
         scale: the largest eigenvalue's modulus.
     """
-    most = _steps(k, memory_bytes)
-    space, steps = Arnoldi(transposed, k, most, np.random.default_rng(3)), FIRST_STEPS
-    while True:
-        space.extend(min(steps, most))
+    for space, _ in _growing(transposed, k, memory_bytes, np.random.default_rng(3)):
         left, off = space.vectors(values)
         good = off <= 10 * FOUND * scale
-        if good.all() or space.size == most or space.exhausted:
-            return np.where(good, left, np.nan).conj()
-        steps *= 2
+        if good.all():
+            break
+    return np.where(good, left, np.nan).conj()
 
 
 def _enclosures(a: Operator, memory_bytes: int | None, rng: np.random.Generator) -> "tuple[Enclosure, ...]":
-    most = _steps(a.k, memory_bytes)
-    space = Arnoldi(a.apply, a.k, most, rng)
-    steps = FIRST_STEPS
-    while True:
-        space.extend(min(steps, most))
+    for space, done in _growing(a.apply, a.k, memory_bytes, rng):
         values, residuals = space.ritz()
         found = _smallest(residuals, FOUND * float(np.abs(values).max(initial=0.0)))
-        done = space.size == most or space.exhausted
         tried = [_between(values, found)]
         needed = powers_needed(tried[0][1], a.k)
         if needed <= POWERS_SHARE * space.size:
@@ -206,7 +193,6 @@ def _enclosures(a: Operator, memory_bytes: int | None, rng: np.random.Generator)
                 if all(powers_needed(rate, a.k) > a.affordable for _, rate in tried):
                     return ()
             break
-        steps *= 2
     basis = space.schur_vectors(values, found)
     del space
     size = norm_from_above(lambda x: a.transposed(a.apply(x)), a.k, rng)
@@ -252,6 +238,19 @@ def _enclosed(
     off = 4 * inner.tilt + 2 * a.k * math.sqrt(q.shape[1]) * EPS
     found = decay(a, ellipse, rng, min(rate, 1 - EPS), most, partial(complement, q=q), off)
     return None if found is None else Enclosure(inner, ellipse, found)
+
+
+def _growing(
+    apply: Product, k: int, memory_bytes: int | None, rng: np.random.Generator
+) -> Iterator[tuple[Arnoldi, bool]]:
+    """A Krylov space, at each look twice as large as at the one before, and whether it grows no more."""
+    most = _steps(k, memory_bytes)
+    space, steps, done = Arnoldi(apply, k, most, rng), FIRST_STEPS, False
+    while not done:
+        space.extend(min(steps, most))
+        done = space.size == most or space.exhausted
+        yield space, done
+        steps *= 2
 
 
 def _steps(k: int, memory_bytes: int | None) -> int:

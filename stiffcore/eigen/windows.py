@@ -1,7 +1,9 @@
 """All eigenvalues of very many very small matrices: counted, tallied, and their extremes checked.
 
-For the slices of a Jacobian (`stiffcore.jacobian.slices`): millions of squares of order 1 to 7, by LAPACK's geev in
-batches. What decides S is kept with its square, so that it can be checked on the original function.
+For the slices of a Jacobian (`stiffcore.jacobian.slices`): millions of squares of order 1 to 7, by code that is
+compiled for them (`eigen.small`). LAPACK's geev takes what is larger, and those few about which that code is in doubt:
+where a sign may be rounding, eigenvectors decide. What decides S is kept with its square, so that it can be checked on
+the original function.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from stiffcore.eigen.certificate import TRACE_TOLERANCE
+from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE
 from stiffcore.jacobian.slices import Slices, Squares
 from stiffcore.metrics import Tally, stiffness_error
@@ -18,6 +21,8 @@ from stiffcore.spectra import EACH_END, Certificate, Certified
 
 Array = NDArray[np.floating]
 BATCH = 1 << 16
+# Orders that compiled code takes: `eigen.small`, which is imported where there are such squares.
+MOST_ORDER = 8
 # What an entry may be off by, beside its square's rounding: sums over windows, in units of the largest entry there.
 ENTRY_ROUNDING = 4
 
@@ -74,14 +79,43 @@ class WindowSpectrum:
         return np.concatenate(parts) if parts else np.zeros(0, complex)
 
     def add(self, squares: Squares) -> None:
-        """Find the eigenvalues of some more."""
+        """Find the eigenvalues of some more.
+
+        Raises:
+            InputError: where a number is not finite.
+        """
         w = squares.values.shape[-1]
+        if w <= MOST_ORDER:
+            self._add_small(squares)
+            return
         flat = squares.values.reshape(-1, w, w)
         present = np.flatnonzero(np.any(flat, axis=(1, 2)))
-        scale = float(np.abs(squares.values).max(initial=0))
+        scale = _finite(float(np.abs(squares.values).max(initial=0)))
         for start in range(0, len(present), BATCH):
             which = present[start : start + BATCH]
             self._add(np.ascontiguousarray(flat[which]), squares, which, scale)
+
+    def _add_small(self, squares: Squares) -> None:
+        """By compiled code; what that is in doubt about, by LAPACK."""
+        from stiffcore.eigen import small  # compiles, or reads what was compiled
+
+        units, channels = squares.values.shape[:2]
+        values = squares.values.transpose(0, 2, 3, 1)
+        scale = _finite(small.largest_entry(values))
+        for start in range(0, units * channels, BATCH):
+            stop = min(start + BATCH, units * channels)
+            part = small.take(values, start, stop, scale, EACH_END)
+            self._sums += part.sums
+            self.frobenius = float(np.hypot(self.frobenius, part.norm))
+            if len(part.values):
+                self.tally.add_counted(part.counts, part.ends, part.histogram)
+                if self.keep:
+                    self._parts.append(part.values)
+                for end, chosen in part.few.items():
+                    self._keep_ends(end, [self._extreme(z, squares, at) for z, at in chosen])
+            if len(which := part.doubtful):
+                unit, channel = np.divmod(which, channels)
+                self._add(np.ascontiguousarray(squares.values[unit, channel]), squares, which, scale)
 
     def _add(self, a: Array, squares: Squares, which: np.ndarray, scale: float) -> None:
         values = torch.linalg.eigvals(torch.from_numpy(a)).numpy()
@@ -106,14 +140,18 @@ class WindowSpectrum:
         row = np.nonzero(nonzero)[0]
         few = min(EACH_END, len(kept))
         ends = np.argpartition(-kept.real, few - 1)[:few], np.argpartition(kept.real, few - 1)[:few]
-        for end, chosen, sign in (("right", np.sort(ends[0]), -1), ("left", np.sort(ends[1]), 1)):
-            more = [self._extreme(kept[i], a[row[i]], squares, int(which[row[i]])) for i in chosen]
-            self._ends[end] = sorted([*self._ends[end], *more], key=lambda e: sign * e.value.real)[:EACH_END]
+        for end, chosen in (("right", np.sort(ends[0])), ("left", np.sort(ends[1]))):
+            self._keep_ends(end, [self._extreme(kept[i], squares, int(which[row[i]])) for i in chosen])
+
+    def _keep_ends(self, end: str, more: list[Extreme]) -> None:
+        sign = -1 if end == "right" else 1
+        self._ends[end] = sorted([*self._ends[end], *more], key=lambda e: sign * e.value.real)[:EACH_END]
 
     @staticmethod
-    def _extreme(value: complex, square: Array, squares: Squares, at: int) -> Extreme:
+    def _extreme(value: complex, squares: Squares, at: int) -> Extreme:
         unit, channel = divmod(at, squares.values.shape[1])
-        return Extreme(complex(value), int(squares.units[unit]), channel, squares.first, square.copy())
+        square = squares.values[unit, channel].copy()
+        return Extreme(complex(value), int(squares.units[unit]), channel, squares.first, square)
 
     def _unsure(self, a: Array, values: np.ndarray, norms: Array, scale: float, eps: float) -> np.ndarray:
         """Find and count real parts whose sign is within the rounding of their square, by its values' conditions."""
@@ -178,6 +216,12 @@ class WindowSpectrum:
             axis_error=self.axis_error,
             failures=tuple(failures),
         )
+
+
+def _finite(largest: float) -> float:
+    if not np.isfinite(largest):
+        raise InputError("the Jacobian has entries that are not finite here: no eigenvalues, choose another image")
+    return largest
 
 
 def _largest_error(certified: tuple[Certified, ...], found: list[Extreme]) -> float:

@@ -170,6 +170,7 @@ def _correlations(rows: pd.DataFrame) -> list[dict[str, Any]]:
                 cells.append(
                     {
                         "text": f"{row[test]:.2f}" if known else "-",
+                        "interval": f"[{row[f'{test}_low']:.2f}, {row[f'{test}_high']:.2f}]" if known else "",
                         "p": f"{row[f'{test}_p']:.2g}" if known else "-",
                         "holm": f"{row[f'{test}_holm']:.2g}" if known else "-",
                         "bh": f"{row[f'{test}_bh']:.2g}" if known else "-",

@@ -1,12 +1,14 @@
 """What a study of many images says: means by block and label, and correlations with accuracy and loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from stiffcore.run import DONE
+from stiffcore.errors import InputError
+from stiffcore.metrics import NAMES as METRIC_NAMES
+from stiffcore.run import DONE, Run
 from stiffcore.study import Kind
 
 METRICS = ("S_active", "negative")
@@ -21,6 +23,11 @@ FEWEST_EACH = 3
 # Images that a mean and its standard deviation take at least.
 FEWEST_OF_MEAN = 2
 SIGNIFICANT = 0.05
+# Below so many images, p-values are of so many permutations, since Student's t is then a guess for skewed losses.
+FEW = 100
+PERMUTATIONS = 9_999
+# Resamples of the images behind an interval of 95 %.
+RESAMPLES = 1_999
 
 
 def metrics_of(rows: pd.DataFrame) -> tuple[str, ...]:
@@ -102,32 +109,121 @@ def mean_between(rows: pd.DataFrame, metric: str) -> tuple[float, float]:
     return low, high
 
 
-def correlations(rows: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Compare runs block by block, at the same images: before and after training, seeds, weights.
+
+    Runs are called by their folders' names, by their whole paths where two are the same. Images are the same where the
+    network is given the same numbers, whatever file or position they came from.
+
+    Args:
+        runs: two or more; the first is what the others are compared with.
+        metrics: names of `stiffcore.metrics.NAMES`; None: those of the kind, and the spectral abscissa.
+
+    Returns:
+        As `compared`.
+
+    Raises:
+        InputError: for fewer than two runs, the same run twice, or an unknown metric.
+    """
+    urls = [run.store.url for run in runs]
+    if len(urls) < 2 or len(set(urls)) < len(urls):
+        raise InputError(f"two different runs or more can be compared, got {', '.join(urls) or 'none'}")
+    unknown = sorted(set(metrics or ()) - set(METRIC_NAMES))
+    if unknown:
+        raise InputError(f"unknown metrics: {', '.join(unknown)}; known are {', '.join(METRIC_NAMES)}")
+    short = [url.rstrip("/").rsplit("/", 1)[-1] for url in urls]
+    frames = {}
+    for name, run in zip(short if len(set(short)) == len(short) else urls, runs, strict=True):
+        rows, digests = run.metrics(), run.header.identity.images
+        frames[name] = rows.assign(image_digest=[digests[i] for i in rows["image"]])
+    return compared(frames, metrics)
+
+
+def compared(runs: Mapping[str, pd.DataFrame], metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Each metric of each block in several runs: means, and differences from the first run at the same images.
+
+    Args:
+        runs: by name, in order; rows from `Run.metrics`, with `image_digest`, by which images are known again.
+        metrics: names of `stiffcore.metrics.NAMES`; None: those of the kind, and the spectral abscissa.
+
+    Returns:
+        One row a kind, block, function, metric and run: `kind`, `number`, `block`, `function`, `metric`, `run`,
+        `images` (with a finite certified value), `mean` and `std` over these (`std` nan of one). Of all but the
+        first run, over `common` images, which have a finite certified value in both: `difference`, the mean of the
+        value less that in the first run, and `difference_low`, `difference_high`, its interval of 95 % by Student's t
+        (nan of one).
+    """
+    found = []
+    frames = {name: certified(rows).set_index(["kind", *BLOCK, "function"]).sort_index() for name, rows in runs.items()}
+    units = sorted(set().union(*(frame.index for frame in frames.values())))
+    for unit in units:
+        parts = {name: frame.loc[[unit]] for name, frame in frames.items() if unit in frame.index}
+        chosen = metrics or (SINGULAR_METRICS if unit[0] == Kind.SINGULAR else (*METRICS, "abscissa"))
+        for metric in chosen:
+            values = {name: _finite(part.set_index("image_digest")[metric]) for name, part in parts.items()}
+            first = values.get(next(iter(runs)), pd.Series(dtype=float))
+            for name, series in values.items():
+                common = first.index.intersection(series.index) if name != next(iter(runs)) else first.index[:0]
+                found.append(
+                    dict(zip(("kind", *BLOCK, "function"), unit, strict=True))
+                    | {"metric": metric, "run": name, "images": len(series)}
+                    | dict(zip(("mean", "std"), _mean_and_deviation(series), strict=True))
+                    | {"common": len(common)}
+                    | _difference(series[common] - first[common])
+                )
+    return pd.DataFrame(found)
+
+
+def _finite(values: pd.Series) -> pd.Series:
+    values = values[~values.index.duplicated()].astype(float)
+    return values[np.isfinite(values)]
+
+
+def _mean_and_deviation(values: pd.Series) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1))  # of one value, itself and nan; of none, nan
+
+
+def _difference(values: pd.Series) -> dict[str, float]:
+    mean, deviation = _mean_and_deviation(values)
+    half = float(stats.t.ppf(0.975, max(len(values) - 1, 1)) * deviation / np.sqrt(max(len(values), 1)))
+    return {"difference": mean, "difference_low": mean - half, "difference_high": mean + half}
+
+
+def correlations(
+    rows: pd.DataFrame,
+    metrics: Sequence[str] | None = None,
+    outcomes: Sequence[str] = OUTCOMES,
+    held: str | None = None,
+) -> pd.DataFrame:
     """Correlate each metric of each block with accuracy (an image classified correctly, 1 or 0) and loss.
 
-    Pearson's r with the p-value of the t-test (as the paper has it), Spearman's rho, and the p-values of all tests of
-    the table corrected for their number: Holm's, which bounds the chance of any false one (Scand. J. Stat. 6 (1979)),
-    and Benjamini and Hochberg's, which bounds the share of false ones (J. R. Stat. Soc. B 57 (1995)).
+    Pearson's r and Spearman's rho, each with an interval of 95 % (percentiles over resamples of the images, Efron's
+    bootstrap) and a p-value: of the t-test (as the paper has it) from 100 images on, of fewer by permutation. The
+    p-values of all tests of the table are corrected for their number: Holm's, which bounds the chance of any false one
+    (Scand. J. Stat. 6 (1979)), and Benjamini and Hochberg's, which bounds the share of false ones (J. R. Stat. Soc. B
+    57 (1995)).
 
     Args:
         rows: from `Run.metrics`, of one kind and one function.
         metrics: names of `stiffcore.metrics.NAMES`; None: those of the kind, see `metrics_of`.
+        outcomes: columns that the metrics are correlated with.
+        held: a column that is held fixed: coefficients are partial ones, between what linear regressions on it leave
+            of metric and outcome (of their ranks, for Spearman's); one degree of freedom less. None: plain ones.
 
     Returns:
         One row a block, metric and outcome: `number`, `block`, `metric`, `outcome`, `images` (with both finite),
-        `pearson`, `pearson_p`, `spearman`, `spearman_p`, and `pearson_holm`, `pearson_bh`, `spearman_holm`,
-        `spearman_bh`. Coefficients are nan where there are fewer than 20 images, one side
-        is constant, or fewer than 3 images are classified correctly or fewer than 3 wrongly.
+        `pearson`, `spearman`, and of each `_p`, `_low`, `_high`, `_holm`, `_bh`. Coefficients are nan where there are
+        fewer than 20 images, one side is constant, or fewer than 3 images are classified correctly or fewer than 3
+        wrongly.
     """
     found = []
     for (number, block), part in certified(rows).groupby(["number", "block"], sort=True):
         for metric in metrics or metrics_of(rows):
-            for outcome in OUTCOMES:
-                pair = part[[metric, outcome]].astype(float)
-                pair = pair[np.isfinite(pair).all(axis=1)]
-                x, y = pair[metric].to_numpy(), pair[outcome].to_numpy()
-                row = {"number": number, "block": block, "metric": metric, "outcome": outcome, "images": len(pair)}
-                found.append(row | _coefficients(x, y))
+            for outcome in outcomes:
+                columns = part[[metric, outcome, *([held] if held else [])]].to_numpy(float)
+                columns = columns[np.isfinite(columns).all(axis=1)]
+                row = {"number": number, "block": block, "metric": metric, "outcome": outcome, "images": len(columns)}
+                found.append(row | _coefficients(columns))
     table = pd.DataFrame(found)
     for test in ("pearson", "spearman"):
         p = table[f"{test}_p"].to_numpy(float) if len(table) else np.zeros(0)
@@ -152,15 +248,51 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def _coefficients(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    counts = np.unique(y, return_counts=True)[1]
-    too_few = len(x) < FEWEST or (len(counts) == 2 and counts.min() < FEWEST_EACH)
-    if too_few or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return dict.fromkeys(("pearson", "pearson_p", "spearman", "spearman_p"), float("nan"))
-    pearson, spearman = stats.pearsonr(x, y), stats.spearmanr(x, y)
-    return {
-        "pearson": float(pearson.statistic),
-        "pearson_p": float(pearson.pvalue),
-        "spearman": float(spearman.statistic),
-        "spearman_p": float(spearman.pvalue),
-    }
+def _coefficients(columns: np.ndarray) -> dict[str, float]:
+    """Coefficients of the first two columns, with the third, if there is one, held fixed."""
+    counts = np.unique(columns[:, 1], return_counts=True)[1]
+    too_few = len(columns) < FEWEST or (len(counts) == 2 and counts.min() < FEWEST_EACH)
+    known = not too_few and (np.ptp(columns, axis=0) > 0).all()
+    found: dict[str, float] = {}
+    for name, ranked in (("pearson", False), ("spearman", True)):
+        values = _coefficient(columns, ranked) if known else (float("nan"),) * 4
+        found |= dict(zip((name, f"{name}_p", f"{name}_low", f"{name}_high"), values, strict=True))
+    return found
+
+
+def _coefficient(columns: np.ndarray, ranked: bool) -> tuple[float, float, float, float]:
+    """Coefficient, p-value, and the ends of its interval of 95 %; the same at every call."""
+    images, variables = columns.shape
+    rng = np.random.default_rng(0)
+    value = float(_correlation(columns[None], ranked)[0])
+    if images < FEW:  # what is permuted is the metric, or what the regression on the column held fixed leaves of it
+        left = _left(columns[None], ranked)[0]
+        orders = rng.permuted(np.tile(left[:, 0], (PERMUTATIONS, 1)), axis=1)
+        samples = np.stack([orders, np.broadcast_to(left[:, 1], orders.shape)], axis=2)
+        beyond = np.abs(_correlation(samples, False)) >= abs(value) * (1 - 1e-12)
+        p = float((1 + beyond.sum()) / (1 + PERMUTATIONS))
+    else:
+        freedom = images - variables
+        p = float(2 * stats.t.sf(abs(value) * np.sqrt(freedom / max(1 - value * value, 1e-300)), freedom))
+    resampled = _correlation(columns[rng.integers(images, size=(RESAMPLES, images))], ranked)
+    low, high = np.nanpercentile(resampled, (2.5, 97.5))  # a resample in which one side is constant has none
+    return value, p, float(low), float(high)
+
+
+def _correlation(samples: np.ndarray, ranked: bool) -> np.ndarray:
+    """Of samples (samples, images, variables): the correlation of the first two variables, the third held fixed."""
+    left = _left(samples, ranked)
+    x, y = left[..., 0], left[..., 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+
+
+def _left(samples: np.ndarray, ranked: bool) -> np.ndarray:
+    """The first two variables of each sample less their means, and less their regressions on the third."""
+    values = stats.rankdata(samples, axis=1) if ranked else samples
+    values = values - values.mean(axis=1, keepdims=True)
+    if values.shape[2] == 2:
+        return values
+    given = values[..., 2:]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return values[..., :2] - given * ((values[..., :2] * given).sum(1) / (given * given).sum(1))[:, None]

@@ -273,8 +273,9 @@ def correlations_table(rows: pd.DataFrame, function: str) -> Table:
     """Correlations of the metrics of `metrics_of` with accuracy and loss, block by block; see `correlations`."""
     found = correlations(rows[rows["function"] == function])
     table = _table(
-        f"Correlation over images, certified {_kind(rows)} spectra of {function}: coefficient (p; p by Holm)",
-        "bold: p < 0.05 as it stands, without regard to the number of tests; an asterisk: by Holm, too",
+        f"Correlation over images, certified {_kind(rows)} spectra of {function}: coefficient [95 %] (p; p by Holm)",
+        "[95 %]: interval over resampled images; bold: p < 0.05 as it stands, without regard to the number of tests; "
+        "an asterisk: by Holm, too",
     )
     table.add_column("block", no_wrap=True)
     for name in ("metric", "with"):
@@ -292,7 +293,8 @@ def _coefficient(row: pd.Series, test: str) -> str | Text:
     value, p, corrected = row[test], row[f"{test}_p"], row[f"{test}_holm"]
     if math.isnan(value):
         return "-"
-    text = f"{value:.2f} ({p:.2g}; {corrected:.2g}){'*' if corrected < SIGNIFICANT else ''}"
+    interval = f"[{row[f'{test}_low']:.2f}, {row[f'{test}_high']:.2f}]"
+    text = f"{value:.2f} {interval} ({p:.2g}; {corrected:.2g}){'*' if corrected < SIGNIFICANT else ''}"
     return Text(text, style="bold") if p < SIGNIFICANT else text
 
 
@@ -309,6 +311,47 @@ def _mean(values: Any) -> str:
     series = pd.Series(finite)
     mean = f"{series.mean():.5g} ({series.std():.2g})" if len(finite) >= FEWEST_OF_MEAN else "-"
     return mean + (f" [{', '.join(notes)}]" if notes else "")
+
+
+def comparison_table(found: pd.DataFrame, kind: str) -> Table:
+    """What `compared` found of one kind: a line a block and metric, a column a run."""
+    names = list(dict.fromkeys(found["run"]))
+    table = _table(
+        f"Mean over images (standard deviation) of certified {kind} spectra, run by run",
+        f"difference from {names[0]} at the images of both, [95 %]: its interval by Student's t",
+    )
+    table.add_column("block", no_wrap=True)
+    for name in ("function", "metric"):
+        table.add_column(name)
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right")
+        if i:
+            table.add_column(f"{name} less {names[0]}", justify="right")
+    part = found[found["kind"] == kind]
+    for unit, rows in part.groupby(["number", "block", "function", "metric"], sort=False):
+        by_run, cells = {row["run"]: row for row in rows.to_dict("records")}, []
+        for i, name in enumerate(names):
+            row = by_run.get(name)
+            cells.append(_mean_of(row) if row else "-")
+            if i:
+                cells.append(_difference_of(row) if row else "-")
+        table.add_row(_block(unit[0], unit[1]), str(unit[2]), str(unit[3]), *cells)
+    return table
+
+
+def _mean_of(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["mean"]):
+        return "-"
+    deviation = "" if math.isnan(row["std"]) else f" ({row['std']:.2g})"
+    return f"{row['mean']:.5g}{deviation}, {counted(row['images'], 'image', 'images')}"
+
+
+def _difference_of(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["difference"]):
+        return "-"
+    few = math.isnan(row["difference_low"])
+    interval = "" if few else f" [{row['difference_low']:.2g}, {row['difference_high']:.2g}]"
+    return f"{row['difference']:+.3g}{interval}, {counted(row['common'], 'image', 'images')}"
 
 
 def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -125,6 +125,12 @@ class RunStore(Holder):
             if self.local is None:
                 self.check_new(self.url)
             self.root = self._create()
+        except StoreError as error:
+            # zarr makes the folder to look at it
+            refused = isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError, PermissionError))
+            if create and refused and self.local is not None and not self.local.exists():
+                raise InputError(f"{self.url} cannot be made: {error}") from error
+            raise
         except (ValueError, TypeError, KeyError) as error:
             self._refuse_damaged(str(error))
             if torn(read_raw(self._store, ROOT)):
