@@ -99,8 +99,8 @@ class Ends:
         left_lines: counts of the k left of lines near to the left end, at most one between eigenvalues that were found
             and one beyond them all: what proves that none was missed. Empty where that is not proved.
         right_lines: the same at the right end, counts of those right of the lines.
-        radii: of the eigenvalues that were known, where asked for: one eigenvalue exactly is so near; inf where that is
-            not proved.
+        discs: around each of the eigenvalues that were known, where asked for: radii, with one eigenvalue exactly so
+            near, and margins, within which a matrix has one there, too; none where that is not proved.
     """
 
     left_of_zero: Count
@@ -111,7 +111,7 @@ class Ends:
     note: str
     left_lines: tuple[Count, ...] = ()
     right_lines: tuple[Count, ...] = ()
-    radii: tuple[float, ...] = ()
+    discs: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, infinities as strings."""
@@ -410,7 +410,7 @@ class Spectrum:
             reach = certificate.real_parts[name == "largest"] if certificate.real_parts else float("nan")
             bounds = f"the numerical range reaches {reach:.6g}" if np.isfinite(reach) else "no bound is known"
             lines.append(f"the {name} real part is found, not proved: {bounds}")
-        if certificate.first_order:
+        if certificate.first_order and (certificate.unproved or certificate.near_axis):
             number, total = certificate.first_order, len(certificate.certified)
             lines.append(f"of {number} of {total} eigenvalues checked, the error is known to first order only")
         s = abs(self.metrics["S_active"])

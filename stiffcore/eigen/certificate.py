@@ -9,7 +9,6 @@ with no finite condition, which says nothing of the eigenvalue of M.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -131,15 +130,12 @@ def _bounded(
         right_lines, left_lines, right, left = ends.right_lines, ends.left_lines, ends.range_right, ends.range_left
     reaches = {"largest": _reach(found.certified, right_lines, right + slack, 1)}
     reaches["smallest"] = _reach(found.certified, left_lines, -left + slack, -1)
-    # what may lie further out counts as what is certified there
-    possible = [Certified(complex(reach.sign * reach.bound), 0.0, 1.0, 0.0, True) for reach in reaches.values()]
-    ratio_error = partial(_ratio_error, reduction, values, (*found.certified, *possible), None)
-    further = [reach.bound - reach.outermost for reach in reaches.values()]
+    between = [(reach.least, reach.bound) for reach in reaches.values()]
     return replace(
         found,
-        error=max(found.error, *further),
-        s_error=ratio_error(structural=True),
-        s_active_error=ratio_error(structural=False),
+        error=max(found.error, *(reach.bound - reach.outermost for reach in reaches.values())),
+        s_error=_ratio_error(reduction, values, *between, structural=True),
+        s_active_error=_ratio_error(reduction, values, *between, structural=False),
         unproved=tuple(name for name, reach in reaches.items() if not reach.proved),
         failures=(*found.failures, *(reach.contradiction for reach in reaches.values() if reach.contradiction)),
     )
@@ -150,15 +146,15 @@ class _Reach:
     """How far out one end of a spectrum may be.
 
     Attributes:
-        sign: 1 for the right end; -1 for the left one, and the negative of all real parts.
-        outermost: what was found.
+        outermost: what was found; of the left end the negative, as all that follows.
+        least: nothing that is certified is further out, by its error, and something is as far.
         bound: nothing lies further out.
         proved: whether that is from a count, and not from the numerical range.
         contradiction: between what was found and what was counted.
     """
 
-    sign: int
     outermost: float
+    least: float
     bound: float
     proved: bool
     contradiction: str = ""
@@ -166,17 +162,19 @@ class _Reach:
 
 def _reach(certified: tuple[Certified, ...], lines: tuple[Count, ...], range_end: float, sign: int) -> _Reach:
     outermost = max((sign * c.value.real for c in certified), default=-np.inf)
+    least = max((sign * c.value.real - c.error for c in certified), default=-np.inf)
     for count in lines:
         line = sign * count.threshold
         beyond = [c for c in certified if sign * c.value.real > line]
         number = sum(_copies(c) for c in beyond)
         if number > (count.count or 0):
             said = f"{number} eigenvalues were found beyond {count.threshold:.6g}, where {count.count} are proved to be"
-            return _Reach(sign, outermost, max(range_end, outermost), proved=False, contradiction=said)
+            return _Reach(outermost, least, max(range_end, outermost), proved=False, contradiction=said)
         clear = all(sign * c.value.real - c.error > line for c in beyond)
         if number == count.count and clear and len(_apart(beyond)) == len(beyond):
-            return _Reach(sign, outermost, outermost if beyond else line, proved=True)
-    return _Reach(sign, outermost, max(range_end, outermost), proved=False)
+            bound = max((sign * c.value.real + c.error for c in beyond), default=line)
+            return _Reach(outermost, least, bound, proved=bool(np.isfinite(least)))
+    return _Reach(outermost, least, max(range_end, outermost), proved=False)
 
 
 def _copies(c: Certified) -> int:
@@ -250,11 +248,11 @@ def certify(
     """
     dtype = reduction.jacobian.dtype
     located = _located(reduction, values, matrix) if complete else None
-    gaps, radii = _gaps(values, chosen), _radii(ends, len(chosen)) if complete else None
+    gaps, discs = _gaps(values, chosen), _discs(ends, len(chosen)) if complete else None
     certified = (
         ()
         if vectors is None
-        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, radii)
+        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, discs)
     )
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
@@ -276,14 +274,15 @@ def certify(
     )
     if complete:
         failures += _miscounted(reduction, values, signs, right)
+    between = _ends_between(reduction, certified, located)
     found = Certificate(
         certified=certified,
         trace_error=trace_error,
         square_error=square_error,
         reduction_check=reduction.check,
         error=max((c.error for c in certified if c.estimate is None), default=0.0),
-        s_error=_ratio_error(reduction, values, certified, located, structural=True),
-        s_active_error=_ratio_error(reduction, values, certified, located, structural=False),
+        s_error=_ratio_error(reduction, values, *between, structural=True),
+        s_active_error=_ratio_error(reduction, values, *between, structural=False),
         near_axis=signs.unsure,
         axis_error=signs.axis_error,
         failures=tuple(failures),
@@ -299,8 +298,12 @@ def certify(
     )
 
 
-def _radii(ends: Ends | None, number: int) -> tuple[float, ...]:
-    return ends.radii if ends is not None and ends.radii else (np.inf,) * number
+# Of one eigenvalue: radii and margins, see `stiffcore.spectra.Ends`.
+_Discs = tuple[tuple[float, float], ...]
+
+
+def _discs(ends: Ends | None, number: int) -> tuple[_Discs, ...]:
+    return ends.discs if ends is not None and ends.discs else ((),) * number
 
 
 def distance_of(reduction: Reduction) -> float:
@@ -412,7 +415,7 @@ def _certified(
     moments: Moments,
     neglected: float,
     located: Inclusion | None,
-    radii: tuple[float, ...] | None,
+    discs: tuple[_Discs, ...] | None,
 ) -> tuple[Certified, ...]:
     x, dtype = reduction.jacobian.x, reduction.jacobian.dtype
     complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
@@ -426,11 +429,11 @@ def _certified(
     eps = float(np.finfo(dtype).eps)
     rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
     found = []
-    given = zip(values, gaps, radii or [None] * len(values), vectors.converged, of_j, of_m, strict=True)
-    for value, gap, radius, ok, outer, inner in given:
+    given = zip(values, gaps, discs or [()] * len(values), vectors.converged, of_j, of_m, strict=True)
+    for value, gap, around, ok, outer, inner in given:
         shifted = complex(reduction.shift + value)
-        error, condition = min((_finite(c * (r + rounding)), c) for r, c in (outer, inner))
-        estimate = error if located is None and radius is not None else None
+        error, condition = min((_finite(c * (r + rounding)), c) for r, c, _ in (outer, inner))
+        estimate = error if located is None and discs is not None else None
         if condition > WELL_CONDITIONED and error > FIRST_ORDER_SHARE * gap:
             error = float("inf")  # of a cluster: what it is to first order is not known to hold
         if located is not None:
@@ -438,11 +441,28 @@ def _certified(
             error = located.error(complex(value)) + eps * abs(shifted)
         if reduction.loss:
             error += _finite(outer[1] * reduction.loss)
-        if estimate is not None and radius is not None:  # nor is more lost: its margin allows for all that M is off
-            error = radius + eps * abs(shifted)
+        if estimate is not None:  # nor is more lost: the margins allow for all that M is off
+            error = _isolated_error(around, inner[1], inner[2], rounding) + eps * abs(shifted)
             estimate = None if np.isfinite(error) else estimate
         found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok), estimate))
     return tuple(found)
+
+
+def _isolated_error(discs: _Discs, condition: float, residual: float, rounding: float) -> float:
+    """The error of the one eigenvalue in each of some discs; inf where there is none.
+
+    A matrix A + D, |D| <= the larger of both residuals, has the value and its vectors exactly (Kahan, Parlett, Jiang,
+    SIAM J. Numer. Anal. 19 (1982)). The one meant is A + D + F. The eigenvalue of A + D + t F in the disc of radius r
+    is analytic in t as long as |D| + |t F| is under the margin, for |t| < T, and stays in there. So Cauchy's bounds of
+    its Taylor coefficients say how far it is from the first order at t = 1: r (T^-2 + T^-3 + ...).
+    """
+    off, least = residual + rounding, float("inf")
+    for radius, margin in discs:
+        far, error = (margin - off) / (off + rounding), radius
+        if far > 1 and np.isfinite(condition):
+            error = min(radius, 1.01 * condition * (off + rounding) + radius / (far * (far - 1)))
+        least = min(least, error)
+    return least
 
 
 def _gaps(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -464,11 +484,12 @@ def _checked(
     u: torch.Tensor,
     v: torch.Tensor,
     values: torch.Tensor,
-) -> list[tuple[float, float]]:
-    """Residual and condition of each eigenvalue of a map, from its unit vectors, rows u and v^T."""
-    residual = torch.fmin(_residual(product, u, values), _residual(transposed, v, values))
+) -> list[tuple[float, float, float]]:
+    """Of each eigenvalue of a map, from unit rows u and v^T: the smaller residual, the condition, the larger one."""
+    of_u, of_v = _residual(product, u, values), _residual(transposed, v, values)
     condition = 1 / torch.abs((v.to(torch.complex128) * u.to(torch.complex128)).sum(dim=1))
-    return [(_finite(r), _finite(c)) for r, c in zip(residual.tolist(), condition.tolist(), strict=True)]
+    found = torch.fmin(of_u, of_v), condition, torch.maximum(of_u, of_v)
+    return [(_finite(r), _finite(c), _finite(w)) for r, c, w in zip(*(x.tolist() for x in found), strict=True)]
 
 
 def _residual(
@@ -483,15 +504,33 @@ def _finite(value: float) -> float:
     return float(value) if np.isfinite(value) else float("inf")
 
 
+def _ends_between(
+    reduction: Reduction, certified: tuple[Certified, ...], located: Inclusion | None
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """What the largest real part is between, and the negative of the smallest: by what is located, else by errors."""
+    found = []
+    for sign in (1, -1):
+        if located is None:
+            real = [(sign * c.value.real - c.error, sign * c.value.real + c.error) for c in certified]
+            least, most = (max((x[side] for x in real), default=-np.inf) for side in (0, 1))
+        else:
+            parts = located.rightmost() if sign > 0 else located.leftmost()
+            least, most = sorted(sign * (reduction.shift + x) for x in parts)
+            off = float(np.finfo(reduction.jacobian.dtype).eps) * max(abs(least), abs(most)) + reduction.loss
+            least, most = least - off, most + off
+        found.append((least, most))
+    return found[0], found[1]
+
+
 def _ratio_error(
     reduction: Reduction,
     values: np.ndarray,
-    certified: tuple[Certified, ...],
-    located: Inclusion | None,
+    right: tuple[float, float],
+    left: tuple[float, float],
     *,
     structural: bool,
 ) -> float:
-    """The error of S, or of S_active, from how far its two ends may be off.
+    """The error of S, or of S_active, from what its two ends are between (`_ends_between`).
 
     An exact one or zero cannot move, but an eigenvalue beside it may lie further out than it was found.
     """
@@ -502,20 +541,10 @@ def _ratio_error(
     computed = [float(real.max()), float(real.min())] if len(real) else []
     ends = {"max": max([*computed, *exact]), "min": min([*computed, *exact])}
     errors = {}
-    for end, sign in (("max", 1.0), ("min", -1.0)):
-        value = ends[end]
-        if located is None:
-            found = [c.error for c in certified if c.value.real == value]
-            inside = 0.0 if value in exact else max(found, default=float("inf"))
-            outside = max((sign * (c.value.real - value) + c.error for c in certified), default=0.0)
-            errors[end] = max(inside, outside)
-            continue
-        between = located.rightmost() if sign > 0 else located.leftmost()
-        off = float(np.finfo(reduction.jacobian.dtype).eps) * abs(value) + reduction.loss
-        low, high = sorted(sign * (reduction.shift + x) for x in between)
-        known = max([sign * x for x in exact], default=-float("inf"))
-        low, high = max(low - off, known), max(high + off, known)
-        errors[end] = max(high - sign * value, sign * value - low, 0.0)
+    for end, sign, between in (("max", 1.0, right), ("min", -1.0, left)):
+        value = sign * ends[end]
+        low, high = (max([x, *(sign * y for y in exact)]) for x in between) if len(real) else (value, value)
+        errors[end] = max(high - value, value - low, 0.0)
     if ends["min"] == 0.0 and errors["min"] == 0.0:
         return 0.0  # S is infinite, or undefined, exactly
     return stiffness_error(ends, errors["max"], errors["min"])

@@ -284,10 +284,10 @@ def ends_of(
     real = known[0].real if whole is None else whole.real
     lines = _lines(enclosures, host, real, few, rounding)
     right_lines = _lines(turned, None if host is None else -host, -real, few, rounding)
-    radii: tuple[float, ...] = ()
+    discs: tuple[tuple[tuple[float, float], ...], ...] = ()
     if whole is not None:
-        radii = tuple(
-            min((enclosure.error(complex(value), rounding) for enclosure in enclosures), default=math.inf)
+        discs = tuple(
+            max((enclosure.discs(complex(value), rounding) for enclosure in enclosures), key=len, default=())
             for value in known[0]
         )
     return Ends(
@@ -299,7 +299,7 @@ def ends_of(
         note=note,
         left_lines=tuple(replace(c, threshold=float(shift + c.threshold)) for c in lines),
         right_lines=tuple(replace(c, threshold=float(shift - c.threshold)) for c in right_lines),
-        radii=radii,
+        discs=discs,
     )
 
 
