@@ -17,9 +17,8 @@ import numpy as np
 
 from stiffcore.eigen import dense
 from stiffcore.eigen.deflation import CHEAP_WHOLE, WHOLE_BYTES
-from stiffcore.eigen.extremes import DENSE_SHARE
 from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER, inclusion_bytes
-from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
+from stiffcore.eigen.sparse import DENSE_PANEL, DENSE_SHARE, device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.record import UnitPlan
@@ -885,14 +884,23 @@ def locate_bytes(k: int, kernel_items: int, itemsize: int) -> int:
 Stages = Callable[[Unit, int, int, int], dict[str, int]]
 
 
-def prove_bytes(unit: Unit, itemsize: int) -> int:
+def proves_sparse(unit: Unit) -> bool:
+    """Whether the ends of a whole spectrum are proved with a sparse matrix: it is, or it is of a small order."""
+    return 0 < unit.nonzeros < DENSE_SHARE * unit.k**2 or unit.k <= CHEAP_WHOLE
+
+
+def prove_bytes(plan: UnitPlan, itemsize: int) -> int:
     """What proves the ends and the errors of a whole spectrum, beside what it is told that it may take.
 
-    The operator, the matrix while it is read, and what the counts of `_extremes_stages` make of it, without factors.
+    The operator, and the matrix while it is read; what the counts of `_extremes_stages` make of a sparse one, without
+    factors; of a dense one a panel in double precision.
     """
-    parts = 10 if unit.function is BlockFunction.BRANCH else 5
-    operator = operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize)
-    return operator + parts * 12 * (unit.nonzeros or unit.k**2) + _krylov_bytes(unit.k)
+    unit, k = plan.unit, plan.unit.k
+    held = operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize) + _krylov_bytes(k)
+    if proves_sparse(unit):
+        parts = 10 if unit.function is BlockFunction.BRANCH else 5
+        return held + parts * 12 * (unit.nonzeros or k * k)
+    return held + k * k * itemsize + max(_shard_bytes(k, plan.shard, itemsize), 2 * 8 * DENSE_PANEL * k)
 
 
 def _with_proof(base: UnitPlan, itemsize: int, data_bytes: int) -> dict[str, int]:
@@ -902,7 +910,7 @@ def _with_proof(base: UnitPlan, itemsize: int, data_bytes: int) -> dict[str, int
     prove: `prove_bytes`; of a small order, the dense solve that is its last resort, too.
     """
     k, stages = base.unit.k, base.stages or {}
-    needed = prove_bytes(base.unit, itemsize) + (WHOLE_BYTES * k * k if k <= CHEAP_WHOLE else 0)
+    needed = prove_bytes(base, itemsize) + (WHOLE_BYTES * k * k if k <= CHEAP_WHOLE else 0)
     return stages | {"prove": needed} if k > FULL_ORDER and needed <= data_bytes else stages
 
 

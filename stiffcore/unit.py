@@ -28,6 +28,7 @@ from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER
 from stiffcore.eigen.numerical_range import logarithmic_norm, range_bounds
 from stiffcore.eigen.panels import Each
+from stiffcore.eigen.sparse import DenseMatrix
 from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
@@ -36,7 +37,7 @@ from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction, Route
 from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
-from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, locate_bytes, operator_bytes, prove_bytes
+from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, locate_bytes, operator_bytes, prove_bytes, proves_sparse
 from stiffcore.record import (
     Converged,
     Divided,
@@ -862,14 +863,18 @@ def _whole_ends(
     """What is proved of the ends of a whole spectrum, where the plan has room for that beside the certificate."""
     if vectors is None or real_parts is None or "prove" not in (run.plan.stages or {}):
         return None
-    with _undoing(run, Stage.PLANNED, "matrix"):
-        sparse = run.matrix("matrix").read_sparse().astype(np.float64)
+    matrix: csc_array | DenseMatrix
+    if proves_sparse(run.unit):
+        with _undoing(run, Stage.PLANNED, "matrix"):
+            matrix = run.matrix("matrix").read_sparse().astype(np.float64)
+    else:
+        matrix = DenseMatrix(_read_matrix(run))
     found = ends_of(
-        sparse,
+        matrix,
         run.reduction.shift,
         (values[chosen].astype(np.complex128), vectors.right.astype(np.complex128)),
         disc=run.unit.function == BlockFunction.BRANCH,
-        memory_bytes=run.plan.projected_bytes - prove_bytes(run.unit, run.dtype.itemsize),
+        memory_bytes=run.plan.projected_bytes - prove_bytes(run.plan, run.dtype.itemsize),
         note="",
         rounding=certificate.distance_of(run.reduction),
         whole=Whole(values.real.astype(np.float64), real_parts, certificate.side_of_axis(run.reduction, real_parts)),

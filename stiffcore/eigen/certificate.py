@@ -458,6 +458,8 @@ def _isolated_error(discs: _Discs, condition: float, residual: float, rounding: 
     """
     off, least = residual + rounding, float("inf")
     for radius, margin in discs:
+        if not margin > rounding:
+            continue
         far, error = (margin - off) / (off + rounding), radius
         if far > 1 and np.isfinite(condition):
             error = min(radius, 1.01 * condition * (off + rounding) + radius / (far * (far - 1)))
