@@ -8,6 +8,7 @@ from stiffcore.version import __version__
 if TYPE_CHECKING:
     from stiffcore.api import analyze, spectrum
     from stiffcore.errors import BusyError, DamagedError, InputError, StiffcoreError
+    from stiffcore.report.figures import plot_compare
     from stiffcore.report.statistics import compare
     from stiffcore.run import Run, open_run
     from stiffcore.spectra import Certificate, Certified, Count, Ends, Spectrum
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "analyze": "api",
     "compare": "report.statistics",
+    "plot_compare": "report.figures",
     "spectrum": "api",
     "BusyError": "errors",
     "DamagedError": "errors",
@@ -47,6 +49,7 @@ __all__ = [
     "analyze",
     "compare",
     "open_run",
+    "plot_compare",
     "spectrum",
 ]
 

@@ -392,6 +392,7 @@ def report(
     run: RunArgument,
     to: Annotated[Path, typer.Option(help="The page to write, .html; it must not exist.")],
     figures: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG and SVG files.")] = None,
+    shared: Annotated[bool, typer.Option("--shared-axes", help="Draw the spectra of all blocks to one scale.")] = False,
 ) -> None:
     """Write one self-contained page: spectra, S and P along depth and by label, correlations, certificates."""
     found = open_run(run)
@@ -400,7 +401,7 @@ def report(
     except ImportError as error:
         raise InputError(f"{error}; pip install 'stiffcore[report]'") from error
 
-    _say(out, write_report(found, to, figures))
+    _say(out, write_report(found, to, figures, shared=shared))
     _refuse_damaged(found)
 
 

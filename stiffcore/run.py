@@ -12,7 +12,7 @@ import numpy as np
 from stiffcore.errors import DamagedError, InputError
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.record import Stage, UnitRecord
-from stiffcore.spectra import Certificate, Count, Spectrum
+from stiffcore.spectra import Certificate, Count, Spectrum, drawing
 from stiffcore.store import IMAGES, RunStore, StoreError, stored_spectrum
 from stiffcore.study import FAILED, Kind, Solver, Study, parse_bytes, unit_key
 from stiffcore.text import encodable
@@ -21,6 +21,7 @@ from stiffcore.trust import trusted_network
 if TYPE_CHECKING:
     import pandas as pd
     import xarray
+    from matplotlib.figure import Figure
 
     from stiffcore.picture import Picture
 
@@ -236,6 +237,31 @@ class Run:
                 rows.append(self._damaged_row(key, records.get(key), images, str(error)))
         # tables of texts may be kept as UTF-8
         return pd.DataFrame([{n: encodable(v) if isinstance(v, str) else v for n, v in row.items()} for row in rows])
+
+    def plot_depth(self, function: str = "block", kind: str | None = None) -> "Figure":
+        """S active and the share of negative real parts along depth: median, quartiles and range over images.
+
+        Args:
+            function: block or branch.
+            kind: of the spectra; None: the run's first.
+
+        Raises:
+            InputError: where no such spectrum is certified, or matplotlib is not installed.
+        """
+        return self._figure("depth", function, kind)
+
+    def plot_labels(self, function: str = "block", kind: str | None = None) -> "Figure":
+        """Means of S active by block and label; arguments and errors as `plot_depth`."""
+        return self._figure("heat", function, kind)
+
+    def _figure(self, name: str, function: str, kind: str | None) -> "Figure":
+        rows = self.metrics()
+        rows = rows[rows["kind"] == (kind or self.study.kinds[0])]
+        given = (self.study.network,) if name == "depth" else ()
+        figure = drawing(name)(rows, function, *given)
+        if figure is None:
+            raise InputError(f"nothing to draw of {function}: no certified spectra of several blocks or labels")
+        return figure
 
     def to_xarray(self) -> "xarray.Dataset":
         """All metrics as a dataset over image, block, function and kind; nan where there is no spectrum.

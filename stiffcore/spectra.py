@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from html import escape
-from typing import Annotated, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -14,6 +15,9 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from stiffcore.errors import InputError
 from stiffcore.metrics import NAMES, extreme_metrics, singular_metrics, spectrum_metrics, spell, spell_share
 from stiffcore.study import Kind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # An S whose error is more than this share of it is not determined.
 DOUBTFUL = 0.1
@@ -429,6 +433,20 @@ class Spectrum:
             return "NOT certified: " + "; ".join(self.certificate.failures)
         return "certified, but " + "; ".join(self.doubts) if self.doubts else "certified"
 
+    def plot(self, axis: "Axes | None" = None) -> "Axes":
+        """Draw the eigenvalues in the complex plane, both axes to the same scale; singular values by size.
+
+        Args:
+            axis: matplotlib axes to draw on; None: those of a new figure, `axis.figure`.
+
+        Returns:
+            The axes. What is what: see `stiffcore.report.figures.draw_spectrum`.
+
+        Raises:
+            InputError: where matplotlib is not installed.
+        """
+        return drawing("plot")(self, axis)
+
     def _repr_html_(self) -> str:
         m, c = self.metrics, self.certificate
         found = f"{len(self.computed) if self.has_values else self.k:,}"
@@ -455,6 +473,18 @@ class Spectrum:
             f"{self.zeros} zeros; S={m['S']:.6g}, S_active={m['S_active']:.6g} +- {c.s_active_error:.1e}, "
             f"Re<0: {spell_share(m, 'negative')} %; {self.verdict})"
         )
+
+
+def drawing(name: str) -> Callable[..., Any]:
+    """A function of `report.figures`, which stands on this module: it is looked up when it is called.
+
+    Raises:
+        InputError: where matplotlib is not installed.
+    """
+    try:
+        return getattr(import_module("stiffcore.report.figures"), name)
+    except ImportError as error:
+        raise InputError(f"{error}; pip install 'stiffcore[report]'") from error
 
 
 def spelled(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The report: one page that needs no network, says what failed, and opens in a browser."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,17 +14,25 @@ from torch import nn
 
 import stiffcore
 from stiffcore import cli
-from stiffcore.report.figures import paper_values
+from stiffcore.metrics import spell
+from stiffcore.report.figures import depth, paper_values
 from stiffcore.report.page import render, write_report
-from tests.test_run import OPTIONS, command, execute
+from tests.test_run import OPTIONS, execute
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("made") / "run"
+
+
 @pytest.fixture
-def run(small):
-    execute(small / "run", OPTIONS | {"count": 4, "blocks": "1,4"})
-    return stiffcore.open_run(str(small / "run"))
+def run(small, made):
+    if not made.exists():
+        execute(small / "run", OPTIONS | {"count": 4, "blocks": "1,4"})
+        shutil.copytree(small / "run", made)
+    return stiffcore.open_run(str(shutil.copytree(made, small / "run", dirs_exist_ok=True)))
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_has_every_part(run, small):
@@ -87,21 +96,81 @@ def test_the_paper_s_values_are_those_of_its_tables():
     assert paper_values("smallnet:make") == []
 
 
+# What a browser measures of a page once it is drawn, as its title.
+MEASURE = """<script>document.title = JSON.stringify({
+    wide: document.documentElement.scrollWidth - innerWidth,
+    background: getComputedStyle(document.body).backgroundColor,
+    columns: new Set([...document.querySelectorAll(".panels svg")].map(svg => svg.getBoundingClientRect().left)).size,
+    panels: [...document.querySelectorAll(".panels svg")].filter(svg => svg.getBoundingClientRect().width > 150).length,
+    rows: document.querySelectorAll("tr").length})</script>"""
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_opens_the_page_and_draws_it(run, small):
-    process = command("report", small / "run", "--to", small / "r.html", cwd=small)
-    assert process.wait() == 0
-    base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,2000"]
-    page = (small / "r.html").as_uri()
-    dom = subprocess.run([*base, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True).stdout
-    assert dom.count("<svg") >= 5
-    assert dom.count("<tr") > 20
+def test_a_browser_draws_the_page_wide_and_narrow_light_and_dark(run, small):
+    write_report(run, small / "r.html")
+    (small / "measured.html").write_text((small / "r.html").read_text() + MEASURE)
+    base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu"]
+    for width, dark in ((1300, False), (1300, True), (500, False), (500, True)):  # headless windows are 500 at least
+        look = [f"--window-size={width},2000", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+        page = (small / "measured.html").as_uri()
+        dom = subprocess.run(
+            [*base, *look, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True
+        )
+        seen = json.loads(re.search(r"<title>({.*?})</title>", dom.stdout)[1])
+        assert seen["wide"] <= 0
+        assert seen["panels"] == 4
+        assert (seen["columns"] > 1) is (width == 1300)
+        assert seen["rows"] > 20
+        assert (max(map(int, re.findall(r"\d+", seen["background"]))) < 60) is dark
     shot = small / "shot.png"
-    subprocess.run([*base, f"--screenshot={shot}", page], capture_output=True, timeout=120, check=True)
+    look = ["--window-size=1300,2000", f"--screenshot={shot}"]
+    subprocess.run([*base, *look, (small / "r.html").as_uri()], capture_output=True, timeout=120, check=True)
     drawn = Image.open(shot).convert("RGB")
     blue = sum(count for count, (r, g, b) in drawn.getcolors(1 << 24) if b > r + 60 and b > g + 40)
     assert blue > 100  # the computed eigenvalues
+
+
+def test_the_summary_names_the_extremes_and_no_folder_is_told(run, small):
+    write_report(run, small / "r.html")
+    text = (small / "r.html").read_text()
+    rows = run.metrics()
+    part = rows[rows["function"] == "block"]
+    least, most = part.loc[part["S_active"].idxmin()], part.loc[part["S_active"].idxmax()]
+    assert f"S active from {spell(least['S_active'])} ({least['block']}) to {spell(most['S_active'])}" in text
+    assert f"matrix of block: {len(part)} of {len(part)} spectra certified" in text
+    assert str(small) not in text
+
+
+def test_plots_of_a_spectrum_a_run_and_several(run, small):
+    key = next(iter(run.records()))
+    spectrum = run.stored(key)
+    axis = spectrum.plot()
+    assert axis.get_aspect() == 1
+    drawn = axis.lines[-1 - (spectrum.zeros > 0) - (spectrum.ones > 0)].get_xydata()
+    assert sorted(map(tuple, drawn)) == sorted(zip(spectrum.computed.real, spectrum.computed.imag, strict=True))
+    left, right = axis.get_xlim()
+    assert left < min(spectrum.computed.real.min(), 0) < spectrum.computed.real.max() < right
+    assert spectrum.plot(axis) is axis
+    depth = run.plot_depth()
+    assert [a.get_ylabel() for a in depth.axes] == ["S active", "Re < 0, %"]
+    median = run.metrics().query("function == 'block'").groupby("number")["S_active"].median()
+    assert [y for container in depth.axes[0].containers for y in container[0].get_ydata()] == pytest.approx(
+        list(median)
+    )
+    with pytest.raises(stiffcore.InputError, match="nothing to draw of branch"):
+        run.plot_labels("branch", "singular")
+    found = stiffcore.compare([run, stiffcore.open_run(str(shutil.copytree(small / "run", small / "again")))])
+    figure = stiffcore.plot_compare(found)
+    assert [a.get_ylabel() for a in figure.axes] == ["S_active", "negative", "abscissa"]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["run", "again"]
+
+
+def test_the_paper_s_values_stand_beside_tensor_slices_alone(run):
+    rows = run.metrics().query("function == 'block'").assign(S_active=-2.0)
+    plain, sliced = (depth(rows.assign(kind=kind), "block", "resnet18") for kind in ("matrix", "tensor-slices"))
+    crosses = [sum(line.get_marker() == "x" for line in figure.axes[0].lines) for figure in (plain, sliced)]
+    assert crosses == [0, 1]
 
 
 def test_blocks_that_are_no_residual_ones_and_images_without_labels_are_shown(small, capsys):

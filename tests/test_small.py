@@ -246,3 +246,31 @@ def test_only_who_has_small_squares_imports_numba():
     code = "import sys, stiffcore.cli, stiffcore.preload; print('numba' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+ON_A_DEVICE = """
+import numpy as np
+from stiffcore.eigen import small, small_cuda
+
+rng = np.random.default_rng(0)
+for n, dtype in ((1, "f8"), (2, "f8"), (3, "f8"), (5, "f8"), (8, "f8"), (3, "f4")):
+    squares = rng.standard_normal((4, n, n, 5)).astype(dtype)
+    squares[0, ..., 3], squares[1, 0, 0, 4], squares[2, 0, 0, 1] = 0, 1e30, np.nan
+    found, expected = (take(squares, 3, 18, 1.0, 3) for take in (small_cuda.take, small.take))
+    assert np.array_equal(found.doubtful, expected.doubtful)
+    assert found.counts == expected.counts, n
+    order = [z[np.lexsort((z.imag, np.round(z.real, 9)))] for z in (found.values, expected.values)]
+    assert np.allclose(*order, rtol=1e-6 if dtype == "f4" else 1e-12, atol=0), n
+    assert np.allclose(found.sums, expected.sums)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("simulated", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_threads_of_a_device_find_the_same(simulated):
+    """In numba's simulator, one thread after the other, where there is no device."""
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": str(int(simulated))}
+    found = subprocess.run(
+        [sys.executable, "-c", ON_A_DEVICE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.stdout.strip() == "same", found.stderr

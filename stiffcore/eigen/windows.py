@@ -6,7 +6,9 @@ where a sign may be rounding, eigenvectors decide. What decides S is kept with i
 the original function.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from stiffcore.jacobian.reduction import PROBE_TOLERANCE
 from stiffcore.jacobian.slices import Slices, Squares
 from stiffcore.metrics import Tally, stiffness_error
 from stiffcore.spectra import EACH_END, Certificate, Certified
+
+if TYPE_CHECKING:
+    from stiffcore.eigen.small import Taken
 
 Array = NDArray[np.floating]
 BATCH = 1 << 16
@@ -52,6 +57,7 @@ class WindowSpectrum:
 
     Attributes:
         keep: whether the values themselves are kept.
+        take: solves small squares, as `eigen.small.take`, which does where it is None.
         tally: of the eigenvalues that are not zero.
         near_axis: how many of them have a real part within its error of 0.
         axis_error: the largest of these errors.
@@ -59,6 +65,7 @@ class WindowSpectrum:
     """
 
     keep: bool
+    take: Callable[..., "Taken"] | None = None
     tally: Tally = field(default_factory=Tally)
     near_axis: int = 0
     axis_error: float = 0.0
@@ -99,12 +106,13 @@ class WindowSpectrum:
         """By compiled code; what that is in doubt about, by LAPACK."""
         from stiffcore.eigen import small  # compiles, or reads what was compiled
 
+        take = self.take or small.take
         units, channels = squares.values.shape[:2]
         values = squares.values.transpose(0, 2, 3, 1)
         scale = _finite(small.largest_entry(values))
         for start in range(0, units * channels, BATCH):
             stop = min(start + BATCH, units * channels)
-            part = small.take(values, start, stop, scale, EACH_END)
+            part = take(values, start, stop, scale, EACH_END)
             self._sums += part.sums
             self.frobenius = float(np.hypot(self.frobenius, part.norm))
             if len(part.values):

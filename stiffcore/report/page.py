@@ -3,9 +3,10 @@
 import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -21,22 +22,30 @@ from stiffcore.report.statistics import FEWEST, SIGNIFICANT, certified, correlat
 from stiffcore.report.tables import mean_cells, means_of, percent
 from stiffcore.run import DONE, Run
 from stiffcore.store import IMAGES
-from stiffcore.study import Kind, Solver
+from stiffcore.study import Kind, Solver, counted, format_bytes
 from stiffcore.text import visible
 
-# A figure and its caption.
-Drawn = tuple[Figure, str]
+
+class Drawn(NamedTuple):
+    """A figure, what it shows, and, where it has a panel for each block, these as figures of their own."""
+
+    figure: Figure
+    caption: str
+    panels: list[Figure]
+
+
 # Spectra of so many images are drawn.
 IMAGES_DRAWN = 1
 
 
-def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
+def write_report(run: Run, to: Path, figures_folder: Path | None = None, *, shared: bool = False) -> str:
     """Write the report of a run as one HTML page that needs no network, and its figures as PNG and SVG files.
 
     Args:
         run: any, finished or not.
         to: the page, .html; must not exist.
         figures_folder: where figures go as files; made where it does not exist; None: nowhere.
+        shared: whether the spectra of all blocks are drawn to one scale.
 
     Returns:
         What was written, for people.
@@ -50,7 +59,7 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
     if to.exists():
         raise InputError(f"--to {to} exists: give a new file")
     rows = run.metrics()
-    drawn = _figures(run, rows)
+    drawn = _figures(run, rows, shared)
     wanted = [(figures_folder or Path()) / f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
     existing = [str(path) for path in wanted if path.exists()]
     if figures_folder is not None and existing:
@@ -62,7 +71,7 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None) -> str:
             stack.enter_context(_new_folder(figures_folder))
             for path in wanted:
                 beside = stack.enter_context(whole_file(path, f"--figures {figures_folder}"))
-                drawn[path.stem][0].savefig(beside, dpi=200)
+                drawn[path.stem].figure.savefig(beside, dpi=200)
     more = f", {len(drawn)} figures in {figures_folder}" if figures_folder is not None else ""
     return f"report in {to}{more}"
 
@@ -89,15 +98,18 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
     has = rows[rows["state"].isin(DONE)]
     return template.render(
         run=run,
-        url=run.store.url,
+        name=_file_name(run.store.url),
+        lines=summary_lines(rows),
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
         header=run.header,
-        study=run.study.model_dump(mode="json"),
+        source=run.header.source.replace(run.study.images, _file_name(run.study.images)),
+        study=_settings(run),
         summary=run.summary,
         functions=sorted(set(rows["function"])),
         kinds=sorted(set(rows["kind"])),
         images=rows["image"].nunique(),
-        figures={name: _svg(figure) for name, (figure, _) in drawn.items()},
-        captions={name: text for name, (_, text) in drawn.items()},
+        figures={name: [_svg(one) for one in found.panels or [found.figure]] for name, found in drawn.items()},
+        captions={name: found.caption for name, found in drawn.items()},
         means=_means(rows),
         correlations=_correlations(rows) if rows["image"].nunique() >= FEWEST else [],
         units=[_unit(row) for row in rows.to_dict("records")],
@@ -105,7 +117,6 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         failed=rows[rows["state"] == "failed"].to_dict("records"),
         infinite=bool(np.isinf(has["S"]).any()),
         ends=bool((has["solver"] == Solver.EXTREMES).any()),
-        paper=figures.paper_values(run.study.network),
     )
 
 
@@ -114,32 +125,85 @@ def _shown(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _figures(run: Run, rows: pd.DataFrame) -> dict[str, Drawn]:
-    found: dict[str, tuple[Figure | None, str]] = {}
+def _file_name(path: str) -> str:
+    """The last part of a path or URL: a page that is passed on says nothing of the folders of its maker."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What was asked for, as people write it."""
+    settings = run.study.model_dump(mode="json")
+    for name in ("weights", "images", "data_root"):
+        if isinstance(settings.get(name), str):
+            settings[name] = _file_name(settings[name])
+    return {
+        name: format_bytes(value) if name.endswith("memory") and isinstance(value, int) else value
+        for name, value in settings.items()
+    }
+
+
+def summary_lines(rows: pd.DataFrame) -> list[str]:
+    """What a run says, in a sentence for each kind and function; `rows` from `Run.metrics`."""
+    lines = []
+    for (kind, function), part in rows[rows["state"].isin(DONE)].groupby(["kind", "function"], sort=False):
+        sure = certified(part)
+        text = f"{kind} of {function}: {len(sure)} of {counted(len(part), 'spectrum', 'spectra')} certified"
+        if kind == Kind.SINGULAR:
+            ends = _ends(sure, "condition")
+            lines.append(f"{text}; condition {ends}." if ends else f"{text}.")
+            continue
+        ends, right = _ends(sure, "S_active"), _ends(sure, "abscissa")
+        none = int((sure["negative"] == 0).sum())
+        text += f"; S active {ends}" if ends else ""
+        text += f"; largest real part {right}" if right else ""
+        lines.append(f"{text}; no eigenvalue has a negative real part in {none} of them.")
+    return lines
+
+
+def _ends(rows: pd.DataFrame, metric: str) -> str:
+    """From where to where a metric goes, and in which blocks; empty where it is not known."""
+    known = rows[np.isfinite(rows[metric].to_numpy(float))].sort_values(metric)
+    if known.empty:
+        return ""
+    low, high = known.iloc[0], known.iloc[-1]
+    if len(known) == 1:
+        return f"{spell(low[metric])} ({low['block']})"
+    return f"from {spell(low[metric])} ({low['block']}) to {spell(high[metric])} ({high['block']})"
+
+
+def _figures(run: Run, rows: pd.DataFrame, shared: bool) -> dict[str, Drawn]:
+    found: dict[str, tuple[Figure | None, str, list[Figure]]] = {}
     network, index = run.study.network, run.store.get_array(IMAGES, "index")
     for (kind, function), part in rows.groupby(["kind", "function"]):
         what = f"{kind} of {function}"
         for image in sorted(set(rows["image"]))[:IMAGES_DRAWN]:
-            text = f"Spectra, {what}, at image {index[image]}. Blue: computed eigenvalues; orange: exact ones and "
-            text += "zeros, with their number; the line is the imaginary axis"
-            text += "; dotted: where forward Euler with step 1 is stable." if function == "branch" else "."
-            found[f"spectra-{kind}-{function}-{image}"] = figures.spectra(run, image, function, kind), text
+            text = f"Spectra, {what}, at image {index[image]}. "
+            if kind == Kind.SINGULAR:
+                text += "Singular values, from the largest on."
+            else:
+                text += "Blue: computed eigenvalues, the darker the more lie upon each other; bars: their real parts "
+                text += "counted, on a logarithmic scale; orange: how many are exactly 0 and 1; the vertical line is "
+                text += "the imaginary axis"
+                text += "; dotted: where forward Euler with step 1 is stable" if function == "branch" else ""
+                text += ". Green, where a picture was taken: the numerical range, and, with its logarithm, the "
+                text += "smallest singular value of the matrix less z."
+            panels = [] if shared else figures.panels(run, image, function, kind)
+            whole = figures.spectra(run, image, function, kind, shared=shared)
+            found[f"spectra-{kind}-{function}-{image}"] = whole, text, panels
         singular = kind == Kind.SINGULAR
         text = "Condition number and effective rank" if singular else "S active and the share of negative real parts"
         text += f", {what}, along depth: median, quartiles (thick) and range (thin) over images"
-        published = function == "block" and not singular and figures.paper_values(network)
-        text += "; crosses: the paper's means, of tensor slices." if published else "."
-        found[f"depth-{kind}-{function}"] = figures.depth(part, function, network), text
-        found[f"labels-{kind}-{function}"] = (
-            figures.heat(part, function),
-            f"{'Condition number' if singular else 'S active'}, {what}, mean over each label.",
-        )
-    return {name: (figure, text) for name, (figure, text) in found.items() if figure is not None}
+        published = function == "block" and kind == Kind.TENSOR_SLICES and figures.paper_values(network)
+        text += "; crosses: the paper's means." if published else "."
+        found[f"depth-{kind}-{function}"] = figures.depth(part, function, network), text, []
+        text = f"{'Condition number' if singular else 'S active'}, {what}, mean over each label."
+        found[f"labels-{kind}-{function}"] = figures.heat(part, function), text, []
+    return {name: Drawn(figure, text, panels) for name, (figure, text, panels) in found.items() if figure is not None}
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
