@@ -451,18 +451,19 @@ def _certified(
 def _isolated_error(discs: _Discs, condition: float, residual: float, rounding: float) -> float:
     """The error of the one eigenvalue in each of some discs; inf where there is none.
 
-    A matrix A + D, |D| <= the larger of both residuals, has the value and its vectors exactly (Kahan, Parlett, Jiang,
-    SIAM J. Numer. Anal. 19 (1982)). The one meant is A + D + F. The eigenvalue of A + D + t F in the disc of radius r
-    is analytic in t as long as |D| + |t F| is under the margin, for |t| < T, and stays in there. So Cauchy's bounds of
-    its Taylor coefficients say how far it is from the first order at t = 1: r (T^-2 + T^-3 + ...).
+    The matrix that is meant, B, is within `rounding` of A. With D, |D| <= the larger of both residuals of B, which is
+    that computed and `rounding`, B + D has the value and its vectors exactly (Kahan, Parlett, Jiang, SIAM J. Numer.
+    Anal. 19 (1982)). The eigenvalue of B + D - t D in the disc of radius r is analytic in t as long as that is within
+    the margin around A, for |t| < T, and stays in there. So Cauchy's bounds of its Taylor coefficients say how far it
+    is from the first order at t = 1: r (T^-2 + T^-3 + ...).
     """
     off, least = residual + rounding, float("inf")
     for radius, margin in discs:
         if not margin > rounding:
             continue
-        far, error = (margin - off) / (off + rounding), radius
+        far, error = (margin - rounding) / off - 1 if off else float("inf"), radius
         if far > 1 and np.isfinite(condition):
-            error = min(radius, 1.01 * condition * (off + rounding) + radius / (far * (far - 1)))
+            error = min(radius, 1.01 * condition * off + radius / (far * (far - 1)))
         least = min(least, error)
     return least
 
