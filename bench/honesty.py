@@ -7,9 +7,10 @@ with the truth in 300 bits or by construction, each in single and in double prec
 *lie* where a ratio is above 1, a count, or an interval of counts, misses the true one, or S is not within its error.
 There must be none.
 
-A seed draws each family once, those that take long only at every fifth or thirtieth. Whoever runs this takes the next seeds that no one else works on, and goes on from what
-is there of the same sources (in `store/`), so it can be killed and be run many times at once; the last one writes the
-figures. `--functions 20000` says when it is enough, `--quick` is 200.
+A seed draws each family once, those that take long only at every fifth or thirtieth. Whoever runs this takes the next
+seeds that no one else works on, and goes on from what is there of the same sources (in `store/`), so it can be killed
+and be run many times at once; the last one writes the figures. `--functions 20000` says when it is enough, `--quick` is
+200. With fewer than are there already, it writes the figures of those.
 """
 
 import fcntl
