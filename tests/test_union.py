@@ -112,16 +112,16 @@ def test_a_run_is_killed_between_components_and_goes_on(tmp_path, monkeypatch):
     options = {"blocks": ["h.1"], "functions": ["block", "branch"], "dtype": "float64", "memory": "1500MiB"}
     solve, solved = union.solve_part, []
 
-    def killed(reduction, chunk, **more):
+    def killed(reduction, chunk):
         if len(solved) == 3:
             raise KeyboardInterrupt
         solved.append(reduction.jacobian.name)
-        return solve(reduction, chunk, **more)
+        return solve(reduction, chunk)
 
     monkeypatch.setattr(union, "solve_part", killed)
     with pytest.raises(KeyboardInterrupt):
         stiffcore.analyze(network, x, run=tmp_path / "run", **options)
-    monkeypatch.setattr(union, "solve_part", lambda r, c, **more: solved.append(r.jacobian.name) or solve(r, c, **more))
+    monkeypatch.setattr(union, "solve_part", lambda r, c: solved.append(r.jacobian.name) or solve(r, c))
     run = stiffcore.analyze(network, x, run=tmp_path / "run", **options)
     assert len(solved) == 4 * T
     assert len(set(solved)) == 2 * T  # of two functions, at two inputs

@@ -603,6 +603,7 @@ def take_spectra(
     stop: int,
     scale: float,
     eps: float,
+    solved: Any,
     work: Any,
     found: Any,
     doubtful: Any,
@@ -625,7 +626,10 @@ def take_spectra(
         stop: after the last.
         scale: the largest entry that they were summed from.
         eps: of their numbers.
-        work: (10, 8) float64.
+        solved: of each what `one_spectrum` says, its three sums, and its real and imaginary parts, where a device has
+            found them: (stop - start,) int64, (stop - start, 3) and (stop - start, n, 2) float64. Empty: all is found
+            here.
+        work: (11, 8) float64.
         found: ((stop - start) n, 2) in their precision, gets real and imaginary parts of eigenvalues that are not 0.
         doubtful: (stop - start,) int64, gets their indices.
         counts: (5,) int64, see `COUNTED`.
@@ -638,14 +642,20 @@ def take_spectra(
         of_exponent: int64, the bin of 2^e / 2, by e - `FIRST_EXPONENT`; the first of them that of 0.
     """
     n, channels = squares.shape[1], squares.shape[3]
-    re, im, three = work[8], work[9], np.empty(3)
+    re, im, three = work[8], work[9], work[10]
+    states, all_sums, values = solved
     count = 0
     for at in range(start, stop):
-        unit, channel = at // channels, at % channels
-        for i in range(n):
-            for j in range(n):
-                work[i, j] = squares[unit, i, j, channel]
-        state = one_spectrum(work, n, scale, eps, three, re, im)
+        if len(states):
+            state = states[at - start]
+            three[:3] = all_sums[at - start]
+            re[:n], im[:n] = values[at - start, :, 0], values[at - start, :, 1]
+        else:
+            unit, channel = at // channels, at % channels
+            for i in range(n):
+                for j in range(n):
+                    work[i, j] = squares[unit, i, j, channel]
+            state = one_spectrum(work, n, scale, eps, three, re, im)
         if state == ZERO:
             continue
         if state == DOUBTFUL:
@@ -700,6 +710,9 @@ def largest_entry(squares: Any) -> float:
     return most + nothing
 
 
+_NOTHING = np.zeros(0, np.int64), np.zeros((0, 3)), np.zeros((0, 1, 2))
+
+
 @dataclass(frozen=True)
 class Taken:
     """What `take_spectra` found in some squares, but for the doubtful ones.
@@ -725,8 +738,15 @@ class Taken:
     histogram: np.ndarray
 
 
-def take(squares: np.ndarray, start: int, stop: int, scale: float, few: int) -> Taken:
-    """The eigenvalues of some squares, on the host.
+def take(
+    squares: np.ndarray,
+    start: int,
+    stop: int,
+    scale: float,
+    few: int,
+    solved: tuple[np.ndarray, np.ndarray, np.ndarray] = _NOTHING,
+) -> Taken:
+    """The eigenvalues of some squares, and what is counted of them, on the host.
 
     Args:
         squares: (a, n, n, c) float32 or float64, n at most `MOST_ORDER`.
@@ -734,6 +754,7 @@ def take(squares: np.ndarray, start: int, stop: int, scale: float, few: int) -> 
         stop: after the last.
         scale: the largest entry of what they are parts of, to which their numbers are rounded.
         few: how many eigenvalues to keep with their squares, at either end.
+        solved: as for `take_spectra`.
     """
     n, size = squares.shape[1], stop - start
     found, doubtful = np.empty((size * n, 2), squares.dtype), np.empty(size, np.int64)
@@ -741,9 +762,9 @@ def take(squares: np.ndarray, start: int, stop: int, scale: float, few: int) -> 
     furthest, places = np.zeros((2, few, 3)), np.full((2, few), -1)
     histogram = np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)
     eps = float(np.finfo(squares.dtype).eps)
-    work = np.zeros((MOST_ORDER + 2, MOST_ORDER))
+    work = np.zeros((MOST_ORDER + 3, MOST_ORDER))
     parts = (found, doubtful, counts, sums, ends, furthest, places, histogram, HISTOGRAM_EDGES, _BINS)
-    take_spectra(squares, start, stop, scale, eps, work, *parts)
+    take_spectra(squares, start, stop, scale, eps, solved, work, *parts)
     ends[2] = math.sqrt(max(ends[2], 0.0))
     named = {name: float(value) for name, value in zip(ENDS, ends, strict=True) if value > -math.inf}
     return Taken(

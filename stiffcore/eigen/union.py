@@ -34,6 +34,8 @@ class Part:
         moments: of the matrix that was solved, shifted as J is.
         numerical_abscissa: of the same.
         distance: see `certificate.distance_of`.
+        right: what the largest real part of those computed is between.
+        left: what the negative of the smallest is between.
     """
 
     values: np.ndarray
@@ -43,6 +45,8 @@ class Part:
     moments: Moments
     numerical_abscissa: float
     distance: float
+    right: tuple[float, float]
+    left: tuple[float, float]
 
     def to_json(self) -> dict[str, Any]:
         """All but the values, as JSON values."""
@@ -53,11 +57,13 @@ class Part:
             "moments": [self.moments.trace, self.moments.trace_square, self.moments.frobenius],
             "numerical_abscissa": self.numerical_abscissa,
             "distance": self.distance,
+            "between": [*self.right, *self.left],
         }
 
     @classmethod
     def from_json(cls, values: np.ndarray, fields: dict[str, Any]) -> "Part":
         """The inverse of `to_json`."""
+        between = list(map(float, fields["between"]))
         return cls(
             values,
             int(fields["ones"]),
@@ -66,16 +72,16 @@ class Part:
             Moments(*map(float, fields["moments"])),
             float(fields["numerical_abscissa"]),
             float(fields["distance"]),
+            *zip(between[::2], between[1::2], strict=True),
         )
 
 
-def solve_part(reduction: Reduction, chunk: int, *, locate: bool = False) -> Part:
-    """All eigenvalues of one diagonal block, certified; its matrix in memory.
+def solve_part(reduction: Reduction, chunk: int) -> Part:
+    """All eigenvalues of one diagonal block, certified, and located at orders up to `MOST_ORDER`; in memory.
 
     Args:
         reduction: of the block.
         chunk: columns built at once.
-        locate: locate all eigenvalues for their signs at orders up to `MOST_ORDER`, not to `FULL_ORDER` only.
 
     Raises:
         StiffcoreError: where the matrix is not finite, or the QR iteration does not converge.
@@ -83,6 +89,7 @@ def solve_part(reduction: Reduction, chunk: int, *, locate: bool = False) -> Par
     k, shift, dtype = reduction.k, float(reduction.shift), reduction.jacobian.dtype
     if not k:
         values, moments, abscissa = np.empty(0, np.result_type(dtype, np.complex64)), Moments(0.0, 0.0, 0.0), -np.inf
+        located = None
         found = certificate.certify(reduction, values, np.empty(0, int), None, moments)
     else:
         a = np.empty((k, k), dtype, order="F")
@@ -98,17 +105,19 @@ def solve_part(reduction: Reduction, chunk: int, *, locate: bool = False) -> Par
         values = dense.hessenberg_eigenvalues(again)
         chosen = certified_choice(values, reduction.shift)
         vectors = dense.hessenberg_eigenvectors(form, values[chosen])
-        located = k <= FULL_ORDER
-        if locate and k <= MOST_ORDER:
-            located = located or certificate.side_of_axis(reduction, between) is None
-        matrix = a if located else None
-        found = certificate.certify(reduction, values, chosen, vectors, moments, matrix=matrix, real_parts=between)
+        located = certificate.locate(reduction, values, a) if k <= MOST_ORDER else None
+        found = certificate.certify(
+            reduction, values, chosen, vectors, moments, matrix=a, real_parts=between, located=located
+        )
     shifted = Moments(
         moments.trace + k * shift,
         moments.trace_square + 2 * shift * moments.trace + k * shift**2,
         float(np.sqrt(max(0.0, moments.frobenius**2 + 2 * shift * moments.trace + k * shift**2))),
     )
+    right, left = certificate.ends_between(reduction, found.certified, located)
     return Part(
+        right=right,
+        left=left,
         values=dense.sort_eigenvalues(values + values.dtype.type(shift)),
         ones=reduction.ones,
         zeros=reduction.zeros,
@@ -139,6 +148,11 @@ def united(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, Certificate]:
     failures = [f"part {i}: {line}" for i, one in enumerate(found) for line in one.failures]
     if len(failures) > FAILURES_TOLD:
         failures = [*failures[:FAILURES_TOLD], f"and {len(failures) - FAILURES_TOLD} more"]
+    sides = ([part.right for part in parts if part.values.size], [part.left for part in parts if part.values.size])
+    right, left = (
+        (max((low for low, _ in side), default=-np.inf), max((high for _, high in side), default=-np.inf))
+        for side in sides
+    )
     exact = cast(Reduction, SimpleNamespace(shift=0, ones=ones, zeros=zeros))
     return (
         values,
@@ -149,8 +163,8 @@ def united(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, Certificate]:
             square_error=_most(one.square_error for one in found),
             reduction_check=_most(one.reduction_check for one in found),
             error=_most(one.error for one in found),
-            s_error=certificate.ratio_error(exact, values, everyone, None, structural=True),
-            s_active_error=certificate.ratio_error(exact, values, everyone, None, structural=False),
+            s_error=certificate.ratio_error(exact, values, right, left, structural=True),
+            s_active_error=certificate.ratio_error(exact, values, right, left, structural=False),
             near_axis=sum(one.near_axis for one in found),
             axis_error=_most(one.axis_error for one in found),
             failures=tuple(failures),
