@@ -19,8 +19,8 @@ from stiffcore.jacobian.reduction import is_residual
 from stiffcore.networks.blocks import capture, residual_blocks
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
-from stiffcore.plan import DIVIDE_TILE_ROWS
 from stiffcore.record import Stage, UnitPlan, UnitRecord
+from stiffcore.solvers.divide import DIVIDE_TILE_ROWS
 from stiffcore.store import RunStore, StoredWorkspace
 from stiffcore.study import Solver, Unit, unit_key, versions
 

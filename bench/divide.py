@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from stiffcore.eigen import dense, divide
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.memory import keep_freed_pages, moved_bytes, own_peak_bytes, release_free_memory, reset_peak
-from stiffcore.plan import divide_moved_bytes, divide_sizes
+from stiffcore.solvers.divide import divide_moved_bytes, divide_sizes
 from stiffcore.store import TiledMatrix
 from stiffcore.unit import sparse_matrix
 

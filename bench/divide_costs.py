@@ -2,8 +2,8 @@
 
 On paper, from measured rates: orders k from imagenet_plan.json; operations in k^3, the share of the product rate and
 the bytes moved in units of those planned, as divide.json has them of a real division; rates of this machine from
-rates.json and of one GPU from rates-cuda.json. The bytes planned are `stiffcore.plan.divide_moved_bytes` for blocks as
-wide as memory holds: 12 GiB here, 72 GB of one GPU with 80, and eight times that where eight of them hold one block
+rates.json and of one GPU from rates-cuda.json. The bytes planned are `divide_moved_bytes` of
+`stiffcore.solvers.divide` for blocks as wide as memory holds: 12 GiB here, 72 GB of one GPU with 80, and eight times that where eight of them hold one block
 together. They are moved at the disk's rate (the slower of reading and writing): here as measured, beside a GPU 6 GB/s,
 which is assumed of one NVMe drive (the disk of the lent machine reached a sixth of it), and eight drives beside eight
 GPUs. A run takes the sum of both times, as it is built; reading ahead would leave the larger one. No GPU has run a
@@ -14,7 +14,7 @@ import json
 
 from common import RESULTS, write
 
-from stiffcore.plan import divide_moved_bytes, divide_sizes
+from stiffcore.solvers.divide import divide_moved_bytes, divide_sizes
 
 BLOCKS = ("layer3.1", "layer2.1", "layer1.2")
 NVME = 6e9

@@ -20,8 +20,8 @@ import stiffcore
 from stiffcore.cluster import InProcess, local_workers
 from stiffcore.errors import InputError
 from stiffcore.memory import moved_bytes
-from stiffcore.plan import divide_held_bytes
 from stiffcore.session import carry_out_plan, prepare
+from stiffcore.solvers.divide import divide_held_bytes
 
 ORDERS = (256, 512, 1024, 2048)
 # n, and units of the waist, of which about half are active.

@@ -18,10 +18,11 @@ from stiffcore.memory import tree_bytes
 from stiffcore.networks.copying import copy_module
 from stiffcore.networks.images import images_in_memory
 from stiffcore.networks.zoo import check_tensors, settle
-from stiffcore.plan import Machine, check_budget, make_plan
+from stiffcore.plan import check_budget, make_plan
 from stiffcore.record import Event, Header, Stage, UnitRecord
 from stiffcore.run import Run
 from stiffcore.session import carry_out_plan, check_free, prepare
+from stiffcore.solvers.projection import Machine
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore, stored_spectrum
 from stiffcore.study import IN_MEMORY, BlockFunction, Identity, Kind, Normalize, Solver, Study, unit_key

@@ -29,9 +29,10 @@ from stiffcore.errors import (
     writing_store,
 )
 from stiffcore.memory import PeakMeter, default_allowed_bytes, release_free_memory, tree_bytes
-from stiffcore.plan import Machine, Plan, check_budget, check_disk, make_plan, plan_below
+from stiffcore.plan import Plan, check_budget, check_disk, make_plan, plan_below
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Header, Restarted, Stage, UnitPlan, UnitRecord
 from stiffcore.run import DONE, IMAGE_ARRAYS, Run, state_of
+from stiffcore.solvers.projection import Machine
 from stiffcore.store import (
     DIVISION,
     HISTOGRAM,

@@ -39,7 +39,6 @@ from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction, Route
 from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
-from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, locate_bytes, operator_bytes, prove_bytes, proves_sparse
 from stiffcore.record import (
     Converged,
     Divided,
@@ -53,6 +52,9 @@ from stiffcore.record import (
     UnitPlan,
     UnitRecord,
 )
+from stiffcore.solvers import answers
+from stiffcore.solvers.divide import DIVIDE_TILE_ROWS
+from stiffcore.solvers.projection import TILE_ROWS, locate_bytes, operator_bytes, prove_bytes, proves_sparse
 from stiffcore.spectra import Ends, Moments, certified_choice
 from stiffcore.store import (
     COMPONENT,
@@ -293,9 +295,9 @@ def carry_out(
         if run.solver is Solver.DIVIDE:  # what it was divided into is far larger, and of no further use
             run.store.drop(key, DIVISION)
             run.store.update(key, division=None)
-        if run.solver is not Solver.MATRIX_ONLY:
+        if answers(run.record):
             _keep_metrics(run)
-        if run.keep is not Keep.ALL and run.solver is not Solver.MATRIX_ONLY:
+        if run.keep is not Keep.ALL and answers(run.record):
             run.store.update(key, kept=False)
             run.store.drop(key, *SCRATCH)
         else:
@@ -346,26 +348,6 @@ def _route(run: UnitRun) -> _Stages:
     if run.solver is Solver.DIVIDE:
         return [(Stage.BUILT, _build), (Stage.SOLVED, _divide), (Stage.DONE, _certify)]
     return [(Stage.BUILT, _build), (Stage.REDUCED, _reduce), (Stage.SOLVED, _solve), (Stage.DONE, _certify)]
-
-
-def stored_by(record: UnitRecord) -> set[str]:
-    """The arrays that a unit's record says are in the store."""
-    plan, stage, found = record.plan, record.stage, set()
-    all_values = plan.solver in (Solver.HOST_DENSE, Solver.CUDA_DENSE, Solver.DIVIDE)
-    kept = stage is not Stage.DONE or record.kept
-    if record.unit.kind is Kind.MATRIX and record.unit.k and kept and plan.works:
-        if not stage.before(Stage.BUILT) and plan.stored:
-            found.add("matrix")
-        if not stage.before(Stage.REDUCED) and plan.solver is Solver.HOST_DENSE:
-            found |= {"hessenberg", "tau", "scale"}
-        if not stage.before(Stage.SOLVED) and (all_values or plan.solver is Solver.EXTREMES):
-            found.add("reduced_eigenvalues")
-            found |= set() if all_values else {"right_vectors", "left_vectors"}
-    if stage is Stage.DONE and plan.solver is Solver.COMPONENTS and record.values_kept:
-        found |= {COMPONENT, COMPONENTS}
-    if stage is Stage.DONE and plan.solver not in (Solver.NONE, Solver.MATRIX_ONLY):
-        found |= {"eigenvalues"} if record.values_kept else set(HISTOGRAM)
-    return found
 
 
 def _keep_metrics(run: UnitRun) -> None:

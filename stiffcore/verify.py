@@ -14,9 +14,10 @@ import numpy as np
 from stiffcore.errors import DamagedError, StiffcoreError
 from stiffcore.record import ARRAYS, Stage, UnitRecord
 from stiffcore.run import IMAGE_ARRAYS, Run
+from stiffcore.solvers import answers, stored_by
 from stiffcore.spectra import certified_choice
 from stiffcore.store import IMAGES, PIXELS, RunStore, same_images, stored_spectrum
-from stiffcore.study import Kind, Solver
+from stiffcore.study import Kind
 from stiffcore.trust import check_code, trusted_network
 
 # Of a unit, from the store, its record and a device.
@@ -115,8 +116,6 @@ def _open(*args: Any, **options: Any) -> Any:
 def _verify(
     run: Run, found: Verification, certificates: bool, opener: Opener, tell: Callable[[int, int], None]
 ) -> None:
-    from stiffcore.unit import stored_by
-
     store = run.store
     for path in ("", "units"):
         _add(found, "", path or "zarr.json", *store.read_metadata(path))
@@ -164,7 +163,7 @@ def _add(found: Verification, unit: str, part: str, size: int, problem: str) -> 
 
 
 def _has_spectrum(record: UnitRecord) -> bool:
-    return record.stage is Stage.DONE and record.plan.solver not in (Solver.NONE, Solver.MATRIX_ONLY)
+    return record.stage is Stage.DONE and answers(record)
 
 
 def _check_number(store: RunStore, key: str, found: Verification) -> None:

@@ -147,7 +147,7 @@ def bucket() -> Iterator[Bucket]:
 @pytest.fixture
 def ends_are_cheap(monkeypatch):
     """The solver `extremes` plans ends at any order; at those of small tests it would plan the whole spectrum."""
-    monkeypatch.setattr("stiffcore.plan.PRODUCT_COST", 0)
+    monkeypatch.setattr("stiffcore.solvers.extremes.PRODUCT_COST", 0)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from stiffcore.eigen.blas import HOST
 from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.eigen.panels import SingularError
 from stiffcore.errors import DamagedError
-from stiffcore.plan import divide_held_bytes, divide_sizes
 from stiffcore.record import Stage
 from stiffcore.session import carry_out_plan, prepare
+from stiffcore.solvers.divide import divide_held_bytes, divide_sizes
 from stiffcore.store import RunStore, StoredWorkspace, TiledMatrix
 from stiffcore.unit import carry_out, open_operator
 from tests.records import put, said

@@ -13,7 +13,6 @@ from rich.console import Console
 from scipy.sparse.linalg import LinearOperator
 
 import stiffcore
-from stiffcore import plan as planning
 from stiffcore.eigen.certificate import certify_ends, distance_of, sparse_moments
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.device import DeviceMatrix
@@ -22,6 +21,7 @@ from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import reduce_jacobian
 from stiffcore.plan import make_plan
 from stiffcore.report.tables import metrics_table
+from stiffcore.solvers import extremes as planning
 from stiffcore.spectra import Ends
 from stiffcore.study import Precision, Solver, Study
 from tests.records import said
@@ -87,7 +87,11 @@ def test_a_unit_solved_at_its_ends_can_be_solved_whole_later_and_not_the_other_w
 
 
 def test_killed_at_any_event_the_ends_are_the_same_bytes(small):
-    options = {"solver": "extremes", "blocks": "1", "prelude": "import stiffcore.plan; stiffcore.plan.PRODUCT_COST = 0"}
+    options = {
+        "solver": "extremes",
+        "blocks": "1",
+        "prelude": "import stiffcore.solvers.extremes as it; it.PRODUCT_COST = 0",
+    }
     _, lines = sessions(small, (small / "whole", 0), **options)
     events = int(lines[0][2])
     assert events > 8

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from stiffcore.errors import StiffcoreError
 from stiffcore.networks.checkpoint import read_checkpoint, refuse_nonfinite
 from stiffcore.networks.images import load_images
-from stiffcore.plan import Machine, make_plan
+from stiffcore.plan import make_plan
 from stiffcore.run import open_run
+from stiffcore.solvers.projection import Machine
 from stiffcore.store import RunStore
 from stiffcore.study import Study
 from tests.records import a_header

@@ -19,7 +19,7 @@ STAGES = [
     ["jacobian"],
     ["networks"],
     ["eigen"],
-    ["store", "plan", "survey", "trust"],
+    ["store", "solvers", "plan", "survey", "trust"],
     ["unit", "cluster"],
     ["picture", "preload"],
     ["run"],

@@ -152,7 +152,7 @@ TREE = """
 import sys
 from stiffcore.cluster import local_workers
 from stiffcore.memory import PeakMeter
-from stiffcore.plan import RESERVED_VARIES_BYTES
+from stiffcore.solvers.projection import RESERVED_VARIES_BYTES
 from stiffcore.session import prepare, carry_out_plan
 from stiffcore.errors import InputError
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from stiffcore import memory
 from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.errors import InputError
-from stiffcore.plan import Machine, Plan, UnitPlan, check_budget, check_disk, make_plan, plan_below
+from stiffcore.plan import Plan, check_budget, check_disk, make_plan, plan_below
+from stiffcore.record import UnitPlan
+from stiffcore.solvers.projection import Machine
 from stiffcore.study import BlockFunction, Keep, Kind, Precision, Solver, Study, Unit
 
 MIB, GIB = 1 << 20, 1 << 30

@@ -19,8 +19,9 @@ from stiffcore.metrics import singular_metrics
 from stiffcore.networks.blocks import capture
 from stiffcore.networks.images import load_images, network_input
 from stiffcore.networks.zoo import load_network
-from stiffcore.plan import Machine, make_plan
+from stiffcore.plan import make_plan
 from stiffcore.record import Stage
+from stiffcore.solvers.projection import Machine
 from stiffcore.study import BlockFunction, Kind, Study
 from stiffcore.survey import _factors_facts
 from stiffcore.unit import carry_out, open_operator

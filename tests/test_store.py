@@ -354,7 +354,7 @@ def test_an_incomplete_or_absent_matrix_is_not_read(store):
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_writing_and_reading_a_shard_takes_what_is_planned(store, dtype):
-    from stiffcore.plan import _shard_bytes
+    from stiffcore.solvers.projection import shard_bytes
 
     k, shard = 1500, 64
     m = TiledMatrix.create(store.unit_group("u"), "matrix", (k, 3 * shard), np.dtype(dtype), 256, shard)
@@ -367,18 +367,18 @@ def test_writing_and_reading_a_shard_takes_what_is_planned(store, dtype):
     m.check(complete=True)
     read = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(written, read) <= _shard_bytes(k, shard, block.itemsize)
+    assert max(written, read) <= shard_bytes(k, shard, block.itemsize)
 
 
 @pytest.mark.parametrize("k", [1, 5, 300, 520])
 @pytest.mark.parametrize("shard", [8, 64])
 def test_a_full_matrix_takes_the_disk_that_is_planned(store, k, shard):
-    from stiffcore.plan import METADATA_BYTES, _stored_bytes
+    from stiffcore.solvers.projection import METADATA_BYTES, stored_bytes
 
     m = TiledMatrix.create(store.unit_group("u"), "matrix", (k, k), np.dtype("f8"), 256, shard)
     fill(m, np.ones((k, k)))
     found = unit_bytes(store, "u") - (store.local / "units/u/zarr.json").stat().st_size
-    assert found <= _stored_bytes(k, shard, 8) <= found + METADATA_BYTES
+    assert found <= stored_bytes(k, shard, 8) <= found + METADATA_BYTES
 
 
 def test_orphans_of_killed_writers_are_swept(store):

@@ -37,8 +37,8 @@ from stiffcore.eigen.sparse import DENSE_ORDER, EPS, Arnoldi, Array, Product, co
 # Steps of Arnoldi after which it is looked whether they are enough, doubled until they are the most.
 FIRST_STEPS = 150
 MOST_STEPS = 1200
-# Vectors of length k that are free beside the memory for factors (`stiffcore.plan.KRYLOV_VECTORS`, of which others have
-# some).
+# Vectors of length k that are free beside the memory for factors (`KRYLOV_VECTORS` of
+# `stiffcore.solvers.projection`, of which others have some).
 FREE_VECTORS = 250
 # Residuals of Ritz values that are taken for eigenvalues, of all together, relative to the largest value; and of one
 # that is roughly an eigenvalue.

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stiffcore.metrics import spell, spell_share
-from stiffcore.plan import Plan, UnitPlan
-from stiffcore.record import UnitRecord
+from stiffcore.plan import Plan
+from stiffcore.record import UnitPlan, UnitRecord
 from stiffcore.report.statistics import FEWEST_OF_MEAN, SIGNIFICANT, correlations, mean_between, mean_groups
 from stiffcore.run import DAMAGED, DONE, Run, state_of
 from stiffcore.study import FAILED, Kind, Solver, counted, format_bytes
