@@ -2,12 +2,12 @@
 
 On paper, from measured rates: orders k from imagenet_plan.json; operations in k^3, the share of the product rate and
 the bytes moved in units of those planned, as divide.json has them of a real division; rates of this machine from
-rates.json and of one GPU from rates-cuda.json. The bytes planned are `divide_moved_bytes` of
-`stiffcore.solvers.divide` for blocks as wide as memory holds: 12 GiB here, 72 GB of one GPU with 80, and eight times that where eight of them hold one block
-together. They are moved at the disk's rate (the slower of reading and writing): here as measured, beside a GPU 6 GB/s,
-which is assumed of one NVMe drive (the disk of the lent machine reached a sixth of it), and eight drives beside eight
-GPUs. A run takes the sum of both times, as it is built; reading ahead would leave the larger one. No GPU has run a
-division yet: the share is taken to be the same there.
+rates.json and of one GPU from rates-cuda.json. The bytes planned are `divide_moved_bytes` of `stiffcore.solvers.divide`
+for blocks as wide as memory holds: 12 GiB here, 72 GB of one GPU with 80, and eight times that where eight of them hold
+one block together. They are moved at the disk's rate (the slower of reading and writing): here as measured, beside a
+GPU 6 GB/s, which is assumed of one NVMe drive (the disk of the lent machine reached a sixth of it), and eight drives
+beside eight GPUs. A run takes the sum of both times, as it is built; reading ahead would leave the larger one. No GPU
+has run a division yet: the share is taken to be the same there.
 """
 
 import json

@@ -4,8 +4,8 @@ Four quantities, always in bytes, for the host and for the device: *allowed* (wh
 held before any unit: interpreters and libraries, or the CUDA context; measured), *projected* (what a unit will hold at
 its fullest stage, on top of that; computed here) and *measured* (the peak that was seen).
 
-The ladder, from the top: `cuda-dense`, `host-dense`, `divide`. Each solver (`stiffcore.solvers`) says what it would take,
-and why it is passed over. `extremes` answers less, and is taken only where it is asked for.
+The ladder, from the top: `cuda-dense`, `host-dense`, `divide`. Each solver (see `stiffcore.solvers`) says what it would
+take, and why it is passed over. `extremes` answers less, and is taken only where it is asked for.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
