@@ -150,6 +150,7 @@ sys.path.insert(0, {folder!r})
 import h5py, jinja2, matplotlib.figure, pyarrow
 import stiffcore.preload
 from stiffcore import cli
+from stiffcore.commands import working
 from stiffcore.cluster import InProcess
 import stiffcore.verify
 import stiffcore.report.page
@@ -212,7 +213,7 @@ def session(at, size, command):
     limit = at
     if size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    cli.workers_at = lambda *args, **kwargs: nullcontext(InProcess(lambda event: None))
+    working.workers_at = lambda *args, **kwargs: nullcontext(InProcess(lambda event: None))
     builtins.open = io.open = open_
     os.mkdir, os.open = mkdir, os_open
     sys.argv = ["stiffcore", *command]
