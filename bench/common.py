@@ -59,9 +59,9 @@ def stiffcore(*args):
     return found.stdout, time.perf_counter() - start
 
 
-def block_calls(network):
-    """Every residual block of a bundled network at the first sample image, in float64 on the device, by name."""
-    opened = load_network(network, None, torch.float64)
+def block_calls(network, weights=None):
+    """Every residual block of a network at the first sample image, in float64 on the device, by name."""
+    opened = load_network(network, weights, torch.float64)
     opened.module.to(device())
     x = network_input(load_images("samples").x[0], opened.normalize, torch.float64).to(device())
     return capture(opened.module, x, residual_blocks(opened.module, x, is_residual))[0]

@@ -1,14 +1,19 @@
 """No number that is called certified or proved is wrong: a few of what bench/honesty.py asks thousands of times."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from stiffcore.eigen import certificate
 from stiffcore.errors import StiffcoreError
+from stiffcore.spectra import Certificate
 from tests import adversary
 from tests.adversary import FUNCTIONS, MATRICES, SOLVERS, TALL, Truth, function_case, judged, matrix_case, tall_case
 
 BOTH = (torch.float64, torch.float32)
+SLOW = pytest.mark.slow
 
 
 def lies_of(case, solver):
@@ -18,13 +23,47 @@ def lies_of(case, solver):
         return ()
 
 
-@pytest.mark.parametrize("name", [*MATRICES, *FUNCTIONS])
-def test_nothing_that_is_certified_is_wrong(name):
+def solvers_of(name):
+    """Divisions of far from normal blocks of some dozens of rows try every curve: those are slow."""
+    if name not in adversary.COSTLY:
+        return [pytest.param(name, SOLVERS, id=name)]
+    quick = tuple(solver for solver in SOLVERS if solver != "divide")
+    return [pytest.param(name, quick, id=name), pytest.param(name, ("divide",), id=f"{name}, divide", marks=SLOW)]
+
+
+@pytest.mark.parametrize(("name", "solvers"), [x for name in [*MATRICES, *FUNCTIONS] for x in solvers_of(name)])
+def test_nothing_that_is_certified_is_wrong(name, solvers):
     make = matrix_case if name in MATRICES else function_case
     for seed, dtype in enumerate(BOTH):
         case = make(name, np.random.default_rng([seed, 7]), dtype)
-        for solver in SOLVERS:
+        for solver in solvers:
             assert lies_of(case, solver) == (), (case.name, solver)
+
+
+def slowly(name):
+    return name if name == "graded" else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", map(slowly, MATRICES))
+def test_what_is_proved_at_larger_orders_is_true(name, monkeypatch):
+    monkeypatch.setattr(certificate, "FULL_ORDER", 0)
+    for seed, dtype in enumerate(BOTH):
+        assert lies_of(matrix_case(name, np.random.default_rng([seed, 7]), dtype), "host-dense") == ()
+
+
+def test_at_larger_orders_what_is_well_conditioned_is_certified_and_what_is_not_shown_is_said(monkeypatch):
+    monkeypatch.setattr(certificate, "FULL_ORDER", 0)
+    found = adversary.solved(tall_case("skew couplings", np.random.default_rng(7), torch.float64).reduction)
+    assert found.verdict == "certified"
+    assert found.certificate.error < 1e-8
+    found = adversary.solved(tall_case("large Toeplitz block in company", np.random.default_rng(7), BOTH[0]).reduction)
+    assert found.certificate.first_order == len(found.certificate.certified) > 0
+    assert found.certificate.unproved == ("largest", "smallest")
+    assert found.negative_between == (0, found.k)
+    assert 0 < found.metrics["negative"] < 1  # as computed: what was known before is not lost
+    for said in ("0 to 100 % are negative", "as computed", "to first order", "found, not proved"):
+        assert said in found.verdict
+    assert Certificate.from_json(json.loads(json.dumps(found.certificate.to_json(), allow_nan=False))) is not None
 
 
 @pytest.mark.slow

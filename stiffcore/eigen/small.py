@@ -244,24 +244,103 @@ def _to_hessenberg(a: Any, low: int, high: int) -> None:
 
 
 @compiled
-def _is_negligible(a: Any, k: int, low: int, high: int) -> bool:
-    """Whether the subdiagonal entry left of the diagonal's k-th may be 0 (Ahues & Tisseur)."""
-    small = abs(a[k, k - 1])
+def _is_negligible(below: float, above: float, first: float, second: float, beside: float) -> bool:
+    """Whether a subdiagonal entry may be 0 (Ahues & Tisseur).
+
+    Args:
+        below: the entry.
+        above: the one that it faces.
+        first: the diagonal's before it.
+        second: and after it.
+        beside: the subdiagonal's next to it, in modulus and together.
+    """
+    small = abs(below)
     if small <= _TINY:
         return True
-    test = abs(a[k - 1, k - 1]) + abs(a[k, k])
+    test = abs(first) + abs(second)
     if test == 0.0:
-        if k - 2 >= low:
-            test += abs(a[k - 1, k - 2])
-        if k + 1 <= high:
-            test += abs(a[k + 1, k])
+        test = beside
     if small > _EPS * test:
         return False
-    other, apart = abs(a[k - 1, k]), abs(a[k - 1, k - 1] - a[k, k])
-    below, above = min(small, other), max(small, other)
-    one, two = max(abs(a[k, k]), apart), min(abs(a[k, k]), apart)
-    s = one + above
-    return below * (above / s) <= max(_TINY, _EPS * (two * (one / s)))
+    other, apart = abs(above), abs(first - second)
+    least, most = min(small, other), max(small, other)
+    one, two = max(abs(second), apart), min(abs(second), apart)
+    s = one + most
+    return least * (most / s) <= max(_TINY, _EPS * (two * (one / s)))
+
+
+@compiled
+def _three_by_three(a: Any, re: Any, im: Any) -> bool:
+    """The eigenvalues of most matrices of order 3, in registers; False, and `a` as it was, where more care is needed.
+
+    As for larger ones, but that nothing is permuted or scaled: what has a zero beside its diagonal is not taken, nor
+    what differs by more than 16 from a matrix that is scaled.
+    """
+    a00, a01, a02 = a[0, 0], a[0, 1], a[0, 2]
+    a10, a11, a12 = a[1, 0], a[1, 1], a[1, 2]
+    a20, a21, a22 = a[2, 0], a[2, 1], a[2, 2]
+    r0, r1, r2 = abs(a01) + abs(a02), abs(a10) + abs(a12), abs(a20) + abs(a21)
+    c0, c1, c2 = abs(a10) + abs(a20), abs(a01) + abs(a21), abs(a02) + abs(a12)
+    if min(min(abs(a01), abs(a02)), min(abs(a10), abs(a12)), min(abs(a20), abs(a21))) == 0.0:
+        return False
+    if max(r0, c0) > 16.0 * min(r0, c0) or max(r1, c1) > 16.0 * min(r1, c1) or max(r2, c2) > 16.0 * min(r2, c2):
+        return False
+    # to Hessenberg form, by the rotation that takes a20 away
+    s = 1.0 / math.sqrt(a10 * a10 + a20 * a20)
+    c, s = a10 * s, a20 * s
+    h00, h01, h02 = a00, a01 * c + a02 * s, a02 * c - a01 * s
+    h10 = a10 * c + a20 * s
+    b11, b12, b21, b22 = a11 * c + a21 * s, a12 * c + a22 * s, a21 * c - a11 * s, a22 * c - a12 * s
+    h11, h12, h21, h22 = b11 * c + b12 * s, b12 * c - b11 * s, b21 * c + b22 * s, b22 * c - b21 * s
+    for _ in range(_EXCEPTIONAL):
+        if _is_negligible(h21, h12, h11, h22, abs(h10)):
+            re[0], im[0], re[1], im[1] = two_by_two(h00, h01, h10, h11)
+            re[2], im[2] = h22, 0.0
+            return True
+        if _is_negligible(h10, h01, h00, h11, abs(h21)):
+            re[0], im[0] = h00, 0.0
+            re[1], im[1], re[2], im[2] = two_by_two(h11, h12, h21, h22)
+            return True
+        product, half = h12 * h21, 0.5 * (h11 - h22)
+        d = half * half + product
+        if d < 0.0:
+            p = (h00 - h11) * (h00 - h22) - product
+            q = h00 - h22
+        else:
+            root = half + math.copysign(math.sqrt(d), half)
+            shift = h22 - product / root if root != 0.0 else h22
+            p = (h00 - shift) * (h00 - shift)
+            q = (h00 - shift) + (h11 - shift)
+        p, q, r = p + h01 * h10, q * h10, h10 * h21
+        s = 1.0 / (abs(p) + abs(q) + abs(r))
+        p, q, r = p * s, q * s, r * s
+        s = math.copysign(math.sqrt(p * p + q * q + r * r), p)
+        inverse, p = 1.0 / s, p + s
+        x, y, z = p * inverse, q * inverse, r * inverse
+        inverse = 1.0 / p
+        q, r = q * inverse, r * inverse
+        t = h00 + q * h10
+        h00, h10, h20 = h00 - t * x, h10 - t * y, -t * z
+        t = h01 + q * h11 + r * h21
+        h01, h11, h21 = h01 - t * x, h11 - t * y, h21 - t * z
+        t = h02 + q * h12 + r * h22
+        h02, h12, h22 = h02 - t * x, h12 - t * y, h22 - t * z
+        t = x * h00 + y * h01 + z * h02
+        h00, h01, h02 = h00 - t, h01 - t * q, h02 - t * r
+        t = x * h10 + y * h11 + z * h12
+        h10, h11, h12 = h10 - t, h11 - t * q, h12 - t * r
+        t = x * h20 + y * h21 + z * h22
+        h20, h21, h22 = h20 - t, h21 - t * q, h22 - t * r
+        # back to Hessenberg form, by a rotation
+        s = h10 * h10 + h20 * h20
+        if s > 0.0:
+            s = 1.0 / math.sqrt(s)
+            c, s = h10 * s, h20 * s
+            h10 = h10 * c + h20 * s
+            b11, b12, b21, b22 = h11 * c + h21 * s, h12 * c + h22 * s, h21 * c - h11 * s, h22 * c - h12 * s
+            h01, h02 = h01 * c + h02 * s, h02 * c - h01 * s
+            h11, h12, h21, h22 = b11 * c + b12 * s, b12 * c - b11 * s, b21 * c + b22 * s, b22 * c - b21 * s
+    return False
 
 
 @compiled
@@ -333,7 +412,11 @@ def _take_apart(a: Any, low: int, high: int, re: Any, im: Any) -> bool:
     end, steps = high, 0
     while end >= low:
         top = end
-        while top > low and not _is_negligible(a, top, low, high):
+        while top > low:
+            beside = abs(a[top - 1, top - 2]) if top - 2 >= low else 0.0
+            beside += abs(a[top + 1, top]) if top + 1 <= high else 0.0
+            if _is_negligible(a[top, top - 1], a[top - 1, top], a[top - 1, top - 1], a[top, top], beside):
+                break
             top -= 1
         if top > low:
             a[top, top - 1] = 0.0
@@ -384,6 +467,8 @@ def small_eigenvalues(a: Any, n: int, re: Any, im: Any) -> int:
     if n == 2 and a[0, 1] != 0.0 and a[1, 0] != 0.0:
         re[0], im[0], re[1], im[1] = two_by_two(a[0, 0], a[0, 1], a[1, 0], a[1, 1])
         return 0
+    if n == 3 and _three_by_three(a, re, im):
+        return 0
     low, high = _isolate(a, n)
     zeros = 0
     for i in range(n):
@@ -409,31 +494,30 @@ def _is_doubtful(n: int, zeros: int, re: Any, im: Any, norm: float, trace: float
     for singular values). Both with room, because what is doubtful is looked at again, by its eigenvectors; where two
     values are the same and those may not be told apart, nothing is certain.
     """
-    nearest = math.inf
-    for i in range(n):
-        for j in range(i):
-            nearest = min(nearest, abs(re[i] - re[j]) + abs(im[i] - im[j]))
+    unit = 1.0 / norm
     for i in range(n):
         if re[i] == 0.0 and im[i] == 0.0:
             zeros -= 1
             continue
-        x = abs(re[i]) / norm
+        x = abs(re[i]) * unit
         power = x
         for _ in range(n - 1):
             power *= x
-        if power > 4.0 * (rounding / norm):
+        if power > 4.0 * rounding * unit:
             continue
-        if nearest <= 1e-12 * norm:
-            return True
-        square = norm * norm - 2.0 * re[i] * trace + n * (re[i] * re[i] + im[i] * im[i])
-        spread = max(square, 1e-14 * norm * norm) / (max(n - 1, 1) * norm * norm)
+        square = 1.0 - 2.0 * (re[i] * unit) * (trace * unit) + n * (x * x + (im[i] * unit) ** 2)
+        spread = max(square, 1e-14) / max(n - 1, 1)
         condition = 1.0
         for j in range(n):
             if j != i:
-                u, v = (re[i] - re[j]) / norm, (im[i] - im[j]) / norm
+                u, v = (re[i] - re[j]) * unit, (im[i] - im[j]) * unit
                 condition *= spread / (u * u + v * v)
         if not abs(re[i]) > 8.0 * rounding * max(math.sqrt(condition), 1.0):  # nan, too
             return True
+        for j in range(n):
+            for k in range(j):
+                if abs(re[j] - re[k]) + abs(im[j] - im[k]) <= 1e-12 * norm:
+                    return True
     return zeros < 0
 
 
@@ -480,7 +564,8 @@ def _bin_of(x: float, edges: Any, of_exponent: Any) -> int:
     """The bin of a histogram, a bin without its right edge, from that of the power of two below |x|."""
     at = 0
     if x != 0.0:
-        _, exponent = math.frexp(x)
+        bits: Any = np.float64(x).view(np.int64)
+        exponent = (bits >> 52 & 0x7FF) - 1022
         at = min(max(exponent - FIRST_EXPONENT, 0), len(of_exponent) - 1)
     i = of_exponent[at]
     if x < 0.0:
@@ -518,6 +603,7 @@ def take_spectra(
     stop: int,
     scale: float,
     eps: float,
+    solved: Any,
     work: Any,
     found: Any,
     doubtful: Any,
@@ -540,7 +626,10 @@ def take_spectra(
         stop: after the last.
         scale: the largest entry that they were summed from.
         eps: of their numbers.
-        work: (10, 8) float64.
+        solved: of each what `one_spectrum` says, its three sums, and its real and imaginary parts, where a device has
+            found them: (stop - start,) int64, (stop - start, 3) and (stop - start, n, 2) float64. Empty: all is found
+            here.
+        work: (11, 8) float64.
         found: ((stop - start) n, 2) in their precision, gets real and imaginary parts of eigenvalues that are not 0.
         doubtful: (stop - start,) int64, gets their indices.
         counts: (5,) int64, see `COUNTED`.
@@ -553,14 +642,20 @@ def take_spectra(
         of_exponent: int64, the bin of 2^e / 2, by e - `FIRST_EXPONENT`; the first of them that of 0.
     """
     n, channels = squares.shape[1], squares.shape[3]
-    re, im, three = work[8], work[9], np.empty(3)
+    re, im, three = work[8], work[9], work[10]
+    states, all_sums, values = solved
     count = 0
     for at in range(start, stop):
-        unit, channel = at // channels, at % channels
-        for i in range(n):
-            for j in range(n):
-                work[i, j] = squares[unit, i, j, channel]
-        state = one_spectrum(work, n, scale, eps, three, re, im)
+        if len(states):
+            state = states[at - start]
+            three[:3] = all_sums[at - start]
+            re[:n], im[:n] = values[at - start, :, 0], values[at - start, :, 1]
+        else:
+            unit, channel = at // channels, at % channels
+            for i in range(n):
+                for j in range(n):
+                    work[i, j] = squares[unit, i, j, channel]
+            state = one_spectrum(work, n, scale, eps, three, re, im)
         if state == ZERO:
             continue
         if state == DOUBTFUL:
@@ -615,6 +710,9 @@ def largest_entry(squares: Any) -> float:
     return most + nothing
 
 
+_NOTHING = np.zeros(0, np.int64), np.zeros((0, 3)), np.zeros((0, 1, 2))
+
+
 @dataclass(frozen=True)
 class Taken:
     """What `take_spectra` found in some squares, but for the doubtful ones.
@@ -640,8 +738,15 @@ class Taken:
     histogram: np.ndarray
 
 
-def take(squares: np.ndarray, start: int, stop: int, scale: float, few: int) -> Taken:
-    """The eigenvalues of some squares, on the host.
+def take(
+    squares: np.ndarray,
+    start: int,
+    stop: int,
+    scale: float,
+    few: int,
+    solved: tuple[np.ndarray, np.ndarray, np.ndarray] = _NOTHING,
+) -> Taken:
+    """The eigenvalues of some squares, and what is counted of them, on the host.
 
     Args:
         squares: (a, n, n, c) float32 or float64, n at most `MOST_ORDER`.
@@ -649,6 +754,7 @@ def take(squares: np.ndarray, start: int, stop: int, scale: float, few: int) -> 
         stop: after the last.
         scale: the largest entry of what they are parts of, to which their numbers are rounded.
         few: how many eigenvalues to keep with their squares, at either end.
+        solved: as for `take_spectra`.
     """
     n, size = squares.shape[1], stop - start
     found, doubtful = np.empty((size * n, 2), squares.dtype), np.empty(size, np.int64)
@@ -656,9 +762,9 @@ def take(squares: np.ndarray, start: int, stop: int, scale: float, few: int) -> 
     furthest, places = np.zeros((2, few, 3)), np.full((2, few), -1)
     histogram = np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)
     eps = float(np.finfo(squares.dtype).eps)
-    work = np.zeros((MOST_ORDER + 2, MOST_ORDER))
+    work = np.zeros((MOST_ORDER + 3, MOST_ORDER))
     parts = (found, doubtful, counts, sums, ends, furthest, places, histogram, HISTOGRAM_EDGES, _BINS)
-    take_spectra(squares, start, stop, scale, eps, work, *parts)
+    take_spectra(squares, start, stop, scale, eps, solved, work, *parts)
     ends[2] = math.sqrt(max(ends[2], 0.0))
     named = {name: float(value) for name, value in zip(ENDS, ends, strict=True) if value > -math.inf}
     return Taken(

@@ -9,6 +9,7 @@ known are convolutions and what works number by number; whoever uses the result 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -245,6 +246,54 @@ class _Columns:
             start = here[y - of[0]] + a - first[row + of[2]]
             target[:, to : to + b - a] += block[:, start : start + b - a]
 
+    def product(self, weights: Array, parts: list[tuple[Rectangle, Array]], rectangle: Rectangle) -> Array:
+        """Weights times blocks that stand below each other, over the columns of one rectangle.
+
+        No zeros are multiplied: each run of columns takes the blocks that have it.
+
+        Args:
+            weights: (a, rows of all blocks).
+            parts: blocks, each over its own rectangle.
+            rectangle: of the result.
+        """
+        if all(of == rectangle for of, _ in parts):
+            return weights @ (parts[0][1] if len(parts) == 1 else np.concatenate([block for _, block in parts]))
+        target = np.zeros((len(weights), self.size(rectangle)), dtype=weights.dtype)
+        ends = np.cumsum([0] + [len(block) for _, block in parts]).tolist()
+        for y in range(rectangle[0], rectangle[1] + 1):
+            here = [i for i, (of, _) in enumerate(parts) if of[0] <= y <= of[1]]
+            edges = {x for i in here for x in (parts[i][0][2], parts[i][0][3] + 1)} | {rectangle[2], rectangle[3] + 1}
+            inside = sorted(x for x in edges if rectangle[2] <= x <= rectangle[3] + 1)
+            for left, after in pairwise(inside):
+                run = target[:, self._run(rectangle, y, left, after)]
+                chosen = [i for i in here if parts[i][0][2] <= left < parts[i][0][3] + 1]
+                if not chosen or not run.shape[1]:
+                    continue
+                for first, last in _runs(chosen):
+                    blocks = [block[:, self._run(of, y, left, after)] for of, block in parts[first : last + 1]]
+                    run += weights[:, ends[first] : ends[last + 1]] @ (
+                        blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+                    )
+        return target
+
+    def picked(self, weights: Array, parts: list[tuple[Rectangle, Array]], rectangle: Rectangle) -> Array:
+        """As `product`, where the blocks are of the identity, at a position each: nothing is multiplied."""
+        target = np.zeros((len(weights), self.size(rectangle)), dtype=weights.dtype)
+        start = 0
+        for (y, _, x, _), block in parts:
+            rows = weights[:, start : start + len(block)]
+            start += len(block)
+            if rectangle[0] <= y <= rectangle[1] and rectangle[2] <= x <= rectangle[3]:
+                here = target[:, self._run(rectangle, y, x, x + 1)]
+                here[:, ... if len(block) == block.shape[1] else block.argmax(axis=1)] += rows
+        return target
+
+    def _run(self, rectangle: Rectangle, y: int, left: int, after: int) -> slice:
+        """Where the columns at some positions of a row stand in a block over a rectangle."""
+        row, first = y * self.width, self.first
+        start = self.frame(rectangle)[2][y - rectangle[0]] - first[row + rectangle[2]]
+        return slice(int(start + first[row + left]), int(start + first[row + after]))
+
 
 class Accumulation:
     """Some rows and columns of the Jacobian of `Steps`, ready to be computed.
@@ -317,14 +366,17 @@ class Accumulation:
         return self._used[-1].counts
 
     def _narrow(self, windows: Integers) -> None:
-        """Ask for less of the result, and of what becomes it number by number."""
-        at = len(self._steps) - 1
-        while at > 0:
-            old, step = self._rectangles[at], self._steps[at]
-            ends = [(np.minimum if i % 2 else np.maximum)(old[i], windows[i]) for i in range(4)]
-            self._rectangles[at] = np.stack(ends)
-            shared = sum(step.sources[0] in other.sources for other in self._steps) > 1
-            at = 0 if step.kernel is not None or len(step.sources) > 1 or shared else step.sources[0]
+        """Ask for less of the result, and of each step for what some result needs of it: all else is waste."""
+        nothing = np.array([np.iinfo(int).max, -1, np.iinfo(int).max, -1])[:, None, None]
+        wanted = [np.broadcast_to(nothing, r.shape).copy() for r in self._rectangles]
+        wanted[-1] = windows
+        for i in range(len(self._steps) - 1, 0, -1):
+            step, asked = self._steps[i], wanted[i]
+            for s in step.sources:
+                wanted[s] = _around([wanted[s], asked if step.kernel is None else _spread(step, asked, wanted[s])])
+        for at, (old, asked) in enumerate(zip(self._rectangles, wanted, strict=True)):
+            if at:  # the identity is small
+                self._rectangles[at] = _within([old, asked])
 
     def _costs(self) -> tuple[int, int, int]:
         counts = [used.counts for used in self._used]
@@ -335,9 +387,15 @@ class Accumulation:
             new = totals[i] if i < len(self._steps) - 1 else int((counts[i] * columns[i]).max(initial=0))
             freed = sum(totals[s] for s in set(step.sources) if self._last_use[s] == i)
             if step.kernel is not None:
-                stacked = np.sum([_tap(step, counts[step.sources[0]], tap, 0) for tap in _taps(step)], axis=0)
-                flops += int(2 * (counts[i] * columns[i] * stacked).sum())
-                largest = (stacked * (counts[i] + columns[i])).max(initial=0)
+                stacked = np.zeros_like(columns[i])
+                for tap in _taps(step):
+                    rows = _tap(step, counts[step.sources[0]], tap, 0)
+                    of = _within([self._rectangles[i], _tap(step, self._rectangles[step.sources[0]], tap, -1)])
+                    stacked += rows
+                    if step.sources[0] == 0:
+                        continue
+                    flops += int(2 * (counts[i] * rows * self._columns.within(of)).sum())
+                largest = (stacked * (counts[i] + columns[i]) + counts[i] * columns[i]).max(initial=0)
                 most = max(most, held + new + int(largest) + step.kernel.size)
             else:
                 most = max(most, held + new - (freed if len(step.sources) == 1 else 0))
@@ -433,7 +491,8 @@ class Accumulation:
         for at in range(used.size):
             rectangle = self._rectangle(i, at)
             size, channels = columns.size(rectangle), used.channels(at)
-            parts, taken = [], []
+            parts: list[tuple[Rectangle, Array]] = []
+            taken: list[Integers] = []
             for tap, place in enumerate(places[:, at].tolist()):
                 if place >= 0 and (part := blocks[place]) is not None:
                     parts.append(part)
@@ -441,34 +500,37 @@ class Accumulation:
             if not len(channels) or not parts or not size:
                 yield None
                 continue
-            stacked = np.zeros((sum(map(len, taken)), size), dtype=self._dtype)
-            start = 0
-            for of, block in parts:
-                columns.place(stacked[start : start + len(block)], rectangle, block, of)
-                start += len(block)
-            yield rectangle, kernel[np.ix_(channels, np.concatenate(taken))] @ stacked
+            product = columns.picked if step.sources[0] == 0 else columns.product
+            yield rectangle, product(kernel[np.ix_(channels, np.concatenate(taken))], parts, rectangle)
 
     def _summed(self, i: int, kept: "list[_Blocks]") -> "Iterator[_Block]":
         step, columns, used = self._steps[i], self._columns, self._used[i]
         slopes = [slope.reshape(len(slope), -1) for slope in step.slopes]
+        free = [self._last_use[s] == i and step.sources.count(s) == 1 for s in step.sources]
         for at in range(used.size):
             rectangle, channels = self._rectangle(i, at), used.channels(at)
             total: Array | None = None
-            for slope, s in zip(slopes, step.sources, strict=True):
+            for slope, s, last in zip(slopes, step.sources, free, strict=True):
                 part, there = kept[s][at], self._used[s].channels(at)
                 if part is None or not len(channels):
                     continue
                 of, block = part
                 found = np.isin(channels, there, assume_unique=True)
-                mine = block[np.searchsorted(there, channels[found])] * slope[channels[found], at][:, None]
-                if len(step.sources) == 1 and of == rectangle:
+                factors, whole = slope[channels[found], at][:, None], bool(found.all())
+                if not (whole and len(there) == len(channels)):
+                    block, last = block[np.searchsorted(there, channels[found])], True
+                mine = np.multiply(block, factors, out=block if last else None)
+                if total is None and whole and of == rectangle:
                     total = mine
                     continue
                 total = np.zeros((len(channels), columns.size(rectangle)), self._dtype) if total is None else total
+                if whole:
+                    columns.place(total, rectangle, mine, of)
+                    continue
                 padded = np.zeros((len(mine), total.shape[1]), self._dtype)
                 columns.place(padded, rectangle, mine, of)
                 total[found] += padded
-            if len(step.sources) == 1 and self._last_use[step.sources[0]] == i:
+            if len(step.sources) == 1 and free[0]:
                 kept[step.sources[0]][at] = None
             yield None if total is None else (rectangle, total)
 
@@ -505,13 +567,40 @@ def _reached(steps: tuple[Step, ...]) -> list[Integers]:
         if step.kernel is not None:
             nothing = np.array([height, -1, width, -1])
             parts = [_tap(step, parts[0], tap, nothing[:, None, None]) for tap in _taps(step)]
-        found.append(np.stack([(np.max if i % 2 else np.min)([p[i] for p in parts], axis=0) for i in range(4)]))
+        found.append(_around(parts))
     return found
 
 
 _Read = tuple[Integers, Integers]
 _Block = tuple[Rectangle, Array] | None
 _Blocks = list[_Block]
+
+
+def _around(rectangles: list[Integers]) -> Integers:
+    """The least rectangles that hold all."""
+    return np.stack([(np.max if i % 2 else np.min)([r[i] for r in rectangles], axis=0) for i in range(4)])
+
+
+def _within(rectangles: list[Integers]) -> Integers:
+    """The rectangles that are in all."""
+    return np.stack([(np.min if i % 2 else np.max)([r[i] for r in rectangles], axis=0) for i in range(4)])
+
+
+def _spread(step: Step, asked: Integers, like: Integers) -> Integers:
+    """What a convolution needs of each position that it reads, for the rectangles that are asked of its result."""
+    found = like.copy()
+    for tap in _taps(step):
+        (y, from_y), (x, from_x) = _reads(step, tap, like.shape[1:])
+        old, new = found[:, from_y[:, None], from_x], asked[:, y[:, None], x]
+        empty = (new[0] > new[1]) | (new[2] > new[3])
+        found[:, from_y[:, None], from_x] = np.where(empty, old, _around([old, new]))
+    return found
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers."""
+    breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    return [(numbers[a], numbers[b - 1]) for a, b in zip([0, *breaks], [*breaks, len(numbers)], strict=True)]
 
 
 def _check_order(units: Integers, shape: Map) -> None:

@@ -73,7 +73,7 @@ class FunctionGraph:
                 Exception
             ):  # functions of the old style cannot be functionalised: unless they write, they need not be
                 self.module = _traced(lambda v: f(v), x)
-                if any(_writes(node) for node in self.module.graph.nodes):
+                if any(writes(node) for node in self.module.graph.nodes):
                     raise
         nodes = list(self.module.graph.nodes)
         self.input = next(n for n in nodes if n.op == "placeholder")
@@ -239,7 +239,8 @@ def _traced(f: Function, x: Tensor) -> fx.GraphModule:
     return make_fx(f, tracing_mode="real", _error_on_data_dependent_ops=False)(x.clone())
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether an operation changes a tensor that it was given."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
