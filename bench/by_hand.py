@@ -4,8 +4,8 @@ The same square block of ResNet18 (bundled weights) at the same CIFAR-10 image i
 `torch.func.jacrev(chunk_size=64)`, then `torch.linalg.eigvals`, or NumPy's; against `stiffcore.analyze` in one
 process. Seconds without imports, the peak of each process (`ru_maxrss`), and the largest distance from an eigenvalue
 of one to the nearest of the other. From the largest by hand, what n = 65,536 would take: n products, n^3 operations,
-n^2 numbers. `--quick` solves n = 2,048, `--long` adds 16,384 (half an hour in all); `--device cuda` does all on the
-device, without NumPy.
+n^2 numbers. `--quick` solves n = 2,048, `--long` adds 16,384 (half an hour in all); `--blocks NAME,NAME` those alone;
+`--device cuda` does all on the device, without NumPy.
 """
 
 import json
@@ -92,6 +92,10 @@ if __name__ == "__main__":
         child(*sys.argv[sys.argv.index("--child") + 1 :][:3])
         raise SystemExit
     sizes = list(SIZES.items())[: 1 if QUICK else 4 if "--long" in sys.argv else 3]
+    if "--blocks" in sys.argv:
+        sizes = [(name, SIZES[name]) for name in sys.argv[sys.argv.index("--blocks") + 1].split(",")]
+    blocks = []
     with tempfile.TemporaryDirectory() as folder:
-        blocks = [compared(block, n, Path(folder)) for block, n in sizes]
-    write(__file__, {"blocks": blocks, "needed": needed(blocks[-1])})
+        for block, n in sizes:
+            blocks.append(compared(block, n, Path(folder)))
+            write(__file__, {"blocks": blocks, "needed": needed(blocks[-1])})  # whatever ends the next

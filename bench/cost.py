@@ -3,10 +3,11 @@
 Every square block of ResNet18 and ResNet50 (bundled weights), and of ResNet34 with random ones, at one CIFAR-10
 image, all eigenvalues, one unit after the other on one core. Seconds by stage and in all against the plan's, the
 peak of each unit against what was planned for it, bytes in the store. `--quick`: the last blocks of ResNet18;
-`--device cuda`: there.
+`--device cuda`: there; `--networks NAME,NAME`: these alone.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -44,8 +45,10 @@ def blocks_of(network, options, folder):
 
 
 if __name__ == "__main__":
-    figures = {}
-    for network in list(NETWORKS)[: 1 if QUICK else None]:
+    figures, networks = {}, list(NETWORKS)[: 1 if QUICK else None]
+    if "--networks" in sys.argv:
+        networks = sys.argv[sys.argv.index("--networks") + 1].split(",")
+    for network in networks:
         with tempfile.TemporaryDirectory() as folder:
             figures[network] = blocks_of(network, NETWORKS[network], folder)
         write(__file__, figures)  # what is measured is kept, whatever ends the next

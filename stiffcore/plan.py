@@ -16,9 +16,9 @@ from functools import partial
 import numpy as np
 
 from stiffcore.eigen import dense
-from stiffcore.eigen.extremes import DENSE_SHARE
+from stiffcore.eigen.deflation import CHEAP_WHOLE, WHOLE_BYTES
 from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER, inclusion_bytes
-from stiffcore.eigen.sparse import device_matrix_bytes, factor_bytes, inertia_bytes
+from stiffcore.eigen.sparse import DENSE_PANEL, DENSE_SHARE, device_matrix_bytes, factor_bytes, inertia_bytes
 from stiffcore.errors import InputError
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.record import UnitPlan
@@ -336,6 +336,7 @@ def _cuda_dense(
     plan = replace(
         base,
         why="fits the device",
+        stages=_with_proof(base, np.dtype(study.dtype).itemsize, data_bytes),
         device_bytes=needed,
         disk_bytes=matrix + vectors,
         kept_bytes=vectors + _kept(study, matrix),
@@ -363,6 +364,7 @@ def _host_dense(
     plan = replace(
         base,
         why="fits the host budget",
+        stages=_with_proof(base, np.dtype(study.dtype).itemsize, data_bytes),
         disk_bytes=2 * (matrix + vectors),
         kept_bytes=vectors + _kept(study, 2 * matrix + vectors),
         moved_bytes=5 * matrix + 6 * vectors,
@@ -455,6 +457,7 @@ def _divide(
     plan = replace(
         base,
         why=f"blocks of {width * at_once:,} columns, parts of {leaf:,} in memory{among}",
+        stages=_with_proof(base, np.dtype(study.dtype).itemsize, room),
         device_bytes=on_device,
         panel=width,
         at_once=at_once,
@@ -879,6 +882,36 @@ def locate_bytes(k: int, kernel_items: int, itemsize: int) -> int:
 
 
 Stages = Callable[[Unit, int, int, int], dict[str, int]]
+
+
+def proves_sparse(unit: Unit) -> bool:
+    """Whether the ends of a whole spectrum are proved with a sparse matrix: it is, or it is of a small order."""
+    return 0 < unit.nonzeros < DENSE_SHARE * unit.k**2 or unit.k <= CHEAP_WHOLE
+
+
+def prove_bytes(plan: UnitPlan, itemsize: int) -> int:
+    """What proves the ends and the errors of a whole spectrum, beside what it is told that it may take.
+
+    The operator, and the matrix while it is read; what the counts of `_extremes_stages` make of a sparse one, without
+    factors; of a dense one a panel in double precision.
+    """
+    unit, k = plan.unit, plan.unit.k
+    held = operator_bytes(unit.kernel_items, unit.column_items * itemsize, itemsize) + _krylov_bytes(k)
+    if proves_sparse(unit):
+        parts = 10 if unit.function is BlockFunction.BRANCH else 5
+        return held + parts * 12 * (unit.nonzeros or k * k)
+    return held + k * k * itemsize + max(_shard_bytes(k, plan.shard, itemsize), 2 * 8 * DENSE_PANEL * k)
+
+
+def _with_proof(base: UnitPlan, itemsize: int, data_bytes: int) -> dict[str, int]:
+    """The stages of a whole spectrum, with `prove` where the budget has room: else it is found, not proved.
+
+    That is done above the order up to which all eigenvalues are located.
+    prove: `prove_bytes`; of a small order, the dense solve that is its last resort, too.
+    """
+    k, stages = base.unit.k, base.stages or {}
+    needed = prove_bytes(base, itemsize) + (WHOLE_BYTES * k * k if k <= CHEAP_WHOLE else 0)
+    return stages | {"prove": needed} if k > FULL_ORDER and needed <= data_bytes else stages
 
 
 def _no_stages(unit: Unit, column_bytes: int, itemsize: int, shard: int) -> dict[str, int]:

@@ -103,6 +103,8 @@ class Ends:
         left_lines: counts of the k left of lines near to the left end, at most one between eigenvalues that were found
             and one beyond them all: what proves that none was missed. Empty where that is not proved.
         right_lines: the same at the right end, counts of those right of the lines.
+        discs: around each of the eigenvalues that were known, where asked for: radii, with one eigenvalue exactly so
+            near, and margins, within which a matrix has one there, too; none where that is not proved.
     """
 
     left_of_zero: Count
@@ -113,6 +115,7 @@ class Ends:
     note: str
     left_lines: tuple[Count, ...] = ()
     right_lines: tuple[Count, ...] = ()
+    discs: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, infinities as strings."""
@@ -160,7 +163,8 @@ class Certified:
             space, by jvp and vjp of the original function. Either bounds the change of J that makes l exact.
         condition: `|u| |v| / |v^H u|`, v the left eigenvector: how far l moves per unit perturbation of J; or of the
             reduced matrix, where that is what gives the smaller error.
-        error: estimate of the eigenvalue's error, see `stiffcore.eigen.certificate`.
+        error: of the eigenvalue, see `stiffcore.eigen.certificate`; inf where an estimate is not shown to be a bound.
+        estimate: of the error, to first order; None where it is not needed.
         converged: whether inverse iteration found both eigenvectors.
     """
 
@@ -169,6 +173,7 @@ class Certified:
     condition: float
     error: float
     converged: bool
+    estimate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class Certificate:
         trace_error: |sum of eigenvalues - trace| of the matrix solved, relative to its Frobenius norm.
         square_error: |sum of squares - trace of the square|, relative to the squared Frobenius norm.
         reduction_check: largest relative difference of the reduction from J on random tangents.
-        error: the largest error estimate of the certified eigenvalues (absolute).
+        error: the largest error of the certified eigenvalues (absolute), of those with a finite one, and of the ends.
         s_error: error estimate of S; inf where min Re is within its error of zero.
         s_active_error: error estimate of S_active.
         near_axis: of how many computed eigenvalues the sign of the real part is not known: `negative` is open by that.
@@ -190,8 +195,11 @@ class Certificate:
         negative: how many of the k eigenvalues computed have a negative real part, at least and at most; None of other
             kinds, and of runs of an older version.
         outside: how many of them have |1 + l| > 1, at least and at most; None where not asked, or not known.
-        unproved: of a spectrum of which only the ends were computed, those (`smallest`, `largest`) that were found, but
+        unproved: of a spectrum that is not located as a whole, the ends (`smallest`, `largest`) that were found, but
             without a proof that nothing lies further out: `error` and the errors of S reach to the numerical range.
+        near_first: of a whole spectrum that is not located, with signs that are open: how many eigenvalues are within
+            `axis_error` of the axis, which is a count to first order; None elsewhere.
+        real_parts: of a whole spectrum with an end that is not proved, the ends of the numerical range; None elsewhere.
     """
 
     certified: tuple[Certified, ...]
@@ -207,6 +215,18 @@ class Certificate:
     negative: tuple[int, int] | None = None
     outside: tuple[int, int] | None = None
     unproved: tuple[str, ...] = ()
+    near_first: int | None = None
+    real_parts: tuple[float, float] | None = None
+
+    @property
+    def estimated_error(self) -> float:
+        """The largest error of the certified eigenvalues, to first order where no bound is known."""
+        return max((c.error if c.estimate is None else c.estimate for c in self.certified), default=0.0)
+
+    @property
+    def first_order(self) -> int:
+        """Of how many certified eigenvalues the error is known to first order only."""
+        return sum(c.estimate is not None for c in self.certified)
 
     @property
     def passed(self) -> bool:
@@ -383,8 +403,20 @@ class Spectrum:
             low, high = (f"{100 * share:.4g}" for share in self._shares(between))
             count = f"{certificate.near_axis:,} eigenvalue{'s' if certificate.near_axis > 1 else ''}"
             lines.append(f"the sign of {count} is open: {low} to {high} % are negative{without}")
+            if certificate.near_first is not None:
+                near, found = certificate.near_first, 100 * self.metrics["negative"]
+                within = "none is" if not near else "1 is" if near == 1 else f"{near:,} are"
+                computed = f"as computed {found:.4g} % are, and to first order {within} within an error of the axis"
+                lines[-1] = f"{lines[-1]}; {computed}"
         for name, bounds in () if self.ends is None else self.ends.open_ends(certificate.unproved):
             lines.append(f"the {name} real part is found, not proved: {bounds}")
+        for name in certificate.unproved if self.ends is None else ():
+            reach = certificate.real_parts[name == "largest"] if certificate.real_parts else float("nan")
+            bounds = f"the numerical range reaches {reach:.6g}" if np.isfinite(reach) else "no bound is known"
+            lines.append(f"the {name} real part is found, not proved: {bounds}")
+        if certificate.first_order and (certificate.unproved or certificate.near_axis):
+            number, total = certificate.first_order, len(certificate.certified)
+            lines.append(f"of {number} of {total} eigenvalues checked, the error is known to first order only")
         s = abs(self.metrics["S_active"])
         if not (certificate.s_active_error <= DOUBTFUL * s or np.isnan(s)):
             lines.append("S active is within its error")

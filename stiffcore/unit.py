@@ -22,12 +22,13 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from stiffcore.eigen import certificate, dense, device, divide, panels, singular
-from stiffcore.eigen.counting import ends_of
+from stiffcore.eigen.counting import Whole, ends_of
 from stiffcore.eigen.deflation import Enclosure
 from stiffcore.eigen.extremes import extremes
 from stiffcore.eigen.inclusion import FULL_ORDER, MOST_ORDER
 from stiffcore.eigen.numerical_range import logarithmic_norm, range_bounds
 from stiffcore.eigen.panels import Each
+from stiffcore.eigen.sparse import DenseMatrix
 from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
@@ -36,7 +37,7 @@ from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction, Route
 from stiffcore.jacobian.slices import RandomCheck, Slices
 from stiffcore.memory import moved_bytes, own_peak_bytes, release_free_memory, reset_peak
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
-from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, locate_bytes, operator_bytes
+from stiffcore.plan import DIVIDE_TILE_ROWS, TILE_ROWS, locate_bytes, operator_bytes, prove_bytes, proves_sparse
 from stiffcore.record import (
     Converged,
     Divided,
@@ -50,7 +51,7 @@ from stiffcore.record import (
     UnitPlan,
     UnitRecord,
 )
-from stiffcore.spectra import Moments, certified_choice
+from stiffcore.spectra import Ends, Moments, certified_choice
 from stiffcore.store import (
     DIVISION,
     HISTOGRAM,
@@ -814,14 +815,16 @@ def _certify(run: UnitRun) -> dict[str, Any]:
         values, chosen, some = _solved(run)
         left, right = run.record.range_left, run.record.range_right
         between = None if left is None or right is None else (left, right)
+        matrix = _located_matrix(run, between)
         found = certificate.certify(
             run.reduction,
             values,
             chosen,
             some,
             moments,
-            matrix=_located_matrix(run, between),
+            matrix=matrix,
             real_parts=between,
+            ends=None if matrix is not None else _whole_ends(run, values, chosen, some, between),
             **division_checks(run.record),
         )
     run.store.put_array(
@@ -848,6 +851,36 @@ def _located_matrix(run: UnitRun, real_parts: tuple[float, float] | None) -> np.
         if not fits or certificate.side_of_axis(run.reduction, real_parts) is not None:
             return None
     return _read_matrix(run) if k else None
+
+
+def _whole_ends(
+    run: UnitRun,
+    values: np.ndarray,
+    chosen: np.ndarray,
+    vectors: dense.Eigenvectors | None,
+    real_parts: tuple[float, float] | None,
+) -> Ends | None:
+    """What is proved of the ends of a whole spectrum, where the plan has room for that beside the certificate."""
+    if vectors is None or real_parts is None or "prove" not in (run.plan.stages or {}):
+        return None
+    matrix: csc_array | DenseMatrix
+    if proves_sparse(run.unit):
+        with _undoing(run, Stage.PLANNED, "matrix"):
+            matrix = run.matrix("matrix").read_sparse().astype(np.float64)
+    else:
+        matrix = DenseMatrix(_read_matrix(run))
+    found = ends_of(
+        matrix,
+        run.reduction.shift,
+        (values[chosen].astype(np.complex128), vectors.right.astype(np.complex128)),
+        disc=run.unit.function == BlockFunction.BRANCH,
+        memory_bytes=run.plan.projected_bytes - prove_bytes(run.plan, run.dtype.itemsize),
+        note="",
+        rounding=certificate.distance_of(run.reduction),
+        whole=Whole(values.real.astype(np.float64), real_parts, certificate.side_of_axis(run.reduction, real_parts)),
+    )
+    run.release()
+    return found
 
 
 def _solved(run: UnitRun) -> tuple[np.ndarray, np.ndarray, dense.Eigenvectors | None]:

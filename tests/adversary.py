@@ -18,6 +18,8 @@ from flint import acb_mat, ctx, fmpq, fmpq_mat
 from scipy.sparse import csc_array
 
 from stiffcore.eigen import certificate, counting, dense, divide, extremes, panels, singular
+from stiffcore.eigen.numerical_range import range_bounds
+from stiffcore.eigen.sparse import DENSE_ORDER, EPS
 from stiffcore.jacobian.factors import open_factors
 from stiffcore.jacobian.reduction import Reduction, reduce_jacobian
 from stiffcore.spectra import Ends, Moments, Spectrum, certified_choice
@@ -504,8 +506,24 @@ def solved(r: Reduction) -> Spectrum:
     values = dense.hessenberg_eigenvalues(held) if r.k else np.zeros(0, complex)
     chosen = certified_choice(values, r.shift)
     vectors = dense.hessenberg_eigenvectors(h, values[chosen]) if r.k else None
-    found = certificate.certify(r, values, chosen, vectors, moments)
+    proved = proofs(r, a, values, chosen, vectors, moments) if r.k > certificate.FULL_ORDER else {}
+    found = certificate.certify(r, values, chosen, vectors, moments, **proved)
     return spectrum(r, values, "host-dense", found, moments.frobenius)
+
+
+def proofs(r: Reduction, a: Array, values, chosen, vectors, moments) -> dict:
+    """What a unit of a larger order has proved before its certificate."""
+    matrix = csc_array(np.asarray(a, float))
+    if r.k > DENSE_ORDER:
+        parts = range_bounds(matrix, -float(r.shift), moments.frobenius)
+    else:
+        low, *_, high = np.linalg.eigvalsh((matrix + matrix.T).toarray()) / 2
+        off = 10 * r.k * EPS * moments.frobenius
+        parts = (float(low) - off, float(high) + off)
+    whole = counting.Whole(np.asarray(values.real, float), parts, certificate.side_of_axis(r, parts))
+    known = values[chosen].astype(complex), vectors.right.astype(complex)
+    given = {"disc": True, "memory_bytes": None, "note": "", "rounding": certificate.distance_of(r), "whole": whole}
+    return {"real_parts": parts, "ends": counting.ends_of(matrix, r.shift, known, **given)}
 
 
 def divided(r: Reduction) -> Spectrum:

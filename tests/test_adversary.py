@@ -1,10 +1,14 @@
 """No number that is called certified or proved is wrong: a few of what bench/honesty.py asks thousands of times."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from stiffcore.eigen import certificate
 from stiffcore.errors import StiffcoreError
+from stiffcore.spectra import Certificate
 from tests import adversary
 from tests.adversary import FUNCTIONS, MATRICES, SOLVERS, TALL, Truth, function_case, judged, matrix_case, tall_case
 
@@ -25,6 +29,32 @@ def test_nothing_that_is_certified_is_wrong(name):
         case = make(name, np.random.default_rng([seed, 7]), dtype)
         for solver in SOLVERS:
             assert lies_of(case, solver) == (), (case.name, solver)
+
+
+def slowly(name):
+    return name if name in ("Grcar", "graded") else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", map(slowly, MATRICES))
+def test_what_is_proved_at_larger_orders_is_true(name, monkeypatch):
+    monkeypatch.setattr(certificate, "FULL_ORDER", 0)
+    for seed, dtype in enumerate(BOTH):
+        assert lies_of(matrix_case(name, np.random.default_rng([seed, 7]), dtype), "host-dense") == ()
+
+
+def test_at_larger_orders_what_is_well_conditioned_is_certified_and_what_is_not_shown_is_said(monkeypatch):
+    monkeypatch.setattr(certificate, "FULL_ORDER", 0)
+    found = adversary.solved(tall_case("skew couplings", np.random.default_rng(7), torch.float64).reduction)
+    assert found.verdict == "certified"
+    assert found.certificate.error < 1e-8
+    found = adversary.solved(tall_case("large Toeplitz block in company", np.random.default_rng(7), BOTH[0]).reduction)
+    assert found.certificate.first_order == len(found.certificate.certified) > 0
+    assert found.certificate.unproved == ("largest", "smallest")
+    assert found.negative_between == (0, found.k)
+    assert 0 < found.metrics["negative"] < 1  # as computed: what was known before is not lost
+    for said in ("0 to 100 % are negative", "as computed", "to first order", "found, not proved"):
+        assert said in found.verdict
+    assert Certificate.from_json(json.loads(json.dumps(found.certificate.to_json(), allow_nan=False))) is not None
 
 
 @pytest.mark.slow

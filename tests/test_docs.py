@@ -28,6 +28,7 @@ PAGES = (
     "inputs",
     "store",
     "architecture",
+    "device",
     "api",
     "extremes",
     "extremes-study",

@@ -466,3 +466,15 @@ def test_single_precision_is_not_solved_by_products_alone():
     found = {precision: planned([one], 445 * MIB, solver="extremes", dtype=precision) for precision in Precision}
     assert found["float64"].units[0].matrix_free
     assert found["float32"].units[0].refused
+
+
+def test_a_unit_of_a_larger_order_has_its_ends_proved(small, monkeypatch):
+    for name in ("plan.FULL_ORDER", "unit.FULL_ORDER", "eigen.certificate.FULL_ORDER", "unit.MOST_ORDER"):
+        monkeypatch.setattr(f"stiffcore.{name}", 50)
+    run, outcome = execute(small / "run", OPTIONS | {"blocks": "1", "solver": "host-dense", "functions": "block"})
+    assert outcome.failed == {}
+    found = run.spectrum(block=1)
+    assert found.k > 50
+    assert found.certificate.unproved == ()
+    assert found.certificate.s_active_error < 1e-6 * abs(found.metrics["S_active"])
+    assert found.negative_between[0] == found.negative_between[1]

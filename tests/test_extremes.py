@@ -9,10 +9,12 @@ from threadpoolctl import threadpool_limits
 
 from stiffcore.eigen import counting
 from stiffcore.eigen import extremes as module
+from stiffcore.eigen.certificate import _isolated_error
 from stiffcore.eigen.counting import ends_of
 from stiffcore.eigen.deflation import enclosures_of
 from stiffcore.eigen.extremes import extremes, spectral_radius
 from stiffcore.eigen.numerical_range import logarithmic_norm
+from stiffcore.eigen.sparse import DenseMatrix
 from stiffcore.errors import InputError
 
 
@@ -287,3 +289,38 @@ def test_where_nothing_holds_all_eigenvalues_no_line_is_proved():
     a = sp.csc_array(sp.diags_array([-1.0, 1.0, 9.0], offsets=[-1, 0, 1], shape=(400, 400)))
     assert enclosures_of(a, None) == ()
     assert counting._lines((), a, np.array([0.9, 1.1]), None, 0.0) == ()
+
+
+def test_a_disc_around_an_eigenvalue_holds_one_of_every_matrix_within_its_margin():
+    rng = np.random.default_rng(5)
+    a = np.diag(np.linspace(-1, 1, 120)) + 0.3 * np.triu(rng.standard_normal((120, 120)), 1) / 11
+    values, right = np.linalg.eig(a)
+    left = np.linalg.inv(right).conj().T
+    [enclosure] = enclosures_of(sp.csc_array(a), None)
+    for at in (values.real.argmin(), values.real.argmax(), values.real.argsort()[60]):
+        u, v = right[:, at] / np.linalg.norm(right[:, at]), left[:, at] / np.linalg.norm(left[:, at])
+        found = enclosure.discs(complex(values[at]), 1e-14)
+        assert len(found) >= 3
+        for radius, margin in found:
+            assert margin > 1e-14
+            for off in (np.outer(v, u.conj()), -np.outer(v, u.conj()), rng.standard_normal((120, 120))):
+                moved = np.linalg.eigvals(a + 0.99 * margin / np.linalg.norm(off, 2) * off)
+                assert (np.abs(moved - values[at]) < radius).sum() == 1
+        condition = 1 / abs(np.vdot(v, u))
+        for size in (1e-9, 1e-5, 0.2 * found[-1][1]):
+            bound = _isolated_error(found, condition, 1e-14, size)
+            worst = [np.linalg.eigvals(a + sign * size * np.outer(v, u.conj())) for sign in (1, -1)]
+            farthest = max(np.abs(moved - values[at]).min() for moved in worst)
+            assert farthest <= bound
+        assert _isolated_error(found, condition, 1e-14, 1e-9) < 1.2 * condition * 1e-9
+    assert _isolated_error((), 1.0, 0.0, 0.0) == np.inf
+
+
+def test_products_with_a_dense_matrix_are_those_in_double_precision():
+    rng = np.random.default_rng(6)
+    for dtype in ("f4", "f8"):
+        a = np.asfortranarray(rng.standard_normal((600, 600)).astype(dtype))
+        x, operator = rng.standard_normal((600, 3)), DenseMatrix(a)
+        for got, expected in ((operator @ x, a.astype(float) @ x), (operator.T @ x, a.T.astype(float) @ x)):
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(operator.rmatvec(x[:, 0]), a.T.astype(float) @ x[:, 0], rtol=0, atol=1e-12)

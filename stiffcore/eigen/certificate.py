@@ -9,7 +9,6 @@ with no finite condition, which says nothing of the eigenvalue of M.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -112,21 +111,33 @@ def certify_ends(
     count, negative = ends.left_of_zero.count, int((real < -slack).sum())
     if count is not None and (negative > count or (count and not (real < slack).any())):
         failures.append(f"{count} eigenvalues are proved to be negative, but the smallest found is {real.min():.6g}")
-    reaches = {"largest": _reach(found.certified, ends.right_lines, ends.range_right + slack, 1)}
-    reaches["smallest"] = _reach(found.certified, ends.left_lines, -ends.range_left + slack, -1)
-    failures += [reach.contradiction for reach in reaches.values() if reach.contradiction]
-    # what may lie further out counts as what is certified there
-    possible = [Certified(complex(reach.sign * reach.bound), 0.0, 1.0, 0.0, True) for reach in reaches.values()]
-    ratio_error = partial(_ratio_error, reduction, values, (*found.certified, *possible), None)
+    bounded = _bounded(reduction, values, replace(found, failures=tuple(failures)), ends, slack)
+    return replace(
+        bounded,
+        negative=_negative_between(found.certified, ends, reduction.k),
+        near_axis=found.near_axis if count is None else 0,
+    )
+
+
+def _bounded(
+    reduction: Reduction, values: np.ndarray, found: Certificate, ends: Ends | None, slack: float
+) -> Certificate:
+    """The certificate with errors that reach as far as the ends of the spectrum may."""
+    right_lines: tuple[Count, ...] = ()
+    left_lines: tuple[Count, ...] = ()
+    right, left = np.inf, -np.inf
+    if ends is not None:
+        right_lines, left_lines, right, left = ends.right_lines, ends.left_lines, ends.range_right, ends.range_left
+    reaches = {"largest": _reach(found.certified, right_lines, right + slack, 1)}
+    reaches["smallest"] = _reach(found.certified, left_lines, -left + slack, -1)
+    between = [(reach.least, reach.bound) for reach in reaches.values()]
     return replace(
         found,
         error=max(found.error, *(reach.bound - reach.outermost for reach in reaches.values())),
-        s_error=ratio_error(structural=True),
-        s_active_error=ratio_error(structural=False),
-        negative=_negative_between(found.certified, ends, reduction.k),
-        near_axis=found.near_axis if count is None else 0,
+        s_error=_ratio_error(reduction, values, *between, structural=True),
+        s_active_error=_ratio_error(reduction, values, *between, structural=False),
         unproved=tuple(name for name, reach in reaches.items() if not reach.proved),
-        failures=tuple(failures),
+        failures=(*found.failures, *(reach.contradiction for reach in reaches.values() if reach.contradiction)),
     )
 
 
@@ -135,33 +146,35 @@ class _Reach:
     """How far out one end of a spectrum may be.
 
     Attributes:
-        sign: 1 for the right end; -1 for the left one, and the negative of all real parts.
-        outermost: what was found.
+        outermost: what was found; of the left end the negative, as all that follows.
+        least: nothing that is certified is further out, by its error, and something is as far.
         bound: nothing lies further out.
         proved: whether that is from a count, and not from the numerical range.
         contradiction: between what was found and what was counted.
     """
 
-    sign: int
     outermost: float
+    least: float
     bound: float
     proved: bool
     contradiction: str = ""
 
 
 def _reach(certified: tuple[Certified, ...], lines: tuple[Count, ...], range_end: float, sign: int) -> _Reach:
-    outermost = max(sign * c.value.real for c in certified)
+    outermost = max((sign * c.value.real for c in certified), default=-np.inf)
+    least = max((sign * c.value.real - c.error for c in certified), default=-np.inf)
     for count in lines:
         line = sign * count.threshold
         beyond = [c for c in certified if sign * c.value.real > line]
         number = sum(_copies(c) for c in beyond)
         if number > (count.count or 0):
             said = f"{number} eigenvalues were found beyond {count.threshold:.6g}, where {count.count} are proved to be"
-            return _Reach(sign, outermost, max(range_end, outermost), proved=False, contradiction=said)
+            return _Reach(outermost, least, max(range_end, outermost), proved=False, contradiction=said)
         clear = all(sign * c.value.real - c.error > line for c in beyond)
         if number == count.count and clear and len(_apart(beyond)) == len(beyond):
-            return _Reach(sign, outermost, outermost if beyond else line, proved=True)
-    return _Reach(sign, outermost, max(range_end, outermost), proved=False)
+            bound = max((sign * c.value.real + c.error for c in beyond), default=line)
+            return _Reach(outermost, least, bound, proved=bool(np.isfinite(least)))
+    return _Reach(outermost, least, max(range_end, outermost), proved=False)
 
 
 def _copies(c: Certified) -> int:
@@ -174,7 +187,12 @@ def _apart(certified: Sequence[Certified]) -> list[Certified]:
     kept: list[Certified] = []
     for c in certified:
         alone = not c.value.imag or abs(c.value.imag) > c.error
-        if c.converged and alone and all(abs(c.value - d.value) > c.error + d.error for d in kept):
+        if (
+            c.converged
+            and np.isfinite(c.error)
+            and alone
+            and all(abs(c.value - d.value) > c.error + d.error for d in kept)
+        ):
             kept.append(c)
     return kept
 
@@ -204,6 +222,7 @@ def certify(
     right: int | None = None,
     matrix: np.ndarray | None = None,
     real_parts: tuple[float, float] | None = None,
+    ends: Ends | None = None,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -221,15 +240,19 @@ def certify(
         matrix: (k, k) M, where the whole spectrum is to be located; where k is at most
             `stiffcore.eigen.inclusion.FULL_ORDER`, it is made again where it is not given.
         real_parts: bounds of those in the numerical range of M: at larger orders, what signs are certified by.
+        ends: at larger orders, what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`);
+            what it does not prove is open.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
     """
     dtype = reduction.jacobian.dtype
     located = _located(reduction, values, matrix) if complete else None
-    gaps = _gaps(values, chosen)
+    gaps, discs = _gaps(values, chosen), _discs(ends, len(chosen)) if complete else None
     certified = (
-        () if vectors is None else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located)
+        ()
+        if vectors is None
+        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, discs)
     )
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
@@ -238,7 +261,7 @@ def certify(
     if complete:
         trace_error = float(abs(complex(exactly.sum()) - moments.trace)) / norm
         square_error = float(abs(complex(((exactly / norm) ** 2).sum()) - moments.trace_square / norm / norm))
-    signs = _signs(reduction, values, certified, located, real_parts, complete)
+    signs = _signs(reduction, values, certified, located, real_parts, complete, ends)
     failures = _failures(
         reduction,
         values,
@@ -251,20 +274,36 @@ def certify(
     )
     if complete:
         failures += _miscounted(reduction, values, signs, right)
-    return Certificate(
+    between = _ends_between(reduction, certified, located)
+    found = Certificate(
         certified=certified,
         trace_error=trace_error,
         square_error=square_error,
         reduction_check=reduction.check,
-        error=max((c.error for c in certified), default=0.0),
-        s_error=_ratio_error(reduction, values, certified, located, structural=True),
-        s_active_error=_ratio_error(reduction, values, certified, located, structural=False),
+        error=max((c.error for c in certified if c.estimate is None), default=0.0),
+        s_error=_ratio_error(reduction, values, *between, structural=True),
+        s_active_error=_ratio_error(reduction, values, *between, structural=False),
         near_axis=signs.unsure,
         axis_error=signs.axis_error,
         failures=tuple(failures),
         negative=signs.negative if complete else None,
-        outside=_outside(reduction, located),
+        outside=_outside(reduction, located, ends if complete else None),
+        near_first=signs.near_first,
     )
+    if not complete or located is not None or not certified:
+        return found
+    found = _bounded(reduction, values, found, ends, distance_of(reduction))
+    return (
+        replace(found, real_parts=(ends.range_left, ends.range_right)) if ends is not None and found.unproved else found
+    )
+
+
+# Of one eigenvalue: radii and margins, see `stiffcore.spectra.Ends`.
+_Discs = tuple[tuple[float, float], ...]
+
+
+def _discs(ends: Ends | None, number: int) -> tuple[_Discs, ...]:
+    return ends.discs if ends is not None and ends.discs else ((),) * number
 
 
 def distance_of(reduction: Reduction) -> float:
@@ -303,10 +342,12 @@ class _Signs:
     Attributes:
         negative: at least and at most.
         axis_error: no eigenvalue whose sign is open has a larger |Re|; 0 where none is.
+        near_first: see `stiffcore.spectra.Certificate`.
     """
 
     negative: tuple[int, int]
     axis_error: float
+    near_first: int | None = None
 
     @property
     def unsure(self) -> int:
@@ -321,6 +362,7 @@ def _signs(
     located: Inclusion | None,
     real_parts: tuple[float, float] | None,
     complete: bool,
+    ends: Ends | None,
 ) -> _Signs:
     real, k, axis = np.asarray(values.real, float) + reduction.shift, reduction.k, -float(reduction.shift)
     if not k:
@@ -334,14 +376,20 @@ def _signs(
     side = side_of_axis(reduction, real_parts)
     if side is not None:
         return _Signs((side, side), 0.0)
-    axis_error = max((c.error for c in certified if c.error >= abs(c.value.real)), default=0.0)
+    errors = [(c.error if c.estimate is None else c.estimate, abs(c.value.real)) for c in certified]
+    axis_error = max((error for error, away in errors if error >= away), default=0.0)
+    near = int(np.count_nonzero(np.abs(real) <= axis_error))
     if not complete:
-        return _Signs((0, int(np.count_nonzero(np.abs(real) <= axis_error))), axis_error)
-    return _Signs((0, k), axis_error)
+        return _Signs((0, near), axis_error)
+    low, high = (0, k) if ends is None else _negative_between(certified, ends, k)
+    return _Signs((low, high), axis_error, near) if low < high else _Signs((low, high), 0.0)
 
 
-def _outside(reduction: Reduction, located: Inclusion | None) -> tuple[int, int] | None:
+def _outside(reduction: Reduction, located: Inclusion | None, ends: Ends | None) -> tuple[int, int] | None:
     """How many eigenvalues of M, shifted, have |1 + l| > 1, at least and at most."""
+    if ends is not None and ends.outside_disc is not None:
+        count = ends.outside_disc.count
+        return None if count is None else (count, count)
     return None if located is None else located.counted(OutsideOf(-1.0 - reduction.shift, 1.0))
 
 
@@ -367,6 +415,7 @@ def _certified(
     moments: Moments,
     neglected: float,
     located: Inclusion | None,
+    discs: tuple[_Discs, ...] | None,
 ) -> tuple[Certified, ...]:
     x, dtype = reduction.jacobian.x, reduction.jacobian.dtype
     complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
@@ -380,9 +429,11 @@ def _certified(
     eps = float(np.finfo(dtype).eps)
     rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
     found = []
-    for value, gap, ok, outer, inner in zip(values, gaps, vectors.converged, of_j, of_m, strict=True):
+    given = zip(values, gaps, discs or [()] * len(values), vectors.converged, of_j, of_m, strict=True)
+    for value, gap, around, ok, outer, inner in given:
         shifted = complex(reduction.shift + value)
-        error, condition = min((_finite(c * (r + rounding)), c) for r, c in (outer, inner))
+        error, condition = min((_finite(c * (r + rounding)), c) for r, c, _ in (outer, inner))
+        estimate = error if located is None and discs is not None else None
         if condition > WELL_CONDITIONED and error > FIRST_ORDER_SHARE * gap:
             error = float("inf")  # of a cluster: what it is to first order is not known to hold
         if located is not None:
@@ -390,8 +441,31 @@ def _certified(
             error = located.error(complex(value)) + eps * abs(shifted)
         if reduction.loss:
             error += _finite(outer[1] * reduction.loss)
-        found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok)))
+        if estimate is not None:  # nor is more lost: the margins allow for all that M is off
+            error = _isolated_error(around, inner[1], inner[2], rounding) + eps * abs(shifted)
+            estimate = None if np.isfinite(error) else estimate
+        found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok), estimate))
     return tuple(found)
+
+
+def _isolated_error(discs: _Discs, condition: float, residual: float, rounding: float) -> float:
+    """The error of the one eigenvalue in each of some discs; inf where there is none.
+
+    The matrix that is meant, B, is within `rounding` of A. With D, |D| <= the larger of both residuals of B, which is
+    that computed and `rounding`, B + D has the value and its vectors exactly (Kahan, Parlett, Jiang, SIAM J. Numer.
+    Anal. 19 (1982)). The eigenvalue of B + D - t D in the disc of radius r is analytic in t as long as that is within
+    the margin around A, for |t| < T, and stays in there. So Cauchy's bounds of its Taylor coefficients say how far it
+    is from the first order at t = 1: r (T^-2 + T^-3 + ...).
+    """
+    off, least = residual + rounding, float("inf")
+    for radius, margin in discs:
+        if not margin > rounding:
+            continue
+        far, error = (margin - rounding) / off - 1 if off else float("inf"), radius
+        if far > 1 and np.isfinite(condition):
+            error = min(radius, 1.01 * condition * off + radius / (far * (far - 1)))
+        least = min(least, error)
+    return least
 
 
 def _gaps(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -413,11 +487,12 @@ def _checked(
     u: torch.Tensor,
     v: torch.Tensor,
     values: torch.Tensor,
-) -> list[tuple[float, float]]:
-    """Residual and condition of each eigenvalue of a map, from its unit vectors, rows u and v^T."""
-    residual = torch.fmin(_residual(product, u, values), _residual(transposed, v, values))
+) -> list[tuple[float, float, float]]:
+    """Of each eigenvalue of a map, from unit rows u and v^T: the smaller residual, the condition, the larger one."""
+    of_u, of_v = _residual(product, u, values), _residual(transposed, v, values)
     condition = 1 / torch.abs((v.to(torch.complex128) * u.to(torch.complex128)).sum(dim=1))
-    return [(_finite(r), _finite(c)) for r, c in zip(residual.tolist(), condition.tolist(), strict=True)]
+    found = torch.fmin(of_u, of_v), condition, torch.maximum(of_u, of_v)
+    return [(_finite(r), _finite(c), _finite(w)) for r, c, w in zip(*(x.tolist() for x in found), strict=True)]
 
 
 def _residual(
@@ -432,15 +507,33 @@ def _finite(value: float) -> float:
     return float(value) if np.isfinite(value) else float("inf")
 
 
+def _ends_between(
+    reduction: Reduction, certified: tuple[Certified, ...], located: Inclusion | None
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """What the largest real part is between, and the negative of the smallest: by what is located, else by errors."""
+    found = []
+    for sign in (1, -1):
+        if located is None:
+            real = [(sign * c.value.real - c.error, sign * c.value.real + c.error) for c in certified]
+            least, most = (max((x[side] for x in real), default=-np.inf) for side in (0, 1))
+        else:
+            parts = located.rightmost() if sign > 0 else located.leftmost()
+            least, most = sorted(sign * (reduction.shift + x) for x in parts)
+            off = float(np.finfo(reduction.jacobian.dtype).eps) * max(abs(least), abs(most)) + reduction.loss
+            least, most = least - off, most + off
+        found.append((least, most))
+    return found[0], found[1]
+
+
 def _ratio_error(
     reduction: Reduction,
     values: np.ndarray,
-    certified: tuple[Certified, ...],
-    located: Inclusion | None,
+    right: tuple[float, float],
+    left: tuple[float, float],
     *,
     structural: bool,
 ) -> float:
-    """The error of S, or of S_active, from how far its two ends may be off.
+    """The error of S, or of S_active, from what its two ends are between (`_ends_between`).
 
     An exact one or zero cannot move, but an eigenvalue beside it may lie further out than it was found.
     """
@@ -451,20 +544,10 @@ def _ratio_error(
     computed = [float(real.max()), float(real.min())] if len(real) else []
     ends = {"max": max([*computed, *exact]), "min": min([*computed, *exact])}
     errors = {}
-    for end, sign in (("max", 1.0), ("min", -1.0)):
-        value = ends[end]
-        if located is None:
-            found = [c.error for c in certified if c.value.real == value]
-            inside = 0.0 if value in exact else max(found, default=float("inf"))
-            outside = max((sign * (c.value.real - value) + c.error for c in certified), default=0.0)
-            errors[end] = max(inside, outside)
-            continue
-        between = located.rightmost() if sign > 0 else located.leftmost()
-        off = float(np.finfo(reduction.jacobian.dtype).eps) * abs(value) + reduction.loss
-        low, high = sorted(sign * (reduction.shift + x) for x in between)
-        known = max([sign * x for x in exact], default=-float("inf"))
-        low, high = max(low - off, known), max(high + off, known)
-        errors[end] = max(high - sign * value, sign * value - low, 0.0)
+    for end, sign, between in (("max", 1.0, right), ("min", -1.0, left)):
+        value = sign * ends[end]
+        low, high = (max([x, *(sign * y for y in exact)]) for x in between) if len(real) else (value, value)
+        errors[end] = max(high - value, value - low, 0.0)
     if ends["min"] == 0.0 and errors["min"] == 0.0:
         return 0.0  # S is infinite, or undefined, exactly
     return stiffness_error(ends, errors["max"], errors["min"])

@@ -11,7 +11,7 @@ no more than `rounding` in the 2-norm, a proof that tolerates less than that pro
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,17 @@ from stiffcore.eigen.extremes import spectral_radius
 from stiffcore.eigen.numerical_range import numerical_range_end, range_ends
 from stiffcore.eigen.powers import Operator, margin_inside, margin_right_of
 from stiffcore.eigen.regions import LeftOf, OutsideOf, Region
-from stiffcore.eigen.sparse import DENSE_ORDER, EPS, Array, FillError, as_sparse, host_matrix, norm_bound, product
+from stiffcore.eigen.sparse import (
+    DENSE_ORDER,
+    EPS,
+    Array,
+    FillError,
+    as_sparse,
+    estimated_fill,
+    host_matrix,
+    norm_bound,
+    product,
+)
 from stiffcore.errors import InputError
 from stiffcore.spectra import EACH_END, Count, Ends
 
@@ -36,6 +46,9 @@ NO_MATRIX = "no matrix was built, and products do not decide"
 BEYOND = (1e-10, 1e-8, 1e-6, 1e-4)
 # Real parts that are nearer, relative to it, are taken for one.
 APART = 1e-8
+# Of a spectrum that is computed as a whole, discs are tried where factors have at most this share of all entries: up to
+# 200 factorisations then take a tenth of a dense solve.
+DISC_FILL = 1 / 25
 
 
 def count_left(
@@ -210,6 +223,21 @@ def _searched(basis: str, count: int, margin: float, note: str, rounding: float)
     return Count(math.nan, count, basis, margin, computed=True, note=note, tolerated=margin)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What is known of a spectrum that was computed as a whole.
+
+    Attributes:
+        real: (k,) real parts of all eigenvalues of A.
+        real_parts: bounds of those in the numerical range of A.
+        negative: how many eigenvalues of shift + A are negative, where the range says it.
+    """
+
+    real: Array
+    real_parts: tuple[float, float]
+    negative: int | None
+
+
 def ends_of(
     a: Any,
     shift: int,
@@ -220,8 +248,9 @@ def ends_of(
     note: str,
     rounding: float = 0.0,
     enclosures: tuple[Enclosure, ...] | None = None,
+    whole: Whole | None = None,
 ) -> Ends:
-    """What can be said of shift + A where only the ends of its spectrum are known.
+    """What can be proved of shift + A from the ends of its spectrum.
 
     Args:
         a: (k, k) real, sparse or dense, or a `LinearOperator` with a transpose.
@@ -232,30 +261,45 @@ def ends_of(
         note: how the ends were found.
         rounding: as for `count_left`.
         enclosures: of A, where they are at hand: `stiffcore.eigen.deflation.enclosures_of`.
+        whole: of a spectrum that was computed as a whole; then discs around the known eigenvalues are proved, too.
     """
     a = _matrix_or_operator(a)
     if enclosures is None:
         enclosures = enclosures_of(a, memory_bytes)
-    given: dict[str, Any] = {"memory_bytes": memory_bytes, "known": known, "rounding": rounding}
-    left = _enclosed_count(enclosures, LeftOf(-shift), 0.0, rounding) or count_left(a, -shift, **given)
+    host = host_matrix(a)
+    few = memory_bytes
+    if whole is not None and host is not None and estimated_fill(host) > DISC_FILL * host.shape[0] ** 2:
+        few = 0
+    given: dict[str, Any] = {"memory_bytes": few, "known": known, "rounding": rounding}
+    left = _enclosed_count(enclosures, LeftOf(-shift), 0.0, rounding)
+    if left is None and whole is not None and whole.negative is not None:
+        left = Count(0.0, whole.negative, "proved: numerical range", 0.0, computed=True)
+    left = left or count_left(a, -shift, **given)
     outside = None
     if disc:
         outside = _enclosed_count(enclosures, OutsideOf(-1.0 - shift, 1.0), 1.0, rounding)
         outside = outside or count_outside_disc(a, -1.0 - shift, **given)
-    range_left, range_right = range_ends(a)
+    range_left, range_right = range_ends(a) if whole is None else whole.real_parts
     turned = tuple(enclosure.negative() for enclosure in enclosures)
-    host, real = host_matrix(a), known[0].real
-    lines = _lines(enclosures, host, real, memory_bytes, rounding)
-    right_lines = _lines(turned, None if host is None else -host, -real, memory_bytes, rounding)
+    real = known[0].real if whole is None else whole.real
+    lines = _lines(enclosures, host, real, few, rounding)
+    right_lines = _lines(turned, None if host is None else -host, -real, few, rounding)
+    discs: tuple[tuple[tuple[float, float], ...], ...] = ()
+    if whole is not None:
+        discs = tuple(
+            max((enclosure.discs(complex(value), rounding) for enclosure in enclosures), key=len, default=())
+            for value in known[0]
+        )
     return Ends(
         left_of_zero=replace(left, threshold=0.0),
         outside_disc=outside,
-        radius=_radius(a, shift, enclosures),
+        radius=math.nan if whole is not None else _radius(a, shift, enclosures),
         range_left=shift + range_left,
         range_right=shift + range_right,
         note=note,
         left_lines=tuple(replace(c, threshold=float(shift + c.threshold)) for c in lines),
         right_lines=tuple(replace(c, threshold=float(shift - c.threshold)) for c in right_lines),
+        discs=discs,
     )
 
 

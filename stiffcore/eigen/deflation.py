@@ -31,7 +31,7 @@ from stiffcore.eigen.powers import (
     powers_needed,
     roomiest,
 )
-from stiffcore.eigen.regions import Region
+from stiffcore.eigen.regions import Around, Region
 from stiffcore.eigen.sparse import DENSE_ORDER, EPS, Arnoldi, Array, Product, complement, host_matrix, norm_bound
 
 # Steps of Arnoldi after which it is looked whether they are enough, doubled until they are the most.
@@ -51,9 +51,10 @@ CROWD_SHARE = 0.2
 MOST_POWERS = 600
 # More steps are made where they are cheaper than the powers that they save: where there are more than this share.
 POWERS_SHARE = 0.5
-# Points of the boundary for the resolvent of T, and so many at once.
+# Points of the boundary for the resolvent of T, so many at once, and those of a small disc.
 POINTS = 4000
 POINTS_AT_ONCE = 250
+AROUND_POINTS = 200
 # Columns that are multiplied at once.
 COLUMNS = 32
 # Ellipses that are tried: centres between both ends, and how tall, relative to how wide.
@@ -67,6 +68,8 @@ WHOLE_BYTES = 96
 QUICK_WHOLE = 250
 CHEAP_WHOLE = 1000
 LEAST_NORM = 1e-140
+# Times that a disc around an eigenvalue is made four times as wide.
+WIDER = 10
 
 
 @dataclass(frozen=True)
@@ -338,19 +341,19 @@ class Inner:
         nothing, size = np.zeros((len(a), 0)), float(np.linalg.norm(a))
         return cls(nothing, values, vectors, conditions, skew, 0.0, unsolved, 0.0, size)
 
-    def resolvent(self, region: Region) -> float:
-        """An upper bound of |(T - z)^-1| over the boundary."""
+    def resolvent(self, region: Region | Around, points: int = POINTS) -> float:
+        """An upper bound of |(T - z)^-1| over the boundary, from so many of its points."""
         reach = 2 * float(np.abs(self.values).max(initial=0.0))
         if reach == 0:
             least = float(region.distance(self.values).min(initial=math.inf))
             return float(self.conditions.sum()) / least if least else math.inf
         length, point = region.boundary(reach)
-        half = length / POINTS / 2
+        half = length / points / 2
         nearest = region.distance(self.values)
         most = float(self.conditions.sum()) / (reach / 2)  # beyond the reach
-        points = point(half * (2 * np.arange(POINTS) + 1))
-        for start in range(0, POINTS, POINTS_AT_ONCE):
-            z = points[start : start + POINTS_AT_ONCE, None]
+        middles = point(half * (2 * np.arange(points) + 1))
+        for start in range(0, points, POINTS_AT_ONCE):
+            z = middles[start : start + POINTS_AT_ONCE, None]
             with np.errstate(divide="ignore"):
                 away = np.maximum(np.abs(self.values - z) - half, nearest)
                 bounds = np.minimum(1 / away @ self.conditions, self.skew / away.min(axis=1))
@@ -417,7 +420,26 @@ class Enclosure:
         reach = math.hypot(abs(self.ellipse.centre + shift) + self.ellipse.along, self.ellipse.across)
         return found if found >= reach else math.nan
 
-    def count(self, region: Region) -> Deflated | None:
+    def discs(self, value: complex, rounding: float) -> tuple[tuple[float, float], ...]:
+        """Discs around a number that hold one eigenvalue exactly: radii and margins, from the smallest on.
+
+        A matrix nearer than the margin, in the 2-norm, has one there, too. Margins are above `rounding`.
+        """
+        t, found = self.inner, []
+        if not len(t.values):
+            return ()
+        condition = float(t.conditions[np.abs(t.values - value).argmin()])
+        radius = 2 * condition * (rounding + 2 * t.residual + t.unsolved) + float(np.abs(t.values - value).min())
+        for _ in range(WIDER):
+            counted = self.count(Around(value, radius), AROUND_POINTS) if 0 < radius < math.inf else None
+            if counted is not None and counted.count == 1 and counted.margin > rounding:
+                found.append((radius, counted.margin))
+            elif found or (counted is not None and counted.count != 1):
+                break
+            radius *= 4
+        return tuple(found)
+
+    def count(self, region: Region | Around, points: int = POINTS) -> Deflated | None:
         """The count, where the ellipse is beside the region and no eigenvalue meets the boundary."""
         t, outer = self.inner, 0.0
         if self.ellipse is not None and self.decay is not None:
@@ -425,7 +447,7 @@ class Enclosure:
             if level < 1:
                 return None
             outer = self.decay.resolvent(level)
-        inner = t.resolvent(region)
+        inner = t.resolvent(region, points)
         if not inner * t.unsolved < 1:
             return None
         inner /= 1 - inner * t.unsolved

@@ -22,6 +22,7 @@ from stiffcore.eigen.dense import Eigenvectors, sort_eigenvalues
 from stiffcore.eigen.numerical_range import logarithmic_norm
 from stiffcore.eigen.sparse import (
     DENSE_ORDER,
+    DENSE_SHARE,
     EPS,
     Array,
     FillError,
@@ -43,8 +44,6 @@ ARNOLDI_TOLERANCE = 1e-10
 # Vectors kept by the two runs of a try, and restarts allowed in each. The larger spaces are for spectra that fill a
 # disc: blocks with random weights, where 3,200 products found what 10,000 with 60 vectors had not (k = 47,046).
 TRIES = (((60, 84), 30), ((270, 300), 25))
-# From this share of entries that are not zero, a dense copy multiplies faster, 2.5 times at 3/4 (k = 2,000).
-DENSE_SHARE = 1 / 3
 # Two runs agree within this, relative to the largest eigenvalue, or within their error estimate.
 AGREEMENT = 1e-8
 WORST_AGREEMENT = 1e-4

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -140,6 +140,31 @@ class OutsideOf:
         if ellipse == Ellipse(self.centre, self.radius, self.radius):
             return 1.0
         return float(math.hypot(abs(ellipse.centre - self.centre) + ellipse.along, ellipse.across) <= self.radius)
+
+
+@dataclass(frozen=True)
+class Around:
+    """|z - centre| <= radius, about any number; not symmetric, so that it is no `Region`, and only counts take it."""
+
+    centre: complex
+    radius: float
+
+    def has(self, values: Array) -> Array:
+        """Which are inside, strictly."""
+        return np.abs(values - self.centre) < self.radius
+
+    def distance(self, values: Array) -> Array:
+        """From the boundary."""
+        return np.abs(np.abs(values - self.centre) - self.radius)
+
+    def boundary(self, reach: float) -> tuple[float, Callable[[Array], Array]]:
+        """All of it: its length, and its points by arc length."""
+        return 2 * np.pi * self.radius, lambda s: self.centre + self.radius * np.exp(1j * s / self.radius)
+
+    def level(self, ellipse: Ellipse) -> float:
+        """As `Region`; of the half-plane left of it or right of it."""
+        real, turned = self.centre.real, replace(ellipse, centre=-ellipse.centre)
+        return max(LeftOf(real + self.radius).level(ellipse), LeftOf(self.radius - real).level(turned))
 
 
 def clipped(piece: Array, normal: complex, height: float) -> Array:

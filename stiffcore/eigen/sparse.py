@@ -6,7 +6,7 @@ at most `FAILURE` (Kuczynski & Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,10 @@ DENSE_ORDER = 100
 """Up to this order everything is dense: it costs nothing, and Krylov spaces have little room there."""
 FAILURE = 1e-12
 LANCZOS_STEPS = 30
+# From this share of entries that are not zero, a dense copy multiplies faster, 2.5 times at 3/4 (k = 2,000).
+DENSE_SHARE = 1 / 3
+# Columns of a matrix in single precision that are made double at once.
+DENSE_PANEL = 256
 # A solve whose residual, relative to its right-hand side, is larger is refined; Lanczos allows for this much.
 SOLVE_TOLERANCE = 1e-6
 REFINEMENTS = 3
@@ -60,6 +64,34 @@ def as_sparse(a: Any) -> sp.csc_array:
 def host_matrix(a: Any) -> sp.csc_array | None:
     """The matrix itself: of a `LinearOperator` its attribute `host`, where it has one; of anything else `as_sparse`."""
     return getattr(a, "host", None) if isinstance(a, LinearOperator) else as_sparse(a)
+
+
+class DenseMatrix(LinearOperator):
+    """Products with a dense real matrix, in double precision whatever its own is, without a copy of it.
+
+    Args:
+        a: (k, k) float32 or float64, Fortran-ordered.
+    """
+
+    def __init__(self, a: Array) -> None:
+        super().__init__(np.dtype(np.float64), a.shape)
+        self._a = a
+
+    def _panels(self) -> Iterator[tuple[slice, Array]]:
+        wide = len(self._a) if self._a.dtype == np.float64 else DENSE_PANEL
+        for start in range(0, len(self._a), wide):
+            columns = slice(start, start + wide)
+            yield columns, self._a[:, columns].astype(np.float64, copy=False)
+
+    def _matvec(self, x: Array) -> Array:
+        return sum(panel @ x[columns] for columns, panel in self._panels())
+
+    _matmat = _matvec
+
+    def _rmatvec(self, x: Array) -> Array:
+        return np.concatenate([panel.T @ x for _, panel in self._panels()])
+
+    _rmatmat = _rmatvec
 
 
 def product(a: sp.csc_array | sp.csr_array, x: Array) -> Array:
