@@ -69,7 +69,7 @@ ENTRY_SECONDS = 1e-7
 DEVICE_SECONDS = (1.1e-4, 6.2e-8)
 # Of tensor slices: numba, what it takes to compile its code for them (194 MiB, 115 where that is on disk), and a batch
 # of squares with what is made of it; and the time that an eigenvalue takes.
-SQUARES_BYTES = 224 << 20
+SQUARES_BYTES = 256 << 20
 SQUARE_SECONDS = 2e-7
 # Of `eigen.divide`: columns of a panel, wide ones where a block holds several; rows of its tiles; how often one that
 # passes through a block is in memory beside it (one at work, and 4 times on its way to or from Zarr, or while LAPACK
@@ -556,8 +556,8 @@ def _slices(
 
     solve: blocks or a chunk of products, one position's squares twice, a batch with its eigenvalues, and the kernel's
         copies; where spectra are kept, all eigenvalues four times (parts, whole, sorted, written):
-        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 224 MiB
-        + 3 * kernel_items * itemsize + 2 * column_bytes + 4 * 2 * itemsize * k.
+        (accumulated_items + 2 * nonzeros) * itemsize, or 2 * chunk * column_bytes; + 256 MiB
+        + 3 * kernel_items * itemsize + 8 * column_bytes + 4 * 2 * itemsize * k.
     moved: what is kept, once.
     """
     itemsize = np.dtype(study.dtype).itemsize
@@ -567,7 +567,7 @@ def _slices(
     blocks = (unit.accumulated_items + 2 * unit.nonzeros) * itemsize or 2 * chunk * column_bytes
     stages = {
         "open": _open_bytes(unit, column_bytes, itemsize),
-        "solve": blocks + SQUARES_BYTES + operator_bytes(unit.kernel_items, column_bytes, itemsize) + 4 * kept,
+        "solve": blocks + SQUARES_BYTES + operator_bytes(unit.kernel_items, 4 * column_bytes, itemsize) + 4 * kept,
     }
     build = Build.ACCUMULATED if unit.accumulated_items else Build.COLUMNS
     products = 0.0 if unit.accumulated_items else unit.column_s * unit.m

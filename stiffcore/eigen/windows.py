@@ -6,7 +6,7 @@ where a sign may be rounding, eigenvectors decide. What decides S is kept with i
 the original function.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stiffcore.eigen.certificate import TRACE_TOLERANCE
 from stiffcore.errors import InputError
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE
-from stiffcore.jacobian.slices import Slices, Squares
+from stiffcore.jacobian.slices import PRODUCTS_AT_ONCE, Slices, Squares
 from stiffcore.metrics import Tally, stiffness_error
 from stiffcore.spectra import EACH_END, Certificate, Certified
 
@@ -192,7 +192,8 @@ class WindowSpectrum:
         """
         dtype = slices.jacobian.dtype
         eps = torch.finfo(slices.jacobian.x.dtype).eps
-        certified = tuple(_certified(slices, extreme, eps) for extreme in self.extremes)
+        wholes = _whole_slices(slices, extremes := self.extremes)
+        certified = tuple(_certified(*pair, eps) for pair in zip(wholes, extremes, strict=True))
         value, square, trace, trace_square = self._sums
         scale = max(self.frobenius, float(np.finfo(np.float64).tiny))
         trace_error, square_error = abs(value - trace) / scale, abs(square - trace_square) / scale / scale
@@ -237,12 +238,19 @@ def _largest_error(certified: tuple[Certified, ...], found: list[Extreme]) -> fl
     return max((c.error for c in certified if c.value in values), default=0.0)
 
 
-def _certified(slices: Slices, extreme: Extreme, eps: float) -> Certified:
+def _whole_slices(slices: Slices, extremes: list[Extreme]) -> Iterator[Array]:
+    """(H, W) of each, as products of the original function give it."""
+    for start in range(0, len(extremes), PRODUCTS_AT_ONCE):
+        part = extremes[start : start + PRODUCTS_AT_ONCE]
+        rows = slices.rows(np.array([extreme.unit for extreme in part]))
+        yield from (rows[i, extreme.channel].astype(np.float64) for i, extreme in enumerate(part))
+
+
+def _certified(whole: Array, extreme: Extreme, eps: float) -> Certified:
     """Check one eigenvalue on its whole slice, as a product of the original function gives it.
 
     An eigenvector of the square is that of the slice, restricted to the square: A v / l is the rest of it.
     """
-    whole = slices.rows(np.array([extreme.unit]))[0, extreme.channel].astype(np.float64)
     square = extreme.square.astype(np.float64)
     norm = float(np.linalg.norm(whole))
     bound = norm * (len(square) * eps) ** (1 / len(square))

@@ -26,6 +26,8 @@ from stiffcore.jacobian.reduction import NoSpectrumError, open_function, structu
 from stiffcore.study import BlockFunction
 
 Array = NDArray[np.floating]
+# Reverse products of a certificate that are taken together: four take half the time of four.
+PRODUCTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -152,23 +154,26 @@ class RandomCheck:
         row_colour, _ = colour_intervals(reached[:2, :, 0], slices.side)
         column_colour, _ = colour_intervals(reached[2:, 0, :], slices.side)
         weights = self._weights.reshape(-1, height, width)
+        colours = np.ndindex(row_colour.max(initial=-1) + 1, column_colour.max(initial=-1) + 1)
+        chosen = [np.outer(row_colour == y, column_colour == x) for y, x in colours]
         worst = largest = 0.0
-        for y, x in np.ndindex(row_colour.max(initial=-1) + 1, column_colour.max(initial=-1) + 1):
-            chosen = np.outer(row_colour == y, column_colour == x)
-            cotangent = torch.as_tensor((weights * chosen).reshape(1, -1), dtype=slices.jacobian.value.dtype)
-            row = slices.jacobian.vjp(cotangent.to(slices.jacobian.x.device))[0]
-            found = row.reshape(-1, slices.side, slices.side).cpu().double().numpy()
-            expected, known = np.zeros_like(found), np.ones(found.shape[1:], dtype=bool)
-            for position in np.flatnonzero(chosen):
-                top, bottom, left, right = reached.reshape(4, -1)[:, position]
-                known[top : bottom + 1, left : right + 1] = False
-                both = slice(max(top, left), min(bottom, right) + 1)
-                known[both, both] = True
-                if (square := self._sums.get(int(position))) is not None:
-                    expected[:, both, both] = square
-            # nan stays, unlike with max()
-            worst = float(np.maximum(worst, np.abs((found - expected)[:, known]).max(initial=0)))
-            largest = float(np.maximum(largest, np.abs(found).max(initial=0)))
+        for start in range(0, len(chosen), PRODUCTS_AT_ONCE):
+            part = chosen[start : start + PRODUCTS_AT_ONCE]
+            cotangents = torch.as_tensor(np.stack([weights * c for c in part]), dtype=slices.jacobian.value.dtype)
+            rows = slices.jacobian.vjp(cotangents.reshape(len(part), -1).to(slices.jacobian.x.device))
+            for at, row in zip(part, rows.reshape(len(part), -1, slices.side, slices.side), strict=True):
+                found = row.cpu().double().numpy()
+                expected, known = np.zeros_like(found), np.ones(found.shape[1:], dtype=bool)
+                for position in np.flatnonzero(at):
+                    top, bottom, left, right = reached.reshape(4, -1)[:, position]
+                    known[top : bottom + 1, left : right + 1] = False
+                    both = slice(max(top, left), min(bottom, right) + 1)
+                    known[both, both] = True
+                    if (square := self._sums.get(int(position))) is not None:
+                        expected[:, both, both] = square
+                # nan stays, unlike with max()
+                worst = float(np.maximum(worst, np.abs((found - expected)[:, known]).max(initial=0)))
+                largest = float(np.maximum(largest, np.abs(found).max(initial=0)))
         return worst / (largest or 1.0)
 
 
