@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stiffcore.cli import app
-from tests.test_run import OPTIONS, execute
+from tests.runs import OPTIONS, execute
 
 
 def command(*args, cwd):

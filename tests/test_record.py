@@ -30,7 +30,7 @@ from stiffcore.run import state_of
 from stiffcore.spectra import Certificate, Moments
 from stiffcore.verify import verify
 from tests.records import a_header, a_record
-from tests.test_run import OPTIONS, execute
+from tests.runs import OPTIONS, execute
 
 # Made by stiffcore 0.1.0, and stopped in the middle where they are named so: `stiffcore.analyze` of the network and
 # images of the fixture `small`, with OPTIONS and these.

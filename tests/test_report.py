@@ -17,7 +17,7 @@ from stiffcore.commands.reading import show_tables
 from stiffcore.metrics import spell
 from stiffcore.report.figures import depth, paper_values
 from stiffcore.report.page import render, write_report
-from tests.test_run import OPTIONS, execute
+from tests.runs import OPTIONS, execute
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

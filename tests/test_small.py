@@ -1,5 +1,6 @@
 """Claims about the compiled code for small squares: LAPACK's values, zeros and doubts, whatever the matrix."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from stiffcore.jacobian.slices import Squares
 from stiffcore.metrics import HISTOGRAM_EDGES, Tally
 from tests.adversary import rational
 
+ROOT = Path(__file__).parents[1]
 EPS = np.finfo(float).eps
 ORDERS = range(1, small.MOST_ORDER + 1)
 
@@ -217,35 +219,48 @@ def folder_for(cache):
     return None if path == "None" else Path(path)
 
 
-def test_compiled_code_is_kept_where_no_stranger_can_write(tmp_path):
-    own, shared = tmp_path / "own", tmp_path / "shared"
-    own.mkdir(mode=0o700)
-    folder = folder_for(own)
-    assert folder.is_relative_to(own)
+def test_compiled_code_is_kept_and_made_again_where_it_is_damaged(tmp_path):
+    folder = folder_for(tmp_path)
+    assert folder.is_relative_to(tmp_path)
     assert (kept := [*folder.rglob("*.nbc")])
     assert folder.stat().st_mode & 0o777 == 0o700
-    for damaged in folder.rglob("*.nb?"):  # half written: compiled again
+    for damaged in folder.rglob("*.nb?"):  # half written
         damaged.write_bytes(damaged.read_bytes()[:40])
-    assert folder_for(own) == folder
+    assert folder_for(tmp_path) == folder
     assert all(path.stat().st_size > 40 for path in kept)
+
+
+def test_nothing_is_kept_where_a_stranger_can_write(tmp_path, monkeypatch):
+    def folder_in(cache):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        return small.compiled_folder()
+
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    folder = folder_in(own)
+    assert folder.is_relative_to(own)
     shared.mkdir()
     shared.chmod(0o777)
-    assert folder_for(shared) is None
-    stranger = own / "stiffcore"
-    stranger.chmod(0o770)
-    assert folder_for(own) is None
-    stranger.chmod(0o700)
+    assert folder_in(shared) is None
+    (own / "stiffcore").chmod(0o770)
+    assert folder_in(own) is None
+    (own / "stiffcore").chmod(0o700)
     folder.rename(shared / "theirs")
     folder.symlink_to(shared / "theirs")
-    assert folder_for(own) is None
+    assert folder_in(own) is None
     (tmp_path / "file").write_text("")
-    assert folder_for(tmp_path / "file") is None
+    assert folder_in(tmp_path / "file") is None
+    true = os.lstat
+    monkeypatch.setattr(small.os, "lstat", lambda path: os.stat_result((*true(path)[:4], 4321, *true(path)[5:])))
+    assert folder_in(tmp_path / "new") is None  # another user's
 
 
 def test_only_who_has_small_squares_imports_numba():
-    code = "import sys, stiffcore.cli, stiffcore.preload; print('numba' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+    for path in (ROOT / "stiffcore").rglob("*.py"):
+        if path.stem in ("small", "small_cuda"):
+            continue
+        first = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = [f"{getattr(node, 'module', '')}.{alias.name}" for node in first for alias in node.names]
+        assert not [name for name in names if "numba" in name or "eigen.small" in name], path
 
 
 ON_A_DEVICE = """
