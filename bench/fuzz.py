@@ -27,10 +27,11 @@ DEAR = {"plan": 10, "run --trust": 40, "report": 5, "picture": 20}
 
 
 def main(cases, seed, name):
+    from stiffcore.commands import working
     from tests.runs import PROGRAMS
     from tests.strangers import hostile
 
-    hostile.cli.workers_at = hostile.here
+    working.workers_at = hostile.here
     draw, codes, bad = random.Random(seed), Counter(), []
     commands = [command for command in hostile.COMMANDS for _ in range(40 // DEAR.get(command, 1))]
     with TemporaryDirectory() as temporary, zipfile.ZipFile(ROOT / "tests/data/runs-of-0.1.0.zip") as runs:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stiffcore
-from stiffcore.cli import _Progress
+from stiffcore.commands.progress import Bars
 from stiffcore.record import (
     Begun,
     Ended,
@@ -153,7 +153,7 @@ EVENTS = [
 @pytest.mark.parametrize("event", EVENTS, ids=lambda e: e.kind)
 def test_an_event_passes_between_processes(event):
     assert event_from_json(msgpack.loads(msgpack.dumps(event_to_json(event), strict_types=True))) == event
-    _Progress().event(event)  # before there is a bar
+    Bars().event(event)  # before there is a bar
 
 
 def test_what_is_no_event_is_refused():

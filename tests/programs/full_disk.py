@@ -25,6 +25,7 @@ import stiffcore.report.page
 import stiffcore.verify  # noqa: F401
 from stiffcore import cli
 from stiffcore.cluster import InProcess
+from stiffcore.commands import working
 
 FOLDER = os.getcwd()
 sys.path.insert(0, FOLDER)
@@ -98,7 +99,7 @@ def session(at, size, command):
     limit = at
     if size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    cli.workers_at = lambda *args, **kwargs: nullcontext(InProcess(lambda event: None))
+    working.workers_at = lambda *args, **kwargs: nullcontext(InProcess(lambda event: None))
     builtins.open = io.open = open_
     os.mkdir, os.open = mkdir, os_open
     sys.argv = ["stiffcore", *command]
