@@ -14,7 +14,6 @@ import numpy as np
 from stiffcore.errors import DamagedError, StiffcoreError
 from stiffcore.record import ARRAYS, Stage, UnitRecord
 from stiffcore.run import IMAGE_ARRAYS, Run
-from stiffcore.solvers import answers, stored_by
 from stiffcore.spectra import certified_choice
 from stiffcore.store import IMAGES, PIXELS, RunStore, same_images, stored_spectrum
 from stiffcore.study import Kind
@@ -116,6 +115,8 @@ def _open(*args: Any, **options: Any) -> Any:
 def _verify(
     run: Run, found: Verification, certificates: bool, opener: Opener, tell: Callable[[int, int], None]
 ) -> None:
+    from stiffcore.solvers import stored_by
+
     store = run.store
     for path in ("", "units"):
         _add(found, "", path or "zarr.json", *store.read_metadata(path))
@@ -163,6 +164,8 @@ def _add(found: Verification, unit: str, part: str, size: int, problem: str) -> 
 
 
 def _has_spectrum(record: UnitRecord) -> bool:
+    from stiffcore.solvers import answers
+
     return record.stage is Stage.DONE and answers(record)
 
 
