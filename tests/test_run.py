@@ -1,11 +1,8 @@
 """A run ends with the same bytes however often it was killed, and refuses what it cannot do before it begins."""
 
 import errno
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -30,25 +27,7 @@ from stiffcore.store import read_image
 from stiffcore.verify import verify
 from tests.cases import Basic
 from tests.records import said
-
-OPTIONS = {"network": "smallnet:make", "images": "six.npz", "normalize": "cifar10", "functions": "block,branch"}
-
-
-def execute(url, options, on_event=lambda event: None):
-    executor = InProcess(on_event)
-    prepared = prepare(str(url), options, executor, trust=True)
-    return carry_out_plan(str(url), prepared, executor, on_event)
-
-
-def spectra_bytes(url):
-    run = stiffcore.open_run(str(url))
-    arrays = {k: run.store.get_array(f"units/{k}", "eigenvalues").tobytes() for k in run.records()}
-    return arrays, {k: json.dumps(r.certificate.to_json(), sort_keys=True) for k, r in run.records().items()}
-
-
-def command(*args, cwd, **kwargs):
-    program = [sys.executable, "-c", "from stiffcore.cli import main; main()", *map(str, args)]
-    return subprocess.Popen(program, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+from tests.runs import KILL_OPTIONS, OPTIONS, command, execute, last_of_each, sessions, spectra_bytes
 
 
 def test_a_run_gives_every_block_its_spectrum_and_equals_the_direct_call(small):
@@ -70,11 +49,11 @@ def test_a_run_gives_every_block_its_spectrum_and_equals_the_direct_call(small):
 
 
 def test_a_finished_run_continues_to_nothing_and_changes_nothing(small):
-    execute(small / "run", OPTIONS)
+    execute(small / "run", OPTIONS | {"blocks": "2,4"})
     before = spectra_bytes(small / "run")
     events = []
     _, outcome = execute(small / "run", {}, events.append)
-    assert outcome.done == 8
+    assert outcome.done == 4
     assert events == []
     assert spectra_bytes(small / "run") == before
 
@@ -87,7 +66,8 @@ def test_the_same_blocks_named_otherwise_are_the_same_settings(small):
 
 
 def test_settings_that_disagree_are_refused_by_name_and_memory_may_change(small):
-    execute(small / "run", OPTIONS)
+    options = OPTIONS | {"blocks": "4"}
+    execute(small / "run", options)
     before = spectra_bytes(small / "run")
     with pytest.raises(stiffcore.InputError) as caught:
         execute(small / "run", {"dtype": "float32", "blocks": "1", "index": "3"})
@@ -95,7 +75,7 @@ def test_settings_that_disagree_are_refused_by_name_and_memory_may_change(small)
     assert all(f"- {name}:" in message for name in ("dtype", "blocks", "images"))
     assert "weights" not in message
     execute(small / "run", {"memory": "3GiB", "keep": "all"})
-    execute(small / "run", OPTIONS)
+    execute(small / "run", options)
     assert spectra_bytes(small / "run") == before
 
 
@@ -177,62 +157,27 @@ def test_a_rectangular_block_has_no_spectrum_and_says_so(small):
     assert np.isnan(run.metrics().set_index("block").loc["body.0", "S"])
 
 
-# Forks a child for every session, so that the imports are paid once; a child ends by SIGKILL at an event, or well.
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {folder!r})
-import stiffcore.preload
-{prelude}
-from stiffcore.cluster import InProcess
-from stiffcore.session import carry_out_plan, prepare
-from stiffcore.store import read_image
-from stiffcore.verify import verify
-
-def session(url, at):
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    count = 0
-    def on_event(event):
-        nonlocal count
-        count += 1
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-    executor = InProcess(on_event)
-    prepared = prepare(url, {options!r}, executor)
-    carry_out_plan(url, prepared, executor, on_event)
-    print(url, at, count, flush=True)
-    os._exit(0)
-
-for url, at in {sessions!r}:
-    print(url, at, "status", session(url, at), flush=True)
-"""
-
-KILL_OPTIONS = {"network": "smallnet:make", "images": "six.npz", "blocks": "4"}
-
-
-def sessions(small, *asked, prelude="", **options):
-    asked = [(str(url), at) for url, at in asked]
-    code = KILLED.format(folder=str(small), prelude=prelude, options=KILL_OPTIONS | options, sessions=asked)
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=small, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    lines = [line.split() for line in found.stdout.splitlines()]
-    return {(Path(line[0]), int(line[1])): int(line[-1]) for line in lines if "status" in line}, lines
-
-
-def test_killed_at_any_event_a_run_continues_to_the_same_bytes(small):
-    _, lines = sessions(small, (small / "whole", 0))
-    events = int(lines[0][2])
-    assert events > 8
+def check_killed(small, chosen):
+    _, kinds = sessions(small, (small / "whole", 0))
+    (kinds,) = kinds.values()
+    assert len(kinds) > 8
     expected = spectra_bytes(small / "whole")
-    asked = [(small / f"run{at}", kill) for at in range(1, events + 1) for kill in (at, 0)]
+    events = chosen(kinds)
+    asked = [(small / f"run{at}", kill) for at in events for kill in (at, 0)]
     statuses, _ = sessions(small, *asked)
     assert {status for (_, at), status in statuses.items() if at} == {signal.SIGKILL}
     assert {status for (_, at), status in statuses.items() if not at} == {0}
-    for at in range(1, events + 1):
+    for at in events:
         assert spectra_bytes(small / f"run{at}") == expected, at
+
+
+def test_killed_at_an_event_of_each_kind_a_run_continues_to_the_same_bytes(small):
+    check_killed(small, last_of_each)
+
+
+@pytest.mark.slow
+def test_killed_at_any_event_a_run_continues_to_the_same_bytes(small):
+    check_killed(small, lambda kinds: range(1, len(kinds) + 1))
 
 
 def test_killed_again_and_again_a_run_gets_on_and_ends_with_the_same_bytes(small):
@@ -334,7 +279,7 @@ def test_on_one_thread_or_two_the_values_agree_within_their_errors_and_a_run_kee
     """Sums in another order have other last bits: the number of threads is part of a run, and stays as it began."""
 
     def on(threads, name, on_event=lambda event: None):
-        prepared = prepare(str(small / name), OPTIONS, InProcess(print))
+        prepared = prepare(str(small / name), OPTIONS | {"blocks": "2,4"}, InProcess(print))
         prepared = replace(prepared, plan=replace(prepared.plan, threads=threads))
         return carry_out_plan(str(small / name), prepared, InProcess(print), on_event)[0]
 
@@ -494,7 +439,9 @@ def test_a_unit_that_kills_its_worker_each_time_fails_and_the_run_continues(smal
 
 def test_of_two_processes_that_begin_the_same_run_with_other_settings_the_later_is_refused(small):
     executor = InProcess(lambda event: None)
-    first, second = (prepare(str(small / "run"), OPTIONS | {"dtype": d}, executor) for d in ("float64", "float32"))
+    first, second = (
+        prepare(str(small / "run"), OPTIONS | {"blocks": "4", "dtype": d}, executor) for d in ("float64", "float32")
+    )
     carry_out_plan(str(small / "run"), first, executor, lambda event: None)
     before = spectra_bytes(small / "run")
     with pytest.raises(stiffcore.InputError, match="dtype"):
@@ -593,10 +540,11 @@ def test_a_cuda_device_that_is_full_hands_the_unit_to_the_host(small):
         assert run.stored(key).certificate.passed
 
 
-def test_the_cuda_rung_gives_the_spectra_of_the_host(small, supposed_device):
-    cuda, outcome = execute(small / "cuda", OPTIONS)
+def test_the_solver_cuda_dense_gives_the_spectra_of_the_host(small, supposed_device):
+    options = OPTIONS | {"blocks": "2,4"}
+    cuda, outcome = execute(small / "cuda", options)
     assert outcome.failed == {}
-    host, _ = execute(small / "host", OPTIONS | {"solver": "host-dense"})
+    host, _ = execute(small / "host", options | {"solver": "host-dense"})
     for key, record in cuda.records().items():
         assert record.plan.solver == "cuda-dense"
         assert host.records()[key].plan.solver == "host-dense"
@@ -606,14 +554,15 @@ def test_the_cuda_rung_gives_the_spectra_of_the_host(small, supposed_device):
 
 
 def test_a_device_that_runs_out_of_memory_hands_the_unit_to_the_host(small, supposed_device, monkeypatch):
-    execute(small / "host", OPTIONS | {"solver": "host-dense"})
+    options = OPTIONS | {"blocks": "2,4"}
+    execute(small / "host", options | {"solver": "host-dense"})
 
     def full(a, device):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr("stiffcore.eigen.device.device_eigenvalues", full)
     events = []
-    run, outcome = execute(small / "run", OPTIONS, events.append)
+    run, outcome = execute(small / "run", options, events.append)
     assert outcome.failed == {}
     assert {e.note for e in events if e.kind == "fallback"} == {
         "the device is out of memory (full): host-dense takes it"
