@@ -5,32 +5,30 @@ and a `SolverEntry`. What all share is in `stiffcore.solvers.projection`. The pl
 """
 
 from stiffcore.record import Stage, UnitRecord
-from stiffcore.solvers import (
-    components,
-    cuda_dense,
-    divide,
-    extremes,
-    host_dense,
-    matrix_only,
-    singular,
-    tensor_slices,
-)
+from stiffcore.solvers.components import SOLVER as COMPONENTS
+from stiffcore.solvers.cuda_dense import SOLVER as CUDA_DENSE
+from stiffcore.solvers.divide import SOLVER as DIVIDE
+from stiffcore.solvers.extremes import SOLVER as EXTREMES
+from stiffcore.solvers.host_dense import SOLVER as HOST_DENSE
+from stiffcore.solvers.matrix_only import SOLVER as MATRIX_ONLY
 from stiffcore.solvers.projection import SolverEntry
+from stiffcore.solvers.singular import SVD, SYMMETRIC
+from stiffcore.solvers.tensor_slices import SOLVER as TENSOR_SLICES
 from stiffcore.store import HISTOGRAM
 from stiffcore.study import Kind, Solver
 
 SOLVERS: dict[Solver, SolverEntry] = {
     entry.name: entry
     for entry in (
-        cuda_dense.SOLVER,
-        host_dense.SOLVER,
-        divide.SOLVER,
-        extremes.SOLVER,
-        matrix_only.SOLVER,
-        tensor_slices.SOLVER,
-        components.SOLVER,
-        singular.SVD,
-        singular.SYMMETRIC,
+        CUDA_DENSE,
+        HOST_DENSE,
+        DIVIDE,
+        EXTREMES,
+        MATRIX_ONLY,
+        TENSOR_SLICES,
+        COMPONENTS,
+        SVD,
+        SYMMETRIC,
     )
 }
 
