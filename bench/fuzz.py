@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import random
+import shutil
 import sys
 import time
 import warnings
@@ -26,15 +27,16 @@ DEAR = {"plan": 10, "run --trust": 40, "report": 5, "picture": 20}
 
 
 def main(cases, seed, name):
-    from tests.conftest import SMALL
+    from stiffcore.commands import working
+    from tests.runs import PROGRAMS
     from tests.strangers import hostile
 
-    hostile.cli.workers_at = hostile.here
+    working.workers_at = hostile.here
     draw, codes, bad = random.Random(seed), Counter(), []
     commands = [command for command in hostile.COMMANDS for _ in range(40 // DEAR.get(command, 1))]
     with TemporaryDirectory() as temporary, zipfile.ZipFile(ROOT / "tests/data/runs-of-0.1.0.zip") as runs:
         folder = Path(temporary)
-        (folder / "smallnet.py").write_text(SMALL)
+        shutil.copy(PROGRAMS / "smallnet.py", folder)
         (folder / "evil.py").write_text("raise SystemError('imported')")
         runs.extractall(folder, [member for member in runs.namelist() if member.startswith(f"{name}/")])
         (folder / name).rename(folder / "original")

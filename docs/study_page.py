@@ -338,14 +338,16 @@ So {before} of {tests} metrics of blocks follow the loss, and {after} still do a
 ({largest} at most): in these checkpoints, almost all that stiffness has to say of the loss, confidence says."""
 
 
+SPOKEN = {"S": "S", "S_active": "S active", "negative": "P", "abscissa": "max Re"}
+
+
 def with_margins(network, rows):
     margins = table_of(HERE / "data" / f"margins-{network}.csv")
     return rows.merge(margins[["image_index", "margin"]], on="image_index")
 
 
-def beyond():
-    """Correlations with the loss, plain and with the margin held fixed, of blocks with enough images."""
-    lines, verdicts, totals, largest = [], [], np.zeros(3, int), 0.0
+def beyond_confidence():
+    """Of each network and kind with enough images: correlations with the loss, plain and with the margin held fixed."""
     for network, kind, name, metrics in (
         ("resnet18", "tensor-slices", "slices-resnet18", ["S", "negative"]),
         ("resnet50", "tensor-slices", "slices-resnet50", ["S", "negative"]),
@@ -354,11 +356,14 @@ def beyond():
     ):
         rows = with_margins(network, read(name))
         rows = rows.groupby("number").filter(lambda block: block["image"].nunique() >= FEWEST)
-        plain = correlations(rows, metrics, ["loss"])
-        held = correlations(rows, metrics, ["loss"], held="margin")
+        yield network, kind, correlations(rows, metrics, ["loss"]), correlations(rows, metrics, ["loss"], held="margin")
+
+
+def beyond():
+    lines, verdicts, totals, largest = [], [], np.zeros(3, int), 0.0
+    for network, kind, plain, held in beyond_confidence():
         for before, after in zip(plain.to_dict("records"), held.to_dict("records"), strict=True):
-            spoken = {"S": "S", "S_active": "S active", "negative": "P", "abscissa": "max Re"}[before["metric"]]
-            line = [network, kind, f"{before['number']} {before['block']}", spoken, before["images"]]
+            line = [network, kind, f"{before['number']} {before['block']}", SPOKEN[before["metric"]], before["images"]]
             for row in (before, after):
                 text, _, corrected, _ = coefficient(row, "spearman")
                 line += [text, corrected]

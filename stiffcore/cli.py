@@ -1,39 +1,16 @@
-"""The command line: parses, calls, prints."""
+"""The command line: its options. What a command does is imported once it is called, see `stiffcore.commands`."""
 
-import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import numpy as np
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
-from stiffcore.cluster import Executor, tls_security, workers_at
-from stiffcore.ending import at_end, handle
-from stiffcore.errors import DamagedError, InputError, StiffcoreError, UntrustedError
-from stiffcore.metrics import spell_share
-from stiffcore.plan import Plan, check_budget
-from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
-from stiffcore.report import tables
-from stiffcore.report.statistics import FEWEST
-from stiffcore.report.terminal import Terminal
-from stiffcore.run import Run, open_run, state_of, status_summary
-from stiffcore.session import Outcome, Prepared, carry_out_plan, check_free, prepare
-from stiffcore.store import IMAGES
-from stiffcore.study import Study, counted, format_bytes
+from stiffcore.ending import handle
+from stiffcore.errors import StiffcoreError
 from stiffcore.version import __version__
-
-if TYPE_CHECKING:
-    from stiffcore.picture import Picture
-
-T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,9 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Exact, certified eigenvalue spectra of the Jacobians of network blocks; stored, and resumable.",
 )
-# tables keep their columns in a file or a pipe, where rich would assume 80
-out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
-err = Terminal(stderr=True)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A new folder or URL, or one that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -134,7 +108,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="At most so many units 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        _say(out, f"stiffcore {__version__}")
+        typer.echo(f"stiffcore {__version__}")
         raise typer.Exit
 
 
@@ -175,8 +149,11 @@ def run(
     --device-memory, --solver, --keep, --workers and --scheduler may change, any other option that disagrees is refused.
     Ctrl-C stops it cleanly.
     """
-    cluster = {"scheduler": scheduler, "security": tls_security(tls_ca, tls_cert, tls_key), "dashboard": dashboard}
-    _run(run, _options(locals()), workers, cluster, trust=trust)
+    asked = locals()
+    from stiffcore.commands import working
+
+    tls = (tls_ca, tls_cert, tls_key)
+    working.run(run, _options(asked), workers, scheduler, tls, dashboard=dashboard, trust=trust)
 
 
 @app.command()
@@ -189,7 +166,9 @@ def demo(
 
     Minutes on two cores. The same as `stiffcore run store/demo --network resnet50 --images samples --memory 3GiB`.
     """
-    _run(run, {"network": "resnet50", "images": "samples", "blocks": "all", "memory": memory}, workers)
+    from stiffcore.commands import working
+
+    working.run(run, {"network": "resnet50", "images": "samples", "blocks": "all", "memory": memory}, workers)
 
 
 @app.command()
@@ -227,42 +206,19 @@ def plan(
 
     Exit code 2 where the budget holds no unit.
     """
-    options = _options(locals())
-    security = tls_security(tls_ca, tls_cert, tls_key)
-    with workers_at(scheduler, lambda event: None, security=security, tell=_tell) as executor:
-        look = partial(_looked, run, options, executor, workers, quiet=as_json, suppose=True)
-        prepared = _with_trust(look, trust)
-    for key, why in {**prepared.damaged, **prepared.unreadable}.items():
-        _say(err, f"{key}: {why}: `run` makes it anew")
-    if as_json:
-        _print_json(tables.plan_rows(prepared.plan, prepared.left_out))
-    else:
-        _announce(prepared)
-        out.print_table(tables.plan_table(prepared.plan))
-        _say(out, tables.plan_summary(prepared.plan))
-    if not any(p.works for p in prepared.plan.units):
-        check_budget(prepared.plan)
+    asked = locals()
+    from stiffcore.commands import working
+
+    tls = (tls_ca, tls_cert, tls_key)
+    working.plan(run, _options(asked), workers, scheduler, tls, trust=trust, as_json=as_json)
 
 
 @app.command()
 def status(run: RunArgument, as_json: Json = False) -> None:
     """Say what is done, under way and failed in a run."""
-    found = open_run(run)
-    if as_json:
-        _print_json(tables.status_rows(found))
-        _refuse_damaged(found)
-        return
-    holder = found.store.holder()
-    by = f"being worked on by process {holder['pid']} on {holder['host']}" if holder else "nobody works on it now"
-    _say(out, f"{run}: {by}")
-    records, damaged = found.readable()
-    _say(out, status_summary(records, damaged))
-    for line in tables.left_out_lines(found.header.left_out):
-        _say(out, line)
-    table = tables.status_table(records, damaged)
-    if table.row_count:
-        out.print_table(table)
-    _refuse_damaged(found)
+    from stiffcore.commands import reading
+
+    reading.status(run, as_json)
 
 
 @app.command()
@@ -278,37 +234,9 @@ def verify(
 
     Exit code 1 where anything is.
     """
-    from stiffcore.verify import Verification
-    from stiffcore.verify import verify as read_again
+    from stiffcore.commands import reading
 
-    found = open_run(run)
-
-    def read_all(trusting: bool) -> Verification:
-        with Progress(console=err, transient=True) as bars:
-            bar = bars.add_task("units read", total=None)
-            return read_again(
-                found,
-                certificates=certificates,
-                trust=trusting,
-                tell=lambda done, total: bars.update(bar, completed=done, total=total),
-            )
-
-    said = _with_trust(read_all, trust)
-    if as_json:
-        _print_json(asdict(said))
-    else:
-        for finding in said.findings:
-            _say(out, f"{finding.unit or 'the run'}: {finding.part}: {finding.problem}")
-        for key, why in said.unchecked.items():
-            _say(out, f"{key}: its certificate could not be made again: {why}")
-        read = f"{said.parts} parts read, {format_bytes(said.read_bytes)}"
-        made = f"; {counted(said.recomputed, 'certificate', 'certificates')} made again" if certificates else ""
-        _say(out, f"{read}{made}: {'all whole' if not said.findings else 'damaged'}")
-    if said.findings:
-        anew = f"`stiffcore run {run}` makes just these anew" if said.recorded else "nothing could be recorded there"
-        raise StiffcoreError(f"{len(said.findings)} parts are damaged; {anew}")
-    if said.unchecked:
-        raise StiffcoreError(f"{len(said.unchecked)} certificates could not be made again; what is stored stays")
+    reading.verify(run, certificates, trust, as_json)
 
 
 @app.command()
@@ -318,12 +246,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print the tables of a run: S, the shares by sign, the extremes, and the certificates; means and correlations."""
-    found = open_run(run)
-    if as_json:
-        _print_json(tables.json_rows(found.metrics()))
-    else:
-        _show(found, each=each)
-    _refuse_damaged(found)
+    from stiffcore.commands import reading
+
+    reading.show(run, each, as_json)
 
 
 @app.command()
@@ -340,36 +265,9 @@ def picture(
 
     They are of the matrix that was solved, which has the eigenvalues of the block's Jacobian in another basis.
     """
-    found = open_run(run)
+    from stiffcore.commands import reading
 
-    def take(trusting: bool) -> "Picture":
-        with Progress(console=err, transient=True) as bars:
-            bar = bars.add_task("picture", total=None)
-            return found.picture(
-                image,
-                block,
-                function,
-                grid=grid,
-                memory=memory,
-                trust=trusting,
-                tell=lambda done, total: bars.update(bar, completed=done, total=total),
-            )
-
-    taken = _with_trust(take, trust)
-    curve = taken.numerical_range
-    _say(
-        out,
-        f"numerical range: real parts {curve.real.min():.6g} to {curve.real.max():.6g}, imaginary parts up to "
-        f"{curve.imag.max():.6g}",
-    )
-    if taken.smallest.size:
-        j, i = divmod(int(taken.smallest.argmin()), len(taken.re))
-        at = complex(taken.re[i], taken.im[j])
-        _say(
-            out,
-            f"pseudospectrum on {len(taken.re)} x {len(taken.im)} points of the upper half plane: the smallest "
-            f"singular value is {taken.smallest.min():.3g}, at {at:.4g}",
-        )
+    reading.picture(run, block, image, function, grid, memory, trust)
 
 
 @app.command()
@@ -378,13 +276,9 @@ def export(
     to: Annotated[Path, typer.Option(help="The file to write, .csv, .parquet or .h5; it must not exist.")],
 ) -> None:
     """Write the metrics as CSV or parquet, one row a spectrum; or metrics and spectra as HDF5."""
-    from stiffcore.exports import check_target
-    from stiffcore.exports import export as write
+    from stiffcore.commands import reading
 
-    check_target(to)
-    found = open_run(run)
-    _say(out, write(found, to))
-    _refuse_damaged(found)
+    reading.export(run, to)
 
 
 @app.command()
@@ -395,14 +289,9 @@ def report(
     shared: Annotated[bool, typer.Option("--shared-axes", help="Draw the spectra of all blocks to one scale.")] = False,
 ) -> None:
     """Write one self-contained page: spectra, S and P along depth and by label, correlations, certificates."""
-    found = open_run(run)
-    try:
-        from stiffcore.report.page import write_report
-    except ImportError as error:
-        raise InputError(f"{error}; pip install 'stiffcore[report]'") from error
+    from stiffcore.commands import reading
 
-    _say(out, write_report(found, to, figures, shared=shared))
-    _refuse_damaged(found)
+    reading.report(run, to, figures, shared)
 
 
 @app.command()
@@ -413,254 +302,17 @@ def compare(
     to: Annotated[Path | None, typer.Option(help="A file for the rows, .csv; it must not exist.")] = None,
 ) -> None:
     """Compare runs block by block, at the same images: before and after training, seeds, weights."""
-    from stiffcore.exports import check_target, spreadsheet_cell, whole_file, with_texts
-    from stiffcore.report.statistics import compare as compare_spectra
+    from stiffcore.commands import reading
 
-    if to is not None:
-        check_target(to, (".csv",))
-    opened = [open_run(url) for url in runs]
-    found = compare_spectra(opened)
-    for kind in dict.fromkeys(found["kind"]) if len(found) else ():
-        out.print_table(tables.comparison_table(found, kind))
-    if found.empty:
-        _say(out, "none of these runs has a certified spectrum")
-    if to is not None:
-        with whole_file(to, f"--to {to}") as beside:
-            with_texts(found, spreadsheet_cell).to_csv(beside, index=False, na_rep="nan")
-        _say(out, f"{counted(len(found), 'row', 'rows')} in {to}")
-    for run in opened:
-        _refuse_damaged(run)
-
-
-def _refuse_damaged(found: Run) -> None:
-    """End with what could not be read, once the rest was said."""
-    if found.damaged:
-        lines = "\n".join(f"  - {key}: {why}" for key, why in found.damaged.items())
-        raise DamagedError(
-            f"{counted(len(found.damaged), 'unit is', 'units are')} damaged:\n{lines}\n"
-            f"`stiffcore run {found.store.url}` makes them anew"
-        )
-
-
-def _say(console: Terminal, text: str, style: str | None = None) -> None:
-    """Print a sentence, with no line break inside a path."""
-    console.print(text, style=style, soft_wrap=True)
-
-
-def _tell(text: str) -> None:
-    _say(err, text)
+    reading.compare(runs, to)
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
+    from stiffcore.study import Study
+
     renamed = {"function": "functions", "kind": "kinds"}
     options = {renamed.get(name, name): value for name, value in given.items()}
     return {name: options[name] for name in Study.model_fields if name in options}
-
-
-def _run(
-    url: str,
-    options: dict[str, Any],
-    workers: int | None,
-    cluster: dict[str, Any] | None = None,
-    *,
-    trust: bool = False,
-) -> None:
-    check_free(url, _tell)
-    show = _Progress()
-    continued = f"stopped; what is done is kept. To continue: stiffcore run {url}"
-    with (
-        at_end(show.bars.stop, continued),
-        workers_at(**{"scheduler": None} | (cluster or {}), on_event=show.event, tell=_tell) as executor,
-    ):
-        if executor.dashboard:
-            _say(out, f"dashboard: {executor.dashboard}")
-        prepared = _with_trust(partial(_looked, url, options, executor, workers), trust)
-        _announce(prepared)
-        _say(out, tables.plan_summary(prepared.plan))
-        show.begin(url, prepared.plan)
-        with show.bars:
-            run, outcome = carry_out_plan(url, prepared, executor, show.event)
-    _show(run)
-    spectra = counted(outcome.done, "spectrum", "spectra")
-    allowed = format_bytes(prepared.plan.allowed_bytes)
-    _say(
-        out,
-        f"{spectra} in {url}; this session took {tables.seconds(outcome.wall_s)}, "
-        f"peak memory {_peaks(outcome)} of {allowed} allowed",
-    )
-    uncertain = [key for key, record in run.records().items() if state_of(record) == "not certified"]
-    if uncertain:
-        _say(err, f"{len(uncertain)} spectra are NOT certified: {', '.join(uncertain)}", style="bold red")
-    if outcome.failed:
-        lines = "\n".join(f"  - {key}: {why}" for key, why in outcome.failed.items())
-        raise StiffcoreError(f"{len(outcome.failed)} units failed:\n{lines}\n`stiffcore run {url}` tries them again")
-
-
-def _peaks(outcome: Outcome) -> str:
-    if not outcome.worker_peak_bytes:
-        return format_bytes(outcome.peak_bytes)
-    return (
-        f"{format_bytes(outcome.peak_bytes)} here, and of the largest worker {format_bytes(outcome.worker_peak_bytes)}"
-    )
-
-
-# `show` lists every spectrum of a run of so many at most; `show --each` of any.
-LISTED = 60
-
-
-def _show(run: Run, *, each: bool = False) -> None:
-    rows = run.metrics()
-    listed = each or len(rows) <= LISTED
-    if not listed:
-        _say(out, run.summary + "; --each lists every spectrum")
-    images = rows["image"].nunique()
-    for kind, part in rows.groupby("kind", sort=False):
-        if listed:
-            out.print_table(tables.metrics_table(part, out.width, kind))
-        for by in ("block", "label") if rows["label"].nunique() > 1 else ("block",):
-            means = tables.means_table(part, by)
-            if means.row_count > 0 and (listed or means.row_count <= LISTED):
-                out.print_table(means)
-        if images >= FEWEST:
-            for function in sorted(set(part["function"])):
-                out.print_table(tables.correlations_table(part, function))
-    if np.isinf(rows["S"]).any():
-        _say(
-            out,
-            "S = max Re / min Re (Eq. 10) is infinite where outputs held at zero by a ReLU are the smallest; "
-            "S active leaves these structural zeros out.",
-        )
-
-
-def _announce(prepared: Prepared) -> None:
-    if prepared.survey:
-        _say(out, f"network: {prepared.study.network}, {prepared.survey.description}")
-        _say(out, f"weights: {prepared.study.weights}")
-        _say(out, f"images: {len(prepared.survey.images['y'])} of {prepared.survey.source}")
-        _say(out, f"normalisation: {prepared.study.normalize}; arithmetic: {prepared.study.dtype}")
-    for line in tables.left_out_lines(prepared.left_out):
-        _say(out, line)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, allow_nan=False))
-
-
-def _looked(
-    url: str,
-    options: dict[str, Any],
-    executor: Executor,
-    workers: int | None,
-    trust: bool,
-    *,
-    quiet: bool = False,
-    suppose: bool = False,
-) -> Prepared:
-    with _looking(quiet):
-        return prepare(url, options, executor, workers=workers, suppose=suppose, trust=trust)
-
-
-def _with_trust(do: Callable[[bool], T], trust: bool) -> T:
-    """Do what may need the user's word for the code of a run; at a terminal, ask for it."""
-    try:
-        return do(trust)
-    except UntrustedError as error:
-        if trust or not (sys.stdin and sys.stdin.isatty() and err.is_terminal):
-            raise
-        _say(err, str(error))
-        if not typer.confirm("Do you trust it?", err=True):
-            raise InputError("not trusted: nothing was imported") from None
-    return do(True)
-
-
-@contextmanager
-def _looking(quiet: bool = False) -> Iterator[None]:
-    if quiet or not err.is_terminal:
-        yield
-        return
-    with err.status("looking at network, images and blocks"):
-        yield
-
-
-STAGE_NAMES = {
-    "built": "Jacobian",
-    "reduced": "Hessenberg",
-    "solved": "eigenvalues",
-    "counted": "counts",
-    "done": "certificate",
-}
-
-
-class _Progress:
-    """Bars for the run and for the units under way; a line for each unit that ends."""
-
-    def __init__(self) -> None:
-        self.bars = Progress(
-            SpinnerColumn(),
-            "{task.description}",  # strings: the console shows them as they are, a `TextColumn` would read markup
-            BarColumn(),
-            "{task.fields[note]}",
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._url = ""
-        self._total: TaskID | None = None
-        self._names: dict[str, str] = {}
-
-    def begin(self, url: str, plan: Plan) -> None:
-        """Show the run's bar."""
-        self._url = url
-        working = [p for p in plan.units if p.works]
-        self._names = {p.unit.key: f"{p.unit.block} {p.unit.function}" for p in working}
-        note = f"{len(working)} units, about {tables.seconds(plan.seconds)}"
-        self._total = self.bars.add_task("all units", total=len(working), note=note)
-
-    def event(self, event: Event) -> None:
-        """Follow an event, from any thread."""
-        key = event.unit
-        if self._total is None:
-            return
-        match event:
-            case Begun():
-                if key in self._tasks:  # begun again
-                    self.bars.remove_task(self._tasks.pop(key))
-                self._tasks[key] = self.bars.add_task(str(self._names.get(key, key)), total=None, note="opening")
-            case Ended() | Failed():
-                self.bars.advance(self._total)
-                if key in self._tasks:
-                    self.bars.remove_task(self._tasks.pop(key))
-                self._report(event)
-            case Restarted(note=note) | FellBack(note=note):
-                _say(err, f"{key}: {event.kind}: {note}")
-            case Reached(stage=stage) if key in self._tasks:
-                self.bars.update(self._tasks[key], total=None, completed=1, note=STAGE_NAMES[stage])
-            case Step(stage=stage, done=done, total=total) if key in self._tasks:
-                # a stage that cannot be counted pulses
-                note = event.note or STAGE_NAMES[stage]
-                self.bars.update(self._tasks[key], total=total if total > 1 else None, completed=done, note=note)
-
-    def _report(self, event: Ended | Failed) -> None:
-        key = event.unit
-        if isinstance(event, Failed):
-            _say(err, f"{key} failed: {event.note}", style="bold red")
-            return
-        run = open_run(self._url)
-        record = run.store.record(key)
-        if state_of(record) == "stored":
-            _say(err, f"{key}: matrix of order {record.unit.k:,} stored")
-            return
-        spectrum = run.stored(key)
-        index = run.store.get_array(IMAGES, "index")
-        image = f"image {index[spectrum.record.unit.image]}, " if len(index) > 1 else ""
-        m = spectrum.metrics
-        _say(
-            err,
-            f"{image}{spectrum.name} {spectrum.function}: n {spectrum.n:,}, k {spectrum.k:,}, "
-            f"S active {m['S_active']:.7g} +- {spectrum.certificate.s_active_error:.1e}, "
-            f"Re<0 {spell_share(m, 'negative')} %, {spectrum.verdict}",
-        )
 
 
 def main() -> None:
@@ -682,10 +334,12 @@ def main() -> None:
 
 
 def _end(text: str, code: int) -> None:
+    from stiffcore.commands.terminal import tell
+
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             if stream is sys.stderr and text:
-                _say(err, text)
+                tell(text)
             stream.flush()
         except OSError:  # what waits for a full disk, or a closed pipe, goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

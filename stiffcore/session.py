@@ -17,7 +17,6 @@ import psutil
 from threadpoolctl import threadpool_limits
 
 from stiffcore.cluster import DEATHS, ConnectionLostError, Executor, Worker, WorkerDiedError, spread
-from stiffcore.eigen.panels import one_by_one
 from stiffcore.errors import (
     BusyError,
     DamagedError,
@@ -564,7 +563,7 @@ def _ended(record: UnitRecord, solver: Solver | None) -> bool:
 
 
 def _record_plan(store: RunStore, record: UnitRecord, plan: UnitPlan) -> None:
-    """Record the plan of a unit; one that another rung had begun goes back to its matrix, which all rungs share."""
+    """Record the plan of a unit; what another solver had begun goes back to the matrix, which all solvers share."""
     fields: dict[str, Any] = {"plan": plan}
     if record.begun:
         before = record.plan
@@ -617,6 +616,8 @@ def _carry_out(
     store = RunStore(url)
     check, opener = partial(store.check_held, held[0]), partial(open_operator, module=module, trusted=network)
     plan = store.record(key).plan
+    from stiffcore.eigen.panels import one_by_one
+
     each = spread(threads, check, gpu=plan.device_bytes > 0) if plan.spread > 1 else one_by_one
     common: dict[str, Any] = {"threads": threads, "emit": emit, "opener": opener, "check": check, "each": each}
     return carry_out(url, key, **common, held=lease(url, *held))

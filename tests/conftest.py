@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
+import gc
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
+
+from tests.runs import PROGRAMS
 
 
 def pytest_configure(config):
@@ -26,72 +30,34 @@ def pytest_configure(config):
         threadpool_limits(1)
 
 
+# files of mathematics alone: no test in them starts a process
+QUICK = ("accumulation", "blas", "colouring", "components", "inclusion", "metrics", "rounding", "statistics")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`pytest -m quick` takes what is not slow of the files that are named above."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK and not any(item.iter_markers("slow")):
+            item.add_marker("quick")
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: the collections of the runs here need not look at it, which costs each 0.3 s."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item):
     # the README says what this leaves out: code on CUDA has no other place to run than a CUDA device
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
 
-SMALL = """
-import time
-from pathlib import Path
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return torch.relu(self.conv2(torch.relu(self.conv1(x))) + x)
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.layer1 = nn.Sequential(Block(6), Block(6))
-        self.down = nn.Conv2d(6, 4, 1)
-        self.layer2 = nn.Sequential(Block(4), nn.MaxPool2d(2), Block(4))
-        self.head = nn.Linear(4 * 3 * 3, 10)
-
-    def forward(self, x):
-        x = self.layer2(self.down(self.layer1(torch.relu(self.stem(x)))))
-        return self.head(x.flatten(1))
-
-def make():
-    torch.manual_seed(5)
-    return Net()
-
-class SlowBlock(Block):
-    def forward(self, x):
-        time.sleep(0.2)
-        return super().forward(x)
-
-def make_slow():
-    torch.manual_seed(5)
-    net = Net()
-    net.layer1[0].__class__ = SlowBlock
-    return net
-
-class HoardingBlock(SlowBlock):
-    def forward(self, x):
-        if Path("hoard").exists():
-            self.held = torch.ones(1 << 27, dtype=torch.float64)
-        return super().forward(x)
-
-def make_hoarding():
-    net = make_slow()
-    net.layer1[0].__class__ = HoardingBlock
-    return net
-"""
-
-
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A folder with a network factory and six images, which is the current folder."""
-    (tmp_path / "smallnet.py").write_text(SMALL)
+    shutil.copy(PROGRAMS / "smallnet.py", tmp_path)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "six.npz", x=rng.integers(0, 256, (6, 6, 6, 3), dtype=np.uint8), y=np.arange(6))
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -199,11 +200,20 @@ LEGACY_RANDOM = np.random.RandomState(0).get_state()
     [
         *(np.float64(0.93), np.float32(1), np.int64(3), np.bool_(True), np.ones(3), np.dtype("f4"), LEGACY_RANDOM),
         *(argparse.Namespace(lr=0.1, acc=np.float32(2)), [np.float64(1)], {"best": np.float64(1)}),
+        *(Path("/data"), datetime(2026, 12, 1, tzinfo=UTC).date(), datetime(2026, 12, 1), torch.__version__),
     ],
 )
 def test_numbers_of_numpy_beside_the_state_are_ignored(tmp_path, beside, zipped):
     path = saved(tmp_path / "a.pt", {"state_dict": STATE, "best": beside}, _use_new_zipfile_serialization=zipped)
     assert same(read_checkpoint(path), STATE)
+
+
+def test_what_never_ends_is_no_checkpoint(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    for at in (path, Path("/dev/zero")):
+        with pytest.raises(InputError, match="no regular file"):
+            read_checkpoint(at)
 
 
 def test_nothing_of_numpy_is_made_while_a_checkpoint_is_read(tmp_path):
@@ -315,7 +325,9 @@ def test_non_tensors_are_all_named(tmp_path):
 
 
 def test_sparse_tensors_are_refused(tmp_path):
-    assert "dense" in refused(saved(tmp_path / "a.pt", {"w": torch.eye(3).to_sparse()}))
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for weights in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), ragged):
+        assert "dense" in refused(saved(tmp_path / "a.pt", {"w": weights}))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stiffcore.cli import app
-from tests.test_run import OPTIONS, execute
+from tests.runs import OPTIONS, execute
 
 
 def command(*args, cwd):
@@ -72,8 +72,8 @@ def test_matrices_alone_are_named_as_stored_wherever_a_spectrum_would_be(small):
 @pytest.mark.parametrize("columns", ["0", "20", "nonsense"])
 def test_a_width_that_holds_no_table_is_not_kept_to(columns):
     code = (
-        "from stiffcore.cli import out; from rich.table import Table; t = Table('block', 'k', title='of');"
-        "t.caption = 'end'; t.add_row('layer1.0', '1,234'); out.print_table(t)"
+        "from stiffcore.commands.terminal import out; from rich.table import Table;"
+        "t = Table('block', 'k', title='of'); t.caption = 'end'; t.add_row('layer1.0', '1,234'); out.print_table(t)"
     )
     environment = os.environ | {"COLUMNS": columns}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -42,7 +42,7 @@ from stiffcore.run import state_of
 from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace
 from tests.records import key_of, put, said
-from tests.test_run import OPTIONS, execute, spectra_bytes
+from tests.runs import OPTIONS, PROGRAMS, execute, spectra_bytes
 
 # slow to certify, so that something can be killed meanwhile
 ONE = OPTIONS | {"network": "smallnet:make_slow", "blocks": "1", "functions": "block", "memory": "4GiB"}
@@ -307,35 +307,12 @@ def test_work_of_a_session_that_is_over_stops_at_its_next_step(small):
     assert store.record(key).stage is Stage.PLANNED
 
 
-CLIENT = """
-import sys
-from stiffcore.cluster import workers_at
-from stiffcore.session import carry_out_plan, prepare
-from tests.test_cluster import ONE
-with workers_at(sys.argv[1], lambda event: print(event, flush=True)) as executor:
-    options = ONE | {"network": "smallnet:make_writing", "memory": "3GiB"}
-    carry_out_plan("run", prepare("run", options, executor), executor, print)
-"""
-
-WRITING = """
-class WritingBlock(Block):
-    def forward(self, x):
-        Path("log").write_text(str(time.time()))
-        time.sleep(1)
-        return super().forward(x)
-
-def make_writing():
-    net = make()
-    net.layer1[0].__class__ = WritingBlock
-    return net
-"""
-
-
 @pytest.mark.slow
 def test_within_half_a_minute_of_the_clients_death_no_worker_writes(small, cluster):
-    (small / "smallnet.py").write_text((small / "smallnet.py").read_text() + WRITING)
     cluster.worker()
-    process = subprocess.Popen([sys.executable, "-c", CLIENT, cluster.file], cwd=small, env=cluster.environment)
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAMS / "cluster_client.py"), cluster.file], cwd=small, env=cluster.environment
+    )
     deadline = time.monotonic() + 120
     while not list(small.glob("run/units/*/matrix/zarr.json")) and time.monotonic() < deadline:
         time.sleep(0.1)

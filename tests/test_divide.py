@@ -10,6 +10,7 @@ import pytest
 import scipy.linalg
 from scipy.optimize import linear_sum_assignment
 
+from stiffcore.cluster import InProcess
 from stiffcore.eigen import certificate, divide, panels
 from stiffcore.eigen.blas import HOST
 from stiffcore.eigen.dense import LAPACK_MAX_ORDER
@@ -21,7 +22,7 @@ from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore, StoredWorkspace, TiledMatrix
 from stiffcore.unit import carry_out, open_operator
 from tests.records import put, said
-from tests.test_run import OPTIONS, InProcess, execute
+from tests.runs import OPTIONS, execute
 
 OPENER = partial(open_operator, trusted=OPTIONS["network"])
 

@@ -25,8 +25,8 @@ from stiffcore.report.tables import metrics_table
 from stiffcore.spectra import Ends
 from stiffcore.study import Precision, Solver, Study
 from tests.records import said
+from tests.runs import OPTIONS, execute, last_of_each, sessions, spectra_bytes
 from tests.test_plan import MIB, machine, planned, unit
-from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
 
 pytestmark = pytest.mark.usefixtures("ends_are_cheap")
 
@@ -47,9 +47,10 @@ def assert_same_metrics(ends, full):
     assert distance.max(initial=0.0) < 1e-8
 
 
-def test_the_ends_give_the_metrics_of_the_whole_spectrum(small):
-    full, _ = execute(small / "full", OPTIONS | {"count": 3})
-    run, outcome = execute(small / "run", OPTIONS | {"count": 3, "solver": "extremes"})
+@pytest.mark.parametrize(("count", "least"), [(1, 6), pytest.param(3, 20, marks=pytest.mark.slow)])
+def test_the_ends_give_the_metrics_of_the_whole_spectrum(small, count, least):
+    full, _ = execute(small / "full", OPTIONS | {"count": count})
+    run, outcome = execute(small / "run", OPTIONS | {"count": count, "solver": "extremes"})
     assert outcome.failed == {}
     proved = 0
     for key, record in run.records().items():
@@ -61,7 +62,7 @@ def test_the_ends_give_the_metrics_of_the_whole_spectrum(small):
         with pytest.raises(InputError, match="only the ends"):
             _ = found.values
         repr(found)
-    assert proved >= 20  # of 24
+    assert proved >= least  # of 8 an image
     rows = run.metrics()
     assert rows["basis"].str.startswith("ends; ").all()
     assert set(full.metrics()["basis"]) == {"all eigenvalues"}
@@ -69,7 +70,7 @@ def test_the_ends_give_the_metrics_of_the_whole_spectrum(small):
 
 
 def test_a_unit_solved_at_its_ends_can_be_solved_whole_later_and_not_the_other_way(small):
-    options = OPTIONS | {"blocks": "1,4"}
+    options = OPTIONS | {"blocks": "2,4", "functions": "block"}
     execute(small / "straight", options)
     execute(small / "run", options | {"solver": "extremes"})
     events = []
@@ -86,22 +87,32 @@ def test_a_unit_solved_at_its_ends_can_be_solved_whole_later_and_not_the_other_w
     assert spectra_bytes(small / "run") == spectra_bytes(small / "straight")
 
 
-def test_killed_at_any_event_the_ends_are_the_same_bytes(small):
-    options = {"solver": "extremes", "blocks": "1", "prelude": "import stiffcore.plan; stiffcore.plan.PRODUCT_COST = 0"}
-    _, lines = sessions(small, (small / "whole", 0), **options)
-    events = int(lines[0][2])
-    assert events > 8
+def check_killed(small, chosen, block):
+    options = {"solver": "extremes", "blocks": block, "cheap": True}
+    _, kinds = sessions(small, (small / "whole", 0), **options)
+    (kinds,) = kinds.values()
+    assert len(kinds) > 8
     assert {r.plan.solver for r in stiffcore.open_run(str(small / "whole")).records().values()} == {"extremes"}
-    asked = [(small / f"run{at}", kill) for at in range(1, events + 1) for kill in (at, 0)]
+    events = chosen(kinds)
+    asked = [(small / f"run{at}", kill) for at in events for kill in (at, 0)]
     statuses, _ = sessions(small, *asked, **options)
     assert {status for (_, at), status in statuses.items() if at} == {signal.SIGKILL}
     expected = spectra_bytes(small / "whole")
-    for at in range(1, events + 1):
+    for at in events:
         assert spectra_bytes(small / f"run{at}") == expected, at
 
 
+def test_killed_at_an_event_of_each_kind_the_ends_are_the_same_bytes(small):
+    check_killed(small, last_of_each, "4")
+
+
+@pytest.mark.slow
+def test_killed_at_any_event_the_ends_are_the_same_bytes(small):
+    check_killed(small, lambda kinds: range(1, len(kinds) + 1), "1")
+
+
 def test_a_matrix_that_is_accumulated_is_stored_only_where_it_is_to_be_kept(small):
-    options, seen = OPTIONS | {"blocks": "1", "solver": "extremes"}, []
+    options, seen = OPTIONS | {"blocks": "1", "functions": "block", "solver": "extremes"}, []
 
     def look(event):
         seen.extend(p for p in (small / "run").rglob("matrix*") if said(event) == "counted")
@@ -134,7 +145,7 @@ def test_where_the_matrix_does_not_fit_products_alone_give_the_ends(small, monke
 
 
 def test_products_on_the_device_give_the_ends_of_the_host(small, supposed_device):
-    options = OPTIONS | {"solver": "extremes"}
+    options = OPTIONS | {"solver": "extremes", "blocks": "2,4"}
     there, outcome = execute(small / "device", options)
     assert outcome.failed == {}
     here, _ = execute(small / "host", options | {"device": "cpu"})

@@ -1,27 +1,56 @@
 """The scripts in `examples/` run, make their picture, and say what is known to be true."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-pytest.importorskip("matplotlib")
+plt = pytest.importorskip("matplotlib.pyplot")
 
 
-def printed(name, folder, *options):
-    """What a script prints, once it has ended well and made a picture with something in it."""
-    picture = folder / "picture.png"
-    program = [sys.executable, str(EXAMPLES / name), "--to", str(picture), *options]
-    found = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert found.returncode == 0, found.stderr
-    with Image.open(picture) as image:
+@pytest.fixture
+def printed(tmp_path, monkeypatch, capsys):
+    """What a script prints, carried out in this process, once it has made a picture with something in it."""
+
+    def run(name, *options):
+        picture = tmp_path / "picture.png"
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [name, "--to", str(picture), *options])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        assert_picture(picture)
+        return capsys.readouterr().out
+
+    kind = torch.get_default_dtype()
+    yield run
+    torch.set_default_dtype(kind)
+    plt.close("all")
+
+
+@pytest.fixture
+def printed_apart(tmp_path):
+    """The same in a process of its own, for a script that starts others."""
+
+    def run(name, *options):
+        program = [sys.executable, str(EXAMPLES / name), "--to", "picture.png", *options]
+        found = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        assert found.returncode == 0, found.stderr
+        assert_picture(tmp_path / "picture.png")
+        return found.stdout
+
+    return run
+
+
+def assert_picture(path):
+    with Image.open(path) as image:
         assert len(image.convert("RGB").getcolors(1 << 24)) > 1
-    return found.stdout
 
 
 def numbers(text):
@@ -35,11 +64,11 @@ def line_with(start, text):
 def test_every_example_is_in_the_table_and_in_this_file():
     scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
     assert scripts == sorted(re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|", (EXAMPLES / "README.md").read_text(), re.M))
-    assert scripts == sorted(re.findall(r'printed\("(\w+\.py)"', Path(__file__).read_text()))
+    assert scripts == sorted(re.findall(r'printed(?:_apart)?\("(\w+\.py)"', Path(__file__).read_text()))
 
 
-def test_the_textbook_ode_has_its_eigenvalues_and_euler_obeys_its_stable_step(tmp_path):
-    text = printed("stiff_ode.py", tmp_path)
+def test_the_textbook_ode_has_its_eigenvalues_and_euler_obeys_its_stable_step(printed):
+    text = printed("stiff_ode.py")
     assert numbers(line_with("eigenvalues:", text)) == [-1000, -1]
     assert numbers(line_with("stable_step:", text)) == [0.002]
     (_, _, under, _), (_, _, over, _) = (numbers(line) for line in text.splitlines() if line.startswith("h ="))
@@ -48,16 +77,16 @@ def test_the_textbook_ode_has_its_eigenvalues_and_euler_obeys_its_stable_step(tm
     assert over == pytest.approx(1.02**99, rel=0.01)
 
 
-def test_a_resnet_of_half_the_step_is_half_as_far_from_the_odenet(tmp_path):
+def test_a_resnet_of_half_the_step_is_half_as_far_from_the_odenet(printed):
     pytest.importorskip("torchdiffeq")
-    text = printed("resnet_and_odenet.py", tmp_path, "--quick")
+    text = printed("resnet_and_odenet.py", "--quick")
     for part in text.split("trained: distance")[1:]:
         far, near = (numbers(line_with(f"  h = 1/{m}:", part))[0] for m in (8, 16))
         assert far / near == pytest.approx(2, rel=0.15)
 
 
-def test_rober_and_pollu_end_where_the_test_set_says(tmp_path):
-    text = printed("chemistry.py", tmp_path, "--quick")
+def test_rober_and_pollu_end_where_the_test_set_says(printed):
+    text = printed("chemistry.py", "--quick")
     rober, pollu = (numbers(line.split(":")[1]) for line in text.splitlines() if line.startswith("y1, y2, y3"))
     assert sum(rober) == pytest.approx(1, abs=1e-9)
     # Bari test set: ROBER at t = 1e11, POLLU at t = 60
@@ -68,14 +97,14 @@ def test_rober_and_pollu_end_where_the_test_set_says(tmp_path):
     assert "the sign of 1 eigenvalue is open" in text
 
 
-def test_a_checkpoint_of_ones_own_gives_a_certified_spectrum_of_each_block_and_branch(tmp_path):
-    text = printed("own_checkpoint.py", tmp_path, "--quick")
+def test_a_checkpoint_of_ones_own_gives_a_certified_spectrum_of_each_block_and_branch(printed, tmp_path):
+    text = printed("own_checkpoint.py", "--quick")
     assert "6 of 6 spectra certified" in text
     assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
 
 
-def test_layernorm_leaves_a_transformer_one_zero_a_token_and_post_norm_no_branch(tmp_path):
-    text = printed("transformer_block.py", tmp_path)
+def test_layernorm_leaves_a_transformer_one_zero_a_token_and_post_norm_no_branch(printed):
+    text = printed("transformer_block.py")
     zeros = {name: numbers(line_with(f"{name}:", text))[1] for name in ("pre-norm branch", "post-norm block")}
     assert zeros == {"pre-norm branch": 6, "post-norm block": 6}
     assert line_with("post-norm branch:", text).startswith(" refused")
@@ -83,8 +112,9 @@ def test_layernorm_leaves_a_transformer_one_zero_a_token_and_post_norm_no_branch
     assert np.subtract(block[3:5], branch[3:5]) == pytest.approx([1, 1], abs=2e-3)  # x + F(x)
 
 
-def test_a_cluster_of_two_workers_takes_every_unit(tmp_path):
-    text = printed("dask_cluster.py", tmp_path, "--quick")
+@pytest.mark.slow  # three processes that load torch; tests/test_cluster.py has clusters of every kind
+def test_a_cluster_of_two_workers_takes_every_unit(printed_apart):
+    text = printed_apart("dask_cluster.py", "--quick")
     assert "2 workers" in text
     assert len(re.findall(r"\bdone\s+True$", text, re.M)) == 4
     assert re.search(r"^4 units in", text, re.M)

@@ -12,7 +12,7 @@ import stiffcore
 from stiffcore import cli
 from stiffcore.errors import InputError
 from stiffcore.exports import export
-from tests.test_run import OPTIONS, execute
+from tests.runs import OPTIONS, execute
 
 
 @pytest.fixture

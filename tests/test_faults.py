@@ -11,109 +11,25 @@ import pytest
 from stiffcore.errors import DamagedError, NoRunError
 from stiffcore.run import open_run, state_of
 from stiffcore.verify import verify
-from tests.test_run import spectra_bytes
-
-# Forks a child for every session, so that the imports are paid once. The store of a session fails at its `at`-th
-# operation, in one of three ways, or never (0).
-FAULTY = """
-import errno, os, signal, sys
-sys.path.insert(0, {folder!r})
-import stiffcore.preload
-from zarr.storage import LocalStore
-from stiffcore.cluster import InProcess
-from stiffcore.errors import NoRunError, StiffcoreError
-from stiffcore.session import carry_out_plan, check_free, prepare
-from stiffcore.store import RunStore
-
-OPTIONS = {{"network": "smallnet:make", "images": "six.npz", "blocks": "4", "count": 1}}
-OPERATIONS = ("get", "set", "set_if_not_exists", "exists", "delete", "delete_dir", "list", "list_dir", "list_prefix")
-count = 0
-
-def tear(store, name, args):
-    if name in ("set", "set_if_not_exists"):
-        path, data = store.root / args[0], args[1].to_bytes()
-        if name == "set_if_not_exists" and path.exists():
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data[:len(data) // 2])
-    if name == "delete_dir":
-        for path in [p for p in (store.root / args[0]).rglob("*") if p.is_file()][::2]:
-            path.unlink()
-
-def wrapped(name, at, how):
-    inner = getattr(LocalStore, name)
-    def due(store, args):
-        global count
-        count += 1
-        if count == at and how == "error":
-            raise OSError(errno.EIO, "a fault of the store")
-        if count == at:
-            if how == "torn":
-                tear(store, name, args)
-            os.kill(os.getpid(), signal.SIGKILL)
-    if name.startswith("list"):
-        async def operation(self, *args, **kwargs):
-            due(self, args)
-            async for key in inner(self, *args, **kwargs):
-                yield key
-    else:
-        async def operation(self, *args, **kwargs):
-            due(self, args)
-            return await inner(self, *args, **kwargs)
-    return operation
-
-def begun(url):
-    try:
-        return RunStore(url).header is not None
-    except NoRunError:
-        return False
-
-def session(url, at, how):
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    for name in OPERATIONS:
-        setattr(LocalStore, name, wrapped(name, at, how))
-    try:
-        executor = InProcess(lambda event: None)
-        check_free(url)
-        # what was killed before its header was written is no run yet: its command starts it once more
-        prepared = prepare(url, {{}} if begun(url) else OPTIONS, executor, trust=True)
-        failed = carry_out_plan(url, prepared, executor, lambda event: None)[1].failed
-    except (StiffcoreError, OSError) as error:
-        print("SAID", url, at, how, str(error).replace(chr(10), " "), flush=True)
-        os._exit(4)
-    if failed:
-        print("FAILED", url, at, how, str(failed).replace(chr(10), " "), flush=True)
-    print("COUNT", count, flush=True)
-    os._exit(5 if failed else 0)
-
-for url, at, how in {sessions!r}:
-    print("ENDED", session(url, at, how), url, at, how, flush=True)
-"""
+from tests.runs import printed, spectra_bytes
 
 
 def sessions(small, asked):
-    code = FAULTY.format(folder=str(small), sessions=[(str(url), at, how) for url, at, how in asked])
-    program = [sys.executable, "-W", "ignore", "-c", code]
-    found = subprocess.run(program, cwd=small, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    return found.stdout.splitlines()
+    return printed("faulty_store.py", [(str(url), at, how) for url, at, how in asked], cwd=small)
 
 
 def ended(lines):
     return [int(line.split()[1]) for line in lines if line.startswith("ENDED")]
 
 
-def check(small, start, step):
+def check(small, chosen):
     lines = sessions(small, [(small / "whole", 0, "never")])
     assert ended(lines) == [0], lines
     expected = spectra_bytes(small / "whole")
     operations = int(next(line for line in lines if line.startswith("COUNT")).split()[1])
     assert operations > 100
     ways = {"error": (4, 5, 0), "kill": (-9,), "torn": (-9,)}
-    asked = [(small / f"{how}{at}", at, how) for how in ways for at in range(start, operations + 1, step)]
+    asked = [(small / f"{how}{at}", at, how) for how, at in chosen(list(ways), operations)]
     for (url, at, how), code in zip(asked, ended(sessions(small, asked)), strict=True):
         assert code in ways[how], (how, at)
         # what is said of it is true: a unit that is done has its spectrum, and what is damaged is named
@@ -132,114 +48,18 @@ def check(small, start, step):
 
 
 def test_a_store_that_fails_at_some_operation_loses_nothing(small):
-    check(small, 1, 29)
+    # at every 23rd operation, in each of the ways by turns
+    check(small, lambda ways, operations: [(ways[at % 3], at) for at in range(1, operations + 1, 23)])
 
 
 @pytest.mark.slow
 def test_a_store_that_fails_at_any_operation_loses_nothing(small):
-    check(small, 1, 1)
-
-
-# The disk is full from its `at`-th write on: no file or folder can be made, and none grows; or no file may be longer
-# than `size`, which the kernel sees to, for libraries of C. Units are worked on in the command's process, so that their
-# writes count too.
-FULL = """
-import builtins, errno, io, os, resource, sys
-from contextlib import nullcontext
-sys.path.insert(0, {folder!r})
-import h5py, jinja2, matplotlib.figure, pyarrow
-import stiffcore.preload
-from stiffcore import cli
-from stiffcore.cluster import InProcess
-import stiffcore.verify
-import stiffcore.report.page
-
-count, limit = 0, 0
-opened, made, os_opened = io.open, os.mkdir, os.open
-
-def due():
-    global count
-    count += 1
-    if limit and count >= limit:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-class File:
-    def __init__(self, file):
-        self._file = file
-    def write(self, data):
-        due()
-        return self._file.write(data)
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-    def __enter__(self):
-        self._file.__enter__()
-        return self
-    def __exit__(self, *exc):
-        return self._file.__exit__(*exc)
-    def __iter__(self):
-        return iter(self._file)
-
-def ours(path):
-    return isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith({folder!r})
-
-def open_(file, mode="r", *args, **kwargs):
-    if not ours(file) or not set(mode) & set("wax+"):
-        return opened(file, mode, *args, **kwargs)
-    due()
-    return File(opened(file, mode, *args, **kwargs))
-
-def mkdir(path, *args, **kwargs):
-    if ours(path) and not os.path.exists(path):
-        due()
-    return made(path, *args, **kwargs)
-
-def os_open(path, flags, *args, **kwargs):
-    if ours(path) and flags & os.O_CREAT and not os.path.exists(path):
-        due()
-    return os_opened(path, flags, *args, **kwargs)
-
-def session(at, size, command):
-    global limit
-    sys.stdout.flush()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        said = opened(reader).read()
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *said.rsplit("COUNT", 1)
-    os.dup2(writer, 1)
-    os.dup2(writer, 2)
-    limit = at
-    if size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    cli.workers_at = lambda *args, **kwargs: nullcontext(InProcess(lambda event: None))
-    builtins.open = io.open = open_
-    os.mkdir, os.open = mkdir, os_open
-    sys.argv = ["stiffcore", *command]
-    code = 70
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = ended.code
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    print("COUNT", count, flush=True)
-    os._exit(code or 0)
-
-for asked in {sessions!r}:
-    code, said, writes = session(*asked)
-    print(repr((code, int(writes), said)), flush=True)
-"""
+    check(small, lambda ways, operations: [(how, at) for how in ways for at in range(1, operations + 1)])
 
 
 def on_a_full_disk(small, asked):
     """Exit code, writes and output of commands; each with the write that fails, and how long a file may be."""
-    code = FULL.format(folder=str(small), sessions=asked)
-    program = [sys.executable, "-W", "ignore", "-c", code]
-    found = subprocess.run(program, cwd=small, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    return [ast.literal_eval(line) for line in found.stdout.splitlines()]
+    return [ast.literal_eval(line) for line in printed("full_disk.py", asked, cwd=small)]
 
 
 def said_once(code, said):

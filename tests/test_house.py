@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ STAGES = [
     ["session", "exports"],
     ["verify"],
     ["api", "report"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]
@@ -69,10 +71,45 @@ def test_a_library_with_one_place_is_imported_there_only(library, home):
     assert {p.relative_to(ROOT / "stiffcore").with_suffix("").parts[0] for p in users} == {home}
 
 
-def test_the_command_line_does_not_load_torch():
-    code = "import sys, stiffcore.cli; print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+# What takes from a tenth of a second to seconds to import.
+HEAVY = ("torch", "distributed", "dask", "numba", "matplotlib", "scipy", "pandas", "zarr", "numpy")
+READING = ("zarr", "numpy")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "allowed"),
+    [
+        ("--help", 0, ()),
+        ("--version", 0, ()),
+        ("run a --no-such-option", 2, ()),
+        ("status RUN", 0, READING),
+        ("show RUN", 0, (*READING, "pandas")),
+        ("export RUN --to metrics.csv", 0, (*READING, "pandas")),
+    ],
+)
+def test_a_command_imports_what_it_needs(command, code, allowed, stored, tmp_path):
+    """By counting, as seconds depend on the machine."""
+    program = (
+        "import sys\nfrom stiffcore.cli import main\ntry:\n    main()\nfinally:\n"
+        f"    print('IMPORTED', *({HEAVY!r} & sys.modules.keys()), len(sys.modules), file=sys.stderr)"
+    ).replace(repr(HEAVY), repr(set(HEAVY)))
+    words = [str(stored) if word == "RUN" else word for word in command.split()]
+    found = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == code, found.stderr
+    *heavy, modules = found.stderr.rsplit("IMPORTED ", 1)[1].split()
+    assert set(heavy) <= set(allowed)
+    assert int(modules) < (1200 if allowed else 600)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A run that an earlier version stored, of one small network."""
+    folder = tmp_path_factory.mktemp("stored")
+    with zipfile.ZipFile(ROOT / "tests/data/runs-of-0.1.0.zip") as runs:
+        runs.extractall(folder, [name for name in runs.namelist() if name.startswith("metrics-half/")])
+    return folder / "metrics-half"
 
 
 @pytest.mark.parametrize(

@@ -547,6 +547,15 @@ def test_whole_labels_of_any_type_are_taken(labels):
     assert images_in_memory(np.zeros((2, 3))).y.tolist() == [-1, -1]
 
 
+def test_labels_of_an_npz_are_whole_numbers_too(tmp_path):
+    for labels in ([2, -1], [2.0, -1.0], np.array([2, -1], ">i4")):
+        np.savez(tmp_path / "a.npz", x=some_pixels(2), y=np.array(labels))
+        assert load_images(str(tmp_path / "a.npz"), count=2).y.tolist() == [2, -1]
+    for labels, said in (([2.7, 1], "2.7"), ([np.nan, 1], "nan"), (np.array([2**63, 1], np.uint64), str(2**63))):
+        np.savez(tmp_path / "b.npz", x=some_pixels(2), y=np.array(labels))
+        assert said in refused(str(tmp_path / "b.npz"))
+
+
 def test_arrays_in_memory_keep_their_numbers():
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     narrow = x.bfloat16()
@@ -568,6 +577,11 @@ def test_arrays_in_memory_keep_their_numbers():
         (np.uint8(3), "no image"),
         (np.zeros((0, 3)), "no image"),
         ([Path("a.png")], "object"),
+        (np.float64(1), "float64"),
+        (torch.rand(2, 5).to_sparse(), "must be arrays"),
+        (torch.rand(2, 3, device="meta"), "must be arrays"),
+        (torch.rand(2, 3).to(torch.float8_e4m3fn), "must be arrays"),
+        (np.ma.masked_array(np.ones((2, 3)), mask=[[0, 0, 1], [0, 0, 0]]), "masked"),
     ],
 )
 def test_arrays_that_are_no_images_are_named(x, said):

@@ -9,7 +9,7 @@ from stiffcore.errors import DamagedError
 from stiffcore.picture import ARRAYS, shifted_matrix, stored_picture
 from stiffcore.store import RunStore
 from tests.records import put
-from tests.test_run import OPTIONS, command, execute
+from tests.runs import OPTIONS, command, execute
 
 
 @pytest.mark.parametrize("keep", ["spectra", "all"])

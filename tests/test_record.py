@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stiffcore
-from stiffcore.cli import _Progress
+from stiffcore.commands.progress import Bars
 from stiffcore.record import (
     Begun,
     Ended,
@@ -30,7 +30,7 @@ from stiffcore.run import state_of
 from stiffcore.spectra import Certificate, Moments
 from stiffcore.verify import verify
 from tests.records import a_header, a_record
-from tests.test_run import OPTIONS, execute
+from tests.runs import OPTIONS, execute
 
 # Made by stiffcore 0.1.0, and stopped in the middle where they are named so: `stiffcore.analyze` of the network and
 # images of the fixture `small`, with OPTIONS and these.
@@ -153,7 +153,7 @@ EVENTS = [
 @pytest.mark.parametrize("event", EVENTS, ids=lambda e: e.kind)
 def test_an_event_passes_between_processes(event):
     assert event_from_json(msgpack.loads(msgpack.dumps(event_to_json(event), strict_types=True))) == event
-    _Progress().event(event)  # before there is a bar
+    Bars().event(event)  # before there is a bar
 
 
 def test_what_is_no_event_is_refused():

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 import stiffcore
-from stiffcore import cli
+from stiffcore.commands.reading import show_tables
 from stiffcore.metrics import spell
 from stiffcore.report.figures import depth, paper_values
 from stiffcore.report.page import render, write_report
-from tests.test_run import OPTIONS, execute
+from tests.runs import OPTIONS, execute
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -178,7 +178,7 @@ def test_blocks_that_are_no_residual_ones_and_images_without_labels_are_shown(sm
     network = nn.Sequential(body, nn.Flatten(), nn.Linear(75, 2))
     images = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     run = stiffcore.analyze(network, images, run=small / "a", blocks="0.0,0.2")
-    cli._show(run)
+    show_tables(run)
     assert "loss undefined" in capsys.readouterr().out
     write_report(run, small / "a.html")
     labelled = stiffcore.analyze(network, images, [0, 1, 0, 1], run=small / "b", blocks="0.0,0.2")

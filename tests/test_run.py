@@ -1,11 +1,8 @@
 """A run ends with the same bytes however often it was killed, and refuses what it cannot do before it begins."""
 
 import errno
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -30,25 +27,7 @@ from stiffcore.store import read_image
 from stiffcore.verify import verify
 from tests.cases import Basic
 from tests.records import said
-
-OPTIONS = {"network": "smallnet:make", "images": "six.npz", "normalize": "cifar10", "functions": "block,branch"}
-
-
-def execute(url, options, on_event=lambda event: None):
-    executor = InProcess(on_event)
-    prepared = prepare(str(url), options, executor, trust=True)
-    return carry_out_plan(str(url), prepared, executor, on_event)
-
-
-def spectra_bytes(url):
-    run = stiffcore.open_run(str(url))
-    arrays = {k: run.store.get_array(f"units/{k}", "eigenvalues").tobytes() for k in run.records()}
-    return arrays, {k: json.dumps(r.certificate.to_json(), sort_keys=True) for k, r in run.records().items()}
-
-
-def command(*args, cwd, **kwargs):
-    program = [sys.executable, "-c", "from stiffcore.cli import main; main()", *map(str, args)]
-    return subprocess.Popen(program, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+from tests.runs import KILL_OPTIONS, OPTIONS, command, execute, last_of_each, sessions, spectra_bytes
 
 
 def test_a_run_gives_every_block_its_spectrum_and_equals_the_direct_call(small):
@@ -177,62 +156,27 @@ def test_a_rectangular_block_has_no_spectrum_and_says_so(small):
     assert np.isnan(run.metrics().set_index("block").loc["body.0", "S"])
 
 
-# Forks a child for every session, so that the imports are paid once; a child ends by SIGKILL at an event, or well.
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {folder!r})
-import stiffcore.preload
-{prelude}
-from stiffcore.cluster import InProcess
-from stiffcore.session import carry_out_plan, prepare
-from stiffcore.store import read_image
-from stiffcore.verify import verify
-
-def session(url, at):
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    count = 0
-    def on_event(event):
-        nonlocal count
-        count += 1
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-    executor = InProcess(on_event)
-    prepared = prepare(url, {options!r}, executor)
-    carry_out_plan(url, prepared, executor, on_event)
-    print(url, at, count, flush=True)
-    os._exit(0)
-
-for url, at in {sessions!r}:
-    print(url, at, "status", session(url, at), flush=True)
-"""
-
-KILL_OPTIONS = {"network": "smallnet:make", "images": "six.npz", "blocks": "4"}
-
-
-def sessions(small, *asked, prelude="", **options):
-    asked = [(str(url), at) for url, at in asked]
-    code = KILLED.format(folder=str(small), prelude=prelude, options=KILL_OPTIONS | options, sessions=asked)
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=small, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    lines = [line.split() for line in found.stdout.splitlines()]
-    return {(Path(line[0]), int(line[1])): int(line[-1]) for line in lines if "status" in line}, lines
-
-
-def test_killed_at_any_event_a_run_continues_to_the_same_bytes(small):
-    _, lines = sessions(small, (small / "whole", 0))
-    events = int(lines[0][2])
-    assert events > 8
+def check_killed(small, chosen):
+    _, kinds = sessions(small, (small / "whole", 0))
+    (kinds,) = kinds.values()
+    assert len(kinds) > 8
     expected = spectra_bytes(small / "whole")
-    asked = [(small / f"run{at}", kill) for at in range(1, events + 1) for kill in (at, 0)]
+    events = chosen(kinds)
+    asked = [(small / f"run{at}", kill) for at in events for kill in (at, 0)]
     statuses, _ = sessions(small, *asked)
     assert {status for (_, at), status in statuses.items() if at} == {signal.SIGKILL}
     assert {status for (_, at), status in statuses.items() if not at} == {0}
-    for at in range(1, events + 1):
+    for at in events:
         assert spectra_bytes(small / f"run{at}") == expected, at
+
+
+def test_killed_at_an_event_of_each_kind_a_run_continues_to_the_same_bytes(small):
+    check_killed(small, last_of_each)
+
+
+@pytest.mark.slow
+def test_killed_at_any_event_a_run_continues_to_the_same_bytes(small):
+    check_killed(small, lambda kinds: range(1, len(kinds) + 1))
 
 
 def test_killed_again_and_again_a_run_gets_on_and_ends_with_the_same_bytes(small):

@@ -17,6 +17,8 @@ from torch import nn
 
 import stiffcore
 from stiffcore import cli
+from stiffcore.commands import terminal
+from stiffcore.commands.progress import Bars
 from stiffcore.exports import export
 from stiffcore.report.figures import spectra
 from stiffcore.report.page import write_report
@@ -82,7 +84,7 @@ def test_no_text_reaches_a_terminal_otherwise_than_it_is(text):
 def printed(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["stiffcore", *map(str, args)])
     for name in ("out", "err"):
-        monkeypatch.setattr(getattr(cli, name), "_width", 400)
+        monkeypatch.setattr(getattr(terminal, name), "_width", 400)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
@@ -98,7 +100,7 @@ def test_tables_and_sentences_show_names_and_messages_as_they_are(run, monkeypat
 
 def test_progress_bars_show_names_and_messages_as_they_are(run):
     shown = io.StringIO()
-    progress = cli._Progress()
+    progress = Bars()
     console = Terminal(file=shown, width=400, force_terminal=True, color_system=None)
     bars = Progress(*progress.bars.columns, console=console, auto_refresh=False)
     for name in NAMES:

@@ -18,7 +18,7 @@ from stiffcore.session import prepare
 from stiffcore.store import RunStore
 from stiffcore.trust import module_file
 from stiffcore.verify import verify
-from tests.test_run import OPTIONS, execute
+from tests.runs import OPTIONS, execute
 
 ONE = OPTIONS | {"blocks": "4", "functions": "block"}
 EVIL = """

@@ -16,7 +16,7 @@ from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError, St
 from stiffcore.run import state_of
 from stiffcore.store import RunStore, StoreError, TiledMatrix
 from tests.records import a_header, a_record, put
-from tests.test_run import KILL_OPTIONS, OPTIONS, command, execute, sessions, spectra_bytes
+from tests.runs import KILL_OPTIONS, OPTIONS, command, execute, sessions, spectra_bytes
 from tests.test_store import HOLDER, fill, kill, start
 
 
@@ -84,8 +84,8 @@ def test_the_command_with_its_workers_gives_the_bytes_of_one_process_and_leaves_
 
 
 def test_killed_at_an_event_a_run_continues_to_the_same_bytes(small, url):
-    _, lines = sessions(small, (small / "whole", 0))
-    events = int(lines[0][2])
+    _, kinds = sessions(small, (small / "whole", 0))
+    events = len(kinds[small / "whole"])
     kills = (2, events // 2, events - 1)
     statuses, _ = sessions(small, *[(f"{url}{at}", kill) for at in kills for kill in (at, 0)])
     for at in kills:

@@ -13,7 +13,7 @@ from stiffcore.run import open_run
 from stiffcore.session import check_free
 from stiffcore.store import RunStore
 from stiffcore.verify import verify
-from tests.test_run import OPTIONS, execute, sessions, spectra_bytes
+from tests.runs import OPTIONS, execute, sessions, spectra_bytes
 
 ASKED = OPTIONS | {"blocks": "4", "keep": "all", "count": 2}
 # Who holds a run, and the lock for it, are no part of it.

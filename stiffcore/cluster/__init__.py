@@ -1,5 +1,7 @@
 """Who does the work: this process, or worker processes under Dask. The one place that imports dask."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import logging
@@ -18,17 +20,19 @@ from functools import cache
 from importlib.util import find_spec
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 from threadpoolctl import threadpool_limits
 
-from stiffcore.eigen.panels import Each, Panels, Work, one_by_one
 from stiffcore.ending import terminal_signals_blocked
 from stiffcore.errors import InputError, StiffcoreError, refuse
 from stiffcore.memory import default_allowed_bytes, keep_freed_pages, own_bytes, own_peak_bytes, release_free_memory
 from stiffcore.record import Event, event_from_json, event_to_json
 from stiffcore.version import __version__
+
+if TYPE_CHECKING:
+    from stiffcore.eigen.panels import Each, Panels, Work
 
 CONNECT_S = 10
 WORKERS_S = 30
@@ -72,13 +76,13 @@ class Executor(Protocol):
     dashboard: str
     peak_bytes: int
 
-    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
+    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> Future[Any]:
         """Start `function`, with `emit` added to its arguments; with `gpu` on a worker that has one."""
 
     def scale(self, workers: int, unit_bytes: int | None = None) -> None:
         """Have so many workers, and wait for them; one that holds `unit_bytes` more than it does now is ended."""
 
-    def workers(self) -> list["Worker"]:
+    def workers(self) -> list[Worker]:
         """The processes that do the work, this one not among them."""
 
     def pass_over(self, able: Callable[..., Any], *args: Any) -> None:
@@ -125,7 +129,7 @@ class InProcess:
         self._on_event = on_event
         keep_freed_pages()  # as in workers, and before the store's threads begin: later it does not hold for theirs
 
-    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
+    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> Future[Any]:
         """Run `function` to its end; the future is done."""
         future: Future[Any] = Future()
         try:
@@ -187,7 +191,7 @@ class DaskWorkers:
         if separate:
             threading.Thread(target=self._attend, daemon=True, name="stiffcore-attend").start()
 
-    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> "Future[Any]":
+    def submit(self, function: Callable[..., Any], *args: Any, gpu: bool = False) -> Future[Any]:
         """Start `function` on a free worker.
 
         Raises:
@@ -461,6 +465,8 @@ def spread(threads: int, check: Callable[[], None], *, gpu: bool = False) -> Eac
     With `gpu`, all that declare one.
     """
     from distributed import get_worker
+
+    from stiffcore.eigen.panels import one_by_one
 
     try:
         get_worker()

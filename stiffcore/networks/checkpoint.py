@@ -39,10 +39,12 @@ WRAPPERS = (
 
 # buffers that profilers of operations (thop) leave behind in a module
 _PROFILED = ("total_ops", "total_params")
-# What may lie beside the state: a stand-in takes its place, so that nothing of numpy or argparse is called.
+# What may lie beside the state: a stand-in takes its place, so that nothing of these is called.
 _INERT = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "torch.torch_version.TorchVersion"),
+    *(f"{home}.{name}Path" for home in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
+    *(f"datetime.{name}" for name in ("datetime", "date", "timedelta")),
 )
 _ZIP, _PICKLE, _SAFETENSORS_HEADER = b"PK\x03\x04", b"\x80\x02", 9
 # Lightning inside a trainer's dictionary is two deep; the bound stops a dictionary that contains itself.
@@ -191,6 +193,8 @@ def _check_file(path: Path) -> None:
         raise InputError(f"{path} is a folder: name the checkpoint file inside it ({', '.join(SUFFIXES)})")
     if not path.exists():
         raise InputError(f"there is no checkpoint {path}: check the path")
+    if not path.is_file():  # a pipe or a device may never end
+        raise InputError(f"{path} is no regular file: name the checkpoint itself")
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -342,7 +346,7 @@ def _only_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _is_named_tensor(key: Any, value: Any) -> bool:
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_nested)
     return isinstance(key, str) and dense and not value.is_meta
 
 

@@ -270,7 +270,7 @@ def _open_npz(path: Path, allowed: int) -> _Source:
             f"{path} is damaged, or holds Python objects, which are not read ({error}): save plain arrays"
         ) from error
     refuse(problems, f"{path} is not usable:")
-    return _Source(str(path), y.astype(np.int64), partial(_chosen, x))
+    return _Source(str(path), _whole(y, f"{path}: labels"), partial(_chosen, x))
 
 
 def _read_npz(path: Path, allowed: int) -> tuple[Any, np.ndarray, list[str]]:
@@ -300,8 +300,8 @@ def _npz_problems(x: archive.Member, y: archive.Member) -> list[str]:
     problems = []
     if x.dtype != np.uint8 or len(x.shape) != 4 or x.shape[-1] != 3 or 0 in x.shape:
         problems.append(f"x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3)")
-    if y.dtype.kind not in "iu" or len(y.shape) != 1:
-        problems.append(f"y is {y.dtype} {y.shape}, it must be integers (N,)")
+    if y.dtype.kind not in "iuf" or len(y.shape) != 1:
+        problems.append(f"y is {y.dtype} {y.shape}, it must be whole numbers (N,)")
     elif y.shape != x.shape[:1]:
         problems.append(f"y has {y.shape[0]} labels for an x of shape {x.shape}: one label an image")
     return problems
@@ -451,25 +451,27 @@ def images_in_memory(x: Any, labels: Any = None) -> Images:
 
 def _plain(values: Any) -> np.ndarray:
     """As a numpy array in the machine's byte order."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().resolve_conj().resolve_neg()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if np.ma.is_masked(values):
+        raise InputError("images and labels must be arrays whose every number is known, got a masked one: fill it")
     try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu().resolve_conj().resolve_neg()
+            return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
         array = np.asarray(values)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged, sparse, quantised, of 8 bits, without values
         raise InputError(f"images and labels must be arrays: {error}") from error
     if array.dtype.name == "bfloat16":
         return array.astype(np.float32)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _whole(labels: np.ndarray) -> NDArray[np.int64]:
+def _whole(labels: np.ndarray, what: str = "labels") -> NDArray[np.int64]:
     if labels.dtype.kind not in "iuf":
         shown = _some(labels.reshape(-1).tolist())
-        raise InputError(f"labels are whole numbers, got {labels.dtype} ({shown}): number the classes 0, 1, ...")
+        raise InputError(f"{what} are whole numbers, got {labels.dtype} ({shown}): number the classes 0, 1, ...")
     wrong = [v for v in labels.reshape(-1).tolist() if not (-(2**63) <= v < 2**63 and v == int(v))]
     if wrong:
-        raise InputError(f"labels are whole numbers, -1 where unknown, got {_some(wrong)}")
+        raise InputError(f"{what} are whole numbers, -1 where unknown, got {_some(wrong)}")
     return labels.astype(np.int64)
 
 
@@ -482,7 +484,7 @@ def _pixel_problems(array: np.ndarray | Pixels, axis: int, what: str) -> list[st
         first = array.ndim == axis + 3 and array.shape[axis] == 3
         hint = f"; its channels come first: give {what}.transpose({'0, 2, 3, 1' if axis else '1, 2, 0'})"
         return [f"{what} is uint8 {array.shape}, it must be {shape}{hint if first else ''}"]
-    if array.dtype not in (np.float16, np.float32, np.float64):
+    if array.dtype not in (np.float16, np.float32, np.float64) or not array.ndim:
         hint = ": scale its numbers to 0..255 as uint8" if array.dtype.kind in "iu" else ""
         return [f"{what} is {array.dtype} {array.shape}, it must be uint8 {shape} or floating{hint}"]
     assert isinstance(array, np.ndarray)

@@ -1,15 +1,19 @@
 """What a study of many images says: means by block and label, and correlations with accuracy and loss."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-from scipy import stats
 
 from stiffcore.errors import InputError
 from stiffcore.metrics import NAMES as METRIC_NAMES
 from stiffcore.run import DONE, Run
 from stiffcore.study import Kind
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 METRICS = ("S_active", "negative")
 SINGULAR_METRICS = ("condition", "effective_rank")
@@ -77,6 +81,8 @@ def spread(rows: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = METRI
         2 values), `min`, `q25`, `median`, `q75`, `max` of the finite ones; `mean_low` and `mean_high`, between which
         the mean is certain to be where single values are open within an interval; else nan.
     """
+    import pandas as pd
+
     found, by = [], [*BLOCK, *(name for name in by if name not in BLOCK)]
     for group, part in certified(rows).groupby(by, sort=True):
         for metric in metrics:
@@ -153,6 +159,8 @@ def compared(runs: Mapping[str, pd.DataFrame], metrics: Sequence[str] | None = N
         value less that in the first run, and `difference_low`, `difference_high`, its interval of 95 % by Student's t
         (nan of one).
     """
+    import pandas as pd
+
     found = []
     frames = {name: certified(rows).set_index(["kind", *BLOCK, "function"]).sort_index() for name, rows in runs.items()}
     units = sorted(set().union(*(frame.index for frame in frames.values())))
@@ -184,6 +192,8 @@ def _mean_and_deviation(values: pd.Series) -> tuple[float, float]:
 
 
 def _difference(values: pd.Series) -> dict[str, float]:
+    from scipy import stats
+
     mean, deviation = _mean_and_deviation(values)
     half = float(stats.t.ppf(0.975, max(len(values) - 1, 1)) * deviation / np.sqrt(max(len(values), 1)))
     return {"difference": mean, "difference_low": mean - half, "difference_high": mean + half}
@@ -216,6 +226,8 @@ def correlations(
         fewer than 20 images, one side is constant, or fewer than 3 images are classified correctly or fewer than 3
         wrongly.
     """
+    import pandas as pd
+
     found = []
     for (number, block), part in certified(rows).groupby(["number", "block"], sort=True):
         for metric in metrics or metrics_of(rows):
@@ -242,6 +254,8 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     """Benjamini and Hochberg's step-up correction of p-values; nan stays, and counts as no test."""
+    from scipy import stats  # takes half a second
+
     corrected, known = np.full(len(p), np.nan), ~np.isnan(p)
     if known.any():
         corrected[known] = stats.false_discovery_control(p[known], method="bh")
@@ -272,6 +286,8 @@ def _coefficient(columns: np.ndarray, ranked: bool) -> tuple[float, float, float
         beyond = np.abs(_correlation(samples, False)) >= abs(value) * (1 - 1e-12)
         p = float((1 + beyond.sum()) / (1 + PERMUTATIONS))
     else:
+        from scipy import stats
+
         freedom = images - variables
         p = float(2 * stats.t.sf(abs(value) * np.sqrt(freedom / max(1 - value * value, 1e-300)), freedom))
     resampled = _correlation(columns[rng.integers(images, size=(RESAMPLES, images))], ranked)
@@ -289,6 +305,8 @@ def _correlation(samples: np.ndarray, ranked: bool) -> np.ndarray:
 
 def _left(samples: np.ndarray, ranked: bool) -> np.ndarray:
     """The first two variables of each sample less their means, and less their regressions on the third."""
+    from scipy import stats
+
     values = stats.rankdata(samples, axis=1) if ranked else samples
     values = values - values.mean(axis=1, keepdims=True)
     if values.shape[2] == 2:

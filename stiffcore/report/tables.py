@@ -1,19 +1,24 @@
 """Tables for people, and rows for programs, of plans, states and metrics."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
 from stiffcore.metrics import spell, spell_share
-from stiffcore.plan import Plan, UnitPlan
-from stiffcore.record import UnitRecord
+from stiffcore.record import UnitPlan, UnitRecord
 from stiffcore.report.statistics import FEWEST_OF_MEAN, SIGNIFICANT, correlations, mean_between, mean_groups
 from stiffcore.run import DAMAGED, DONE, Run, state_of
 from stiffcore.study import FAILED, Kind, Solver, counted, format_bytes
+
+if TYPE_CHECKING:  # each takes a third of a second and more to import
+    import pandas as pd
+
+    from stiffcore.plan import Plan
 
 
 def plan_table(plan: Plan) -> Table:
@@ -308,6 +313,8 @@ def _mean(values: Any) -> str:
     notes = [f"{number} {name}" for name, number in numbers.items() if number]
     if not finite:
         return ", ".join(name for name, number in numbers.items() if number) or "-"
+    import pandas as pd
+
     series = pd.Series(finite)
     mean = f"{series.mean():.5g} ({series.std():.2g})" if len(finite) >= FEWEST_OF_MEAN else "-"
     return mean + (f" [{', '.join(notes)}]" if notes else "")

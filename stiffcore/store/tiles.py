@@ -4,17 +4,21 @@ Its transpose is what Zarr holds, row-major, so that columns come and go as LAPA
 longer than to read it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse
 import zarr
 from zarr.core.sync import sync
 
 from stiffcore.errors import DamagedError
 from stiffcore.store.metadata import CHECKSUM_BYTES, UNREADABLE, check_memory, create_array, is_there, open_array
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 # Of one file; a panel of a taller matrix is several, of which those that are all zero are not written.
 ROWS_IN_SHARD = 16_384
@@ -68,7 +72,7 @@ class TiledMatrix:
     @classmethod
     def create(
         cls, group: zarr.Group, name: str, shape: tuple[int, int], dtype: np.dtype, tile: int, shard: int
-    ) -> "TiledMatrix":
+    ) -> TiledMatrix:
         """Create the matrix, or open it as it is where the same one exists (its shards stay).
 
         Args:
@@ -247,6 +251,8 @@ class TiledMatrix:
         Raises:
             DamagedError: as `read`.
         """
+        import scipy.sparse
+
         states = self._states()
         data, indices, counts = [], [], []
         for shard in range(self.shards):

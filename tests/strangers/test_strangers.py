@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from zarr.storage import LocalStore
 
-from stiffcore import cli
+from stiffcore.commands import working
 from stiffcore.store.place import StrangeError, open_folder
 from tests.strangers.hostile import DEEP, VICTIM, Change, changes, here, outcome_of, set_field
 
@@ -28,7 +28,7 @@ def folder(small, monkeypatch):
         runs.extractall(small, [name for name in runs.namelist() if name.startswith("metrics-half/")])
     (small / "metrics-half").rename(small / "original")
     (small / "evil.py").write_text("raise SystemError('imported')")
-    monkeypatch.setattr(cli, "workers_at", here)
+    monkeypatch.setattr(working, "workers_at", here)
     monkeypatch.setattr("sys.argv", ["stiffcore"])
     return small
 

@@ -1,0 +1,1 @@
+"""What the commands do; `stiffcore.cli` has their options, and imports each of these where it is called."""
