@@ -1,6 +1,7 @@
 """Make docs/extremes-study.md and docs/study.md from the exported metrics in docs/data: never written by hand.
 
 python docs/study_page.py                         writes the pages
+python docs/study_summary.py                      writes the page of one page, and its pictures
 python docs/study_page.py add EXPORT.csv NAME     adds the rows of an export to docs/data/NAME.csv first
 """
 

@@ -134,8 +134,8 @@ def _bounded(
     return replace(
         found,
         error=max(found.error, *(reach.bound - reach.outermost for reach in reaches.values())),
-        s_error=_ratio_error(reduction, values, *between, structural=True),
-        s_active_error=_ratio_error(reduction, values, *between, structural=False),
+        s_error=ratio_error(reduction, values, *between, structural=True),
+        s_active_error=ratio_error(reduction, values, *between, structural=False),
         unproved=tuple(name for name, reach in reaches.items() if not reach.proved),
         failures=(*found.failures, *(reach.contradiction for reach in reaches.values() if reach.contradiction)),
     )
@@ -223,6 +223,7 @@ def certify(
     matrix: np.ndarray | None = None,
     real_parts: tuple[float, float] | None = None,
     ends: Ends | None = None,
+    located: Inclusion | None = None,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -242,12 +243,14 @@ def certify(
         real_parts: bounds of those in the numerical range of M: at larger orders, what signs are certified by.
         ends: at larger orders, what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`);
             what it does not prove is open.
+        located: what `locate` found, where that is known already.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
     """
     dtype = reduction.jacobian.dtype
-    located = _located(reduction, values, matrix) if complete else None
+    if complete and located is None:
+        located = locate(reduction, values, matrix)
     gaps, discs = _gaps(values, chosen), _discs(ends, len(chosen)) if complete else None
     certified = (
         ()
@@ -274,15 +277,15 @@ def certify(
     )
     if complete:
         failures += _miscounted(reduction, values, signs, right)
-    between = _ends_between(reduction, certified, located)
+    between = ends_between(reduction, certified, located)
     found = Certificate(
         certified=certified,
         trace_error=trace_error,
         square_error=square_error,
         reduction_check=reduction.check,
         error=max((c.error for c in certified if c.estimate is None), default=0.0),
-        s_error=_ratio_error(reduction, values, *between, structural=True),
-        s_active_error=_ratio_error(reduction, values, *between, structural=False),
+        s_error=ratio_error(reduction, values, *between, structural=True),
+        s_active_error=ratio_error(reduction, values, *between, structural=False),
         near_axis=signs.unsure,
         axis_error=signs.axis_error,
         failures=tuple(failures),
@@ -311,7 +314,7 @@ def distance_of(reduction: Reduction) -> float:
     return float(reduction.rounding) + float(reduction.loss)
 
 
-def _located(reduction: Reduction, values: np.ndarray, matrix: np.ndarray | None) -> Inclusion | None:
+def locate(reduction: Reduction, values: np.ndarray, matrix: np.ndarray | None) -> Inclusion | None:
     """Where all eigenvalues of M are, where its order allows for that."""
     k = reduction.k
     if not k or len(values) != k or not np.isfinite(values).all() or (matrix is None and k > FULL_ORDER):
@@ -507,7 +510,7 @@ def _finite(value: float) -> float:
     return float(value) if np.isfinite(value) else float("inf")
 
 
-def _ends_between(
+def ends_between(
     reduction: Reduction, certified: tuple[Certified, ...], located: Inclusion | None
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """What the largest real part is between, and the negative of the smallest: by what is located, else by errors."""
@@ -525,7 +528,7 @@ def _ends_between(
     return found[0], found[1]
 
 
-def _ratio_error(
+def ratio_error(
     reduction: Reduction,
     values: np.ndarray,
     right: tuple[float, float],
@@ -533,7 +536,7 @@ def _ratio_error(
     *,
     structural: bool,
 ) -> float:
-    """The error of S, or of S_active, from what its two ends are between (`_ends_between`).
+    """The error of S, or of S_active, from what its two ends are between (`ends_between`).
 
     An exact one or zero cannot move, but an eigenvalue beside it may lie further out than it was found.
     """
