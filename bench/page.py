@@ -124,17 +124,24 @@ def builds(f: dict[str, Any]) -> str:
 def slices(f: dict[str, Any]) -> str:
     parts = []
     for network, blocks in f.items():
-        rows, spent = [], sum(total(b["seconds"]) for b in blocks)
+        rows = []
         for b in blocks:
-            row = [b["block"], f"{b['elements']:,}", f"{b['eigenvalues']:,}", f"{b['not_zero']:,}", f"{b['S']:.4f}"]
-            row += [f"{100 * b['negative']:.3f}"]
-            row += [f"{b['seconds'][name]:.2f}" for name in ("squares", "eigenvalues")]
+            row = [b["block"], f"{b['elements']:,}", f"{b['eigenvalues']:,}", f"{b['not_zero']:,}", str(b["unsure"])]
+            row += [f"{b['S']:.4f}", f"{100 * b['negative']:.3f}", *(f"{s:.2f}" for s in b["seconds"].values())]
+            row += [f"{total(b['before']):.2f}"] if "before" in b else ["-"]
             if "direct_s" in b:
                 row += [seconds(b["direct_s"]), f"{b['direct_not_zero']:,}", f"{b['largest_difference']:.0e}"]
-            rows.append(row + ["-"] * (11 - len(row)))
-        header = ["block", "elements", "eigenvalues", "not zero", "S", "Re<0 %", "squares, s", "eigenvalues, s"]
+            rows.append(row + ["-"] * (15 - len(row)))
+        header = ["block", "elements", "eigenvalues", "not zero", "unsure", "S", "Re<0 %"]
+        header += [f"{name}, s" for name in blocks[0]["seconds"]] + ["before, s"]
         header += ["direct, s", "not zero there", "largest difference"]
-        parts += [f"{network}, {len(blocks)} blocks: {seconds(spent)} s.", table(rows, header)]
+        said = []
+        for when in ("before", "seconds"):
+            if all(when in b for b in blocks):
+                spent = {name: sum(b[when][name] for b in blocks) for name in blocks[0][when]}
+                each = ", ".join(f"{name} {seconds(s)}" for name, s in spent.items())
+                said.append(f"{'before' if when == 'before' else 'now'} {seconds(total(spent))} s ({each})")
+        parts += [f"{network}, {len(blocks)} blocks: {'; '.join(said)}.", table(rows, header)]
     return "\n\n".join(parts)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stiffcore.asked import check_free
 from stiffcore.cluster import InProcess, workers_at
 from stiffcore.errors import InputError
-from stiffcore.jacobian.reduction import reduce_jacobian
+from stiffcore.jacobian.components import open_matrix
 from stiffcore.memory import tree_bytes
 from stiffcore.networks.copying import copy_module
 from stiffcore.networks.images import images_in_memory
@@ -26,7 +26,7 @@ from stiffcore.session import carry_out_plan, prepare
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore, stored_spectrum
 from stiffcore.study import IN_MEMORY, BlockFunction, Identity, Kind, Normalize, Solver, Study, unit_key
-from stiffcore.survey import unit_facts
+from stiffcore.survey import matrix_facts
 from stiffcore.unit import carry_out
 from stiffcore.version import __version__
 
@@ -87,7 +87,8 @@ def spectrum(
         study = study.with_options({"dtype": str(x.dtype).removeprefix("torch.")})
     label = name or str(getattr(f, "__name__", type(f).__name__))
     chosen = _choice(BlockFunction, function, "function")
-    reduction = reduce_jacobian(call, x, chosen, reduce=reduce, name=label)
+    by_component = study.solver in (None, Solver.HOST_DENSE)
+    operator = open_matrix(call, x, chosen, reduce=reduce, components=by_component, name=label)
     key = unit_key(0, label, function, Kind.MATRIX)
     identity = Identity(
         network=IN_MEMORY,
@@ -109,7 +110,7 @@ def spectrum(
         "block": label,
         "function": chosen,
     }
-    unit = unit_facts(reduction, common | {"kind": Kind.MATRIX, "fingerprint": ""})
+    unit = matrix_facts(operator, common | {"kind": Kind.MATRIX, "fingerprint": ""})
     machine = Machine(torch.get_num_threads(), tree_bytes(), 0, None, 1e10)
     plan = make_plan([unit], study, machine, workers=1)
     check_budget(plan)
@@ -122,7 +123,7 @@ def spectrum(
             key,
             threads=plan.threads,
             emit=lambda event: None,
-            opener=lambda store, record, device: reduction,
+            opener=lambda store, record, device: operator,
         )
         return stored_spectrum(store, key)
 

@@ -44,7 +44,7 @@ class BusyError(StiffcoreError):
 
 
 class DeviceFullError(StiffcoreError):
-    """The CUDA device has not the memory that was planned for: the next rung may take the unit."""
+    """The CUDA device lacks the memory that was planned for: the next solver may take the unit."""
 
 
 class DamagedError(StiffcoreError):

@@ -138,6 +138,8 @@ def shifted_matrix(
     record = store.record(key)
     if not record.unit.k:
         raise InputError(f"{key} has no matrix: {record.unit.reason}")
+    if record.unit.components:
+        raise InputError(f"{key} was solved by components: there is no one matrix to look at")
     shift, distance = record.shift, record.distance
     if record.kept and shift is not None and is_there(store.unit_group(key), "matrix"):
         matrix = TiledMatrix(store.unit_group(key), "matrix").read_sparse()

@@ -22,7 +22,7 @@ FORMAT = 2
 ARRAYS = frozenset(
     (
         *("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors", "division"),
-        *("eigenvalues", "histogram", "histogram_edges"),
+        *("eigenvalues", "component", "components", "histogram", "histogram_edges"),
         *("numerical_range", "pseudospectrum", "pseudospectrum_re", "pseudospectrum_im"),
     )
 )
@@ -162,6 +162,7 @@ _ON_THE_WAY: dict[str, Any] = {
     "trace": float,
     r"change\d+": float | str,
     r"values|vectors\d+-\d+": Literal[True],
+    "components": AtLeastOne,
     r"\d+": SplitFacts,
 }
 

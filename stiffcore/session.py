@@ -532,7 +532,7 @@ def _ended(record: UnitRecord, solver: Solver | None) -> bool:
 
 
 def _record_plan(store: RunStore, record: UnitRecord, plan: UnitPlan) -> None:
-    """Record the plan of a unit; one that another rung had begun goes back to its matrix, which all rungs share."""
+    """Record the plan of a unit; what another solver had begun goes back to the matrix, which all solvers share."""
     fields: dict[str, Any] = {"plan": plan}
     if record.begun:
         before = record.plan

@@ -103,8 +103,8 @@ class Ends:
         left_lines: counts of the k left of lines near to the left end, at most one between eigenvalues that were found
             and one beyond them all: what proves that none was missed. Empty where that is not proved.
         right_lines: the same at the right end, counts of those right of the lines.
-        discs: around each of the eigenvalues that were known, where asked for: radii, with one eigenvalue exactly so
-            near, and margins, within which a matrix has one there, too; none where that is not proved.
+        discs: around each of the eigenvalues that were known: radii, with one eigenvalue exactly so near, and margins,
+            within which a matrix has one there, too; none where that is not proved.
     """
 
     left_of_zero: Count
@@ -246,6 +246,32 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Where the eigenvalues of a block triangular Jacobian come from: its diagonal blocks, a token each in a sequence.
+
+    Attributes:
+        axis: of the input, whose positions the blocks are.
+        position: (c,) int, the first position of each block, in the order of dependence.
+        size: (c,) int, positions of each.
+        ones: (c,) int, exact ones of each.
+        zeros: (c,) int, exact zeros of each.
+        error: (c,) the largest error estimate of each one's certified eigenvalues.
+        source: (k,) int, the block of each computed eigenvalue.
+    """
+
+    axis: int
+    position: np.ndarray
+    size: np.ndarray
+    ones: np.ndarray
+    zeros: np.ndarray
+    error: np.ndarray
+    source: np.ndarray = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+@dataclass(frozen=True)
 class Spectrum:
     """The n eigenvalues of a Jacobian J (n x n): k of a smaller matrix, `ones` exactly 1, `zeros` exactly 0.
 
@@ -271,6 +297,7 @@ class Spectrum:
         given: the metrics, where the values alone do not say them: of tensor slices (which signs are unsure), and where
             the run keeps no values.
         has_values: whether `computed` has all that was computed; else it is empty.
+        components: of a block triangular Jacobian, its diagonal blocks; None of others, and where no values are kept.
     """
 
     computed: np.ndarray
@@ -290,6 +317,7 @@ class Spectrum:
     numerical_abscissa: float = float("nan")
     given: dict[str, float] | None = None
     has_values: bool = True
+    components: "Parts | None" = None
 
     @property
     def n(self) -> int:
@@ -323,6 +351,49 @@ class Spectrum:
             if counts is not None:
                 found[f"{name}_low"], found[f"{name}_high"] = self._shares(counts)
         return found
+
+    def component(self, c: int) -> np.ndarray:
+        """All eigenvalues of one diagonal block, its exact ones and zeros among them.
+
+        Args:
+            c: which, as in `components`.
+
+        Returns:
+            Complex, ascending by real part, then imaginary part.
+
+        Raises:
+            InputError: where there are no components.
+        """
+        parts = self._parts()
+        exact = np.repeat(np.array([0, 1], self.computed.dtype), [parts.zeros[c], parts.ones[c]])
+        joined = np.concatenate([self.computed[parts.source == c], exact])
+        return joined[np.lexsort((joined.imag, joined.real))]
+
+    def component_metrics(self) -> dict[str, np.ndarray]:
+        """The metrics of each diagonal block by itself, along the sequence.
+
+        Returns:
+            By name, as `metrics`, (c,) each; and `position`, the first position of each, and `error`.
+
+        Raises:
+            InputError: where there are no components.
+        """
+        parts = self._parts()
+        order = np.argsort(parts.source, kind="stable")
+        split = np.split(self.computed[order], np.searchsorted(parts.source[order], np.arange(1, len(parts))))
+        branch = self.function == "branch"
+        rows = [
+            spectrum_metrics(values, int(ones), int(zeros), branch=branch)
+            for values, ones, zeros in zip(split, parts.ones, parts.zeros, strict=True)
+        ]
+        names = rows[0].keys()
+        found = {name: np.array([row[name] for row in rows]) for name in names}
+        return {"position": parts.position, **found, "error": parts.error}
+
+    def _parts(self) -> Parts:
+        if self.components is None:
+            raise InputError(f"{self.name}: its Jacobian was solved as a whole, or no values are kept: no components")
+        return self.components
 
     def _shares(self, counts: tuple[int, int]) -> tuple[float, ...]:
         return tuple(count / self.n if self.n else float("nan") for count in counts)

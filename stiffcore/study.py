@@ -76,6 +76,7 @@ class Solver(StrEnum):
     slowly: the last rung.
     `extremes` finds the ends of the spectrum and proves how many eigenvalues are left of 0, without the rest;
     `matrix-only` builds and keeps the matrix and solves nothing. `slices` is the way of all tensor slices;
+    `components` solves the diagonal blocks of a block triangular Jacobian, one after the other.
     `svd` and `symmetric` (eigenvalues of a symmetric matrix, the squares) are those of singular values.
     """
 
@@ -87,6 +88,7 @@ class Solver(StrEnum):
     SVD = "svd"
     SYMMETRIC = "symmetric"
     SLICES = "slices"
+    COMPONENTS = "components"
     NONE = "none"
 
 
@@ -190,7 +192,7 @@ class Study(BaseModel):
     @field_validator("solver", mode="before")
     @classmethod
     def _chosen(cls, value: Any) -> Any:
-        if value in (Solver.NONE, Solver.SLICES):
+        if value in (Solver.NONE, Solver.SLICES, Solver.COMPONENTS):
             raise ValueError(f"Input should be 'auto', {', '.join(repr(str(s)) for s in list(Solver)[:-2])}")
         return None if value == "auto" else value
 
@@ -304,13 +306,16 @@ class Unit(BaseModel):
         kind: see `Kind`.
         n: columns of J.
         m: rows of J.
-        width: columns of the matrix to solve, where it is not square (singular values).
+        width: columns of the matrix to solve, where it is not square (singular values); of components, the order of the
+            largest one.
         k: order of the matrix to solve; of tensor slices, how many eigenvalues are not zero (until they are found, at
             most).
         ones: exact eigenvalues 1.
         zeros: exact eigenvalues 0.
-        route: which matrix is solved (`waist`, `active`, `full`); `none` where there is no spectrum; `FAILED` where the
-            block cannot be had (n and m are 0 where they are not known).
+        components: how many diagonal blocks are solved, where J is block triangular; else 0. Their ones and zeros are
+            not known until they are found; until then, k is n.
+        route: which matrix is solved (`waist`, `active`, `full`), or `components`; `none` where there is no spectrum;
+            `FAILED` where the block cannot be had (n and m are 0 where they are not known).
         reason: why, in one line.
         column_items: numbers alive at once while one column is computed.
         column_s: seconds a column took when tried.
@@ -320,6 +325,7 @@ class Unit(BaseModel):
         nonzeros: at most so many of the matrix's entries are not zero; 0 where unknown.
         fill: entries of the triangular factors of the matrix at most; 0 where unknown.
         kernel_items: numbers in the largest kernel of the function, which a chunk of any width copies.
+        held_items: numbers that stay in memory to compute the diagonal blocks of components.
         image_bytes: to read the image and make it the network's input, see `image_bytes`; 0: not counted.
         network_bytes: parameters and buffers of the network, and of the checkpoint or module that it is made from.
         fingerprint: sha256 of all that decides the result, for the record: a run goes on by its header and `made_with`.
@@ -337,6 +343,7 @@ class Unit(BaseModel):
     n: Order
     m: Order
     width: Size = 0
+    components: Size = 0
     k: Size = 0
     ones: Size = 0
     zeros: Size = 0
@@ -344,6 +351,7 @@ class Unit(BaseModel):
     reason: str
     column_items: Size = 0
     kernel_items: Size = 0
+    held_items: Size = 0
     column_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     products: Size = 0
     accumulated_items: Size = 0

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from stiffcore.errors import InputError, refuse
+from stiffcore.jacobian.components import Components, open_matrix
 from stiffcore.jacobian.factors import Factors, open_factors
 from stiffcore.jacobian.linearise import Way
-from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual, reduce_jacobian
+from stiffcore.jacobian.reduction import NoSpectrumError, Reduction, is_residual
 from stiffcore.jacobian.slices import Slices, open_slices
 from stiffcore.networks.blocks import (
     PASSES,
@@ -33,6 +34,7 @@ from stiffcore.study import (
     Identity,
     Kind,
     Reduce,
+    Solver,
     Study,
     Survey,
     Unit,
@@ -43,6 +45,8 @@ from stiffcore.study import (
     versions,
 )
 
+# The route of a block triangular Jacobian.
+COMPONENTS = "components"
 # Enough that a column costs what it costs in a chunk, few enough to be over soon.
 COLUMNS_TRIED = 16
 
@@ -114,7 +118,8 @@ def survey(
             if block in missed:
                 units.append(Unit(**common, n=0, m=0, route=FAILED, reason=missed[block]))
             else:
-                units.append(_look(calls[block], function, study.reduce, common, seconds))
+                by_component = study.solver in (None, Solver.HOST_DENSE)
+                units.append(_look(calls[block], function, study.reduce, common, seconds, components=by_component))
     identity = Identity(
         **made_of,
         images=tuple(digests),
@@ -228,7 +233,9 @@ def operator_of(
     kind: Kind = Kind.MATRIX,
     reduce: Reduce = Reduce.AUTO,
     device: str = "cpu",
-) -> Reduction | Slices | Factors:
+    *,
+    components: bool = False,
+) -> Reduction | Slices | Factors | Components:
     """The operator of one block's function at one image; what it does not need of the network is let go."""
     calls, _ = capture(network, x, [block])
     call = calls[block]
@@ -238,7 +245,14 @@ def operator_of(
         return open_factors(call.function, call.x, function, name=block)
     if device != "cpu":
         dict(network.named_modules())[block].to(device)
-    return reduce_jacobian(call.function, call.x.to(device), function, reduce=reduce is Reduce.AUTO, name=block)
+    return open_matrix(
+        call.function,
+        call.x.to(device),
+        function,
+        reduce=reduce is Reduce.AUTO,
+        components=components,
+        name=block,
+    )
 
 
 def _look(
@@ -247,6 +261,8 @@ def _look(
     reduce: Reduce,
     common: dict[str, Any],
     seconds: dict[tuple[str, BlockFunction], float],
+    *,
+    components: bool,
 ) -> Unit:
     """The facts of one unit, or why it has none; `seconds` a column took at the first image are those of the others."""
     try:
@@ -254,8 +270,10 @@ def _look(
             return _slices_facts(open_slices(call.function, call.x, function, name=call.name), common)
         if common["kind"] is Kind.SINGULAR:
             return _factors_facts(open_factors(call.function, call.x, function, name=call.name), common)
-        found = reduce_jacobian(call.function, call.x, function, reduce=reduce is Reduce.AUTO, name=call.name)
-        facts = unit_facts(found, common, seconds.get((call.name, function)))
+        found = open_matrix(
+            call.function, call.x, function, reduce=reduce is Reduce.AUTO, components=components, name=call.name
+        )
+        facts = matrix_facts(found, common, seconds.get((call.name, function)))
     except NoSpectrumError as error:
         return Unit(**common, n=error.n, m=error.m, route="none", reason=str(error))
     except (MemoryError, torch.OutOfMemoryError):
@@ -311,6 +329,28 @@ def _factors_facts(factors: Factors, common: dict[str, Any]) -> Unit:
         accumulated_items=max((part.items for part in factors.parts), default=0),
         accumulated_flops=sum(part.flops for part in factors.parts),
         nonzeros=sum(part.entries for part in factors.parts) or rows * columns,
+    )
+
+
+def matrix_facts(found: Reduction | Components, common: dict[str, Any], column_s: float | None = None) -> Unit:
+    """The facts of a unit of eigenvalues; see `unit_facts`. Of components, those of one in the middle stand for all."""
+    if isinstance(found, Reduction):
+        return unit_facts(found, common, column_s)
+    largest = max(range(len(found)), key=lambda c: (len(found.members[c]), -abs(c - len(found) // 2)))
+    one = found.reduction(largest)
+    return Unit(
+        **common,
+        n=found.n,
+        m=found.n,
+        k=found.n,
+        width=found.order,
+        components=len(found),
+        route=COMPONENTS,
+        reason=found.reason,
+        column_items=one.column_items,
+        kernel_items=one.kernel_items,
+        held_items=found.held_items,
+        column_s=_column_seconds(one) if column_s is None else column_s,
     )
 
 

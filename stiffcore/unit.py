@@ -6,6 +6,7 @@ of the rest), `done` (those of J, and the certificate). Tensor slices and singul
 from what the store holds and writes its arrays first, its record last; killed anywhere, it is begun again.
 """
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from stiffcore.eigen import certificate, dense, device, divide, panels, singular
+from stiffcore.eigen import certificate, dense, device, divide, panels, singular, union
 from stiffcore.eigen.counting import Whole, ends_of
 from stiffcore.eigen.deflation import Enclosure
 from stiffcore.eigen.extremes import extremes
@@ -32,6 +33,7 @@ from stiffcore.eigen.sparse import DenseMatrix
 from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import DamagedError, DeviceFullError, StiffcoreError
 from stiffcore.jacobian.colouring import ReachError
+from stiffcore.jacobian.components import Components
 from stiffcore.jacobian.factors import Factors
 from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction, Route
 from stiffcore.jacobian.slices import RandomCheck, Slices
@@ -53,6 +55,8 @@ from stiffcore.record import (
 )
 from stiffcore.spectra import Ends, Moments, certified_choice
 from stiffcore.store import (
+    COMPONENT,
+    COMPONENTS,
     DIVISION,
     HISTOGRAM,
     SCRATCH,
@@ -68,7 +72,7 @@ from stiffcore.survey import image_input, open_network, operator_of
 from stiffcore.trust import check_code
 
 Emit = Callable[[Event], None]
-Opener = Callable[[RunStore, UnitRecord, str], Reduction | Slices | Factors]
+Opener = Callable[[RunStore, UnitRecord, str], Reduction | Slices | Factors | Components]
 # From this order on, or with a network of this size, a unit's memory matters more than the 0.2 s that finding all of
 # it takes.
 LARGE_ORDER = 1000
@@ -81,7 +85,7 @@ _LIBRARY_FULL = re.compile(r"CUDA error: out of memory|_STATUS_ALLOC_FAILED")
 
 def open_operator(
     store: RunStore, record: UnitRecord, device: str, module: nn.Module | None = None, trusted: str = ""
-) -> Reduction | Slices | Factors:
+) -> Reduction | Slices | Factors | Components:
     """The operator of a stored unit, made again from the study's network and the stored image.
 
     Args:
@@ -102,7 +106,10 @@ def open_operator(
     if network.weights_digest != header.identity.weights:
         raise StiffcoreError(f"the weights at {network.weights} are no longer those that this run began with")
     x = image_input(read_image(store, unit.image, header.identity.images[unit.image]), study)
-    return operator_of(network.module, x, unit.block, unit.function, unit.kind, study.reduce, device)
+    by_component = unit.components > 0
+    return operator_of(
+        network.module, x, unit.block, unit.function, unit.kind, study.reduce, device, components=by_component
+    )
 
 
 @dataclass
@@ -161,8 +168,8 @@ class UnitRun:
         return reduction
 
     @cached_property
-    def function(self) -> Slices | Factors:
-        """What other kinds than `matrix` are computed from, checked against what was planned.
+    def function(self) -> Slices | Factors | Components:
+        """What other kinds than `matrix`, and components, are computed from, checked against what was planned.
 
         Raises:
             StiffcoreError: where it is not the function planned.
@@ -323,6 +330,8 @@ _Stages = list[tuple[Stage, Callable[[UnitRun], dict[str, Any]]]]
 def _route(run: UnitRun) -> _Stages:
     if run.solver is Solver.SLICES:
         return [(Stage.DONE, _slice)]
+    if run.solver is Solver.COMPONENTS:
+        return [(Stage.DONE, _unite)]
     if run.unit.kind == Kind.SINGULAR:
         return [(Stage.DONE, _find_singular)]
     if run.solver is Solver.MATRIX_ONLY:
@@ -352,6 +361,8 @@ def stored_by(record: UnitRecord) -> set[str]:
         if not stage.before(Stage.SOLVED) and (all_values or plan.solver is Solver.EXTREMES):
             found.add("reduced_eigenvalues")
             found |= set() if all_values else {"right_vectors", "left_vectors"}
+    if stage is Stage.DONE and plan.solver is Solver.COMPONENTS and record.values_kept:
+        found |= {COMPONENT, COMPONENTS}
     if stage is Stage.DONE and plan.solver not in (Solver.NONE, Solver.MATRIX_ONLY):
         found |= {"eigenvalues"} if record.values_kept else set(HISTOGRAM)
     return found
@@ -366,7 +377,7 @@ def _keep_metrics(run: UnitRun) -> None:
     tally.add(spectrum.computed.astype(complex))
     _store_histogram(run, tally)
     run.store.update(run.key, metrics=spectrum.metrics, values_kept=False)
-    run.store.drop(run.key, "eigenvalues")
+    run.store.drop(run.key, "eigenvalues", COMPONENT, COMPONENTS)
 
 
 def _store_histogram(run: UnitRun, tally: Tally) -> None:
@@ -406,6 +417,60 @@ def _slice(run: UnitRun) -> dict[str, Any]:
     # which signs are unsure is known here alone
     fields["metrics"] = found.tally.metrics(0, zeros, branch=branch)
     return fields | {"certificate": found.certificate(slices, difference)}
+
+
+def _unite(run: UnitRun) -> dict[str, Any]:
+    """The eigenvalues of all components, and their certificate; each is stored as it is solved."""
+    components = run.function
+    assert isinstance(components, Components)
+    where, group = f"units/{run.key}", f"units/{run.key}/{DIVISION}"
+    done = (run.record.division or {}).get("components", 0)
+    parts = []
+    with _undoing(run, Stage.PLANNED, DIVISION):
+        for c in range(done):
+            values = run.store.get_array(group, f"component-{c}")
+            parts.append(union.Part.from_json(values, json.loads(run.store.get_text(group, f"component-{c}", "facts"))))
+    tell = run.step_seldom(Stage.DONE)
+    for c in range(done, len(components)):
+        part = union.solve_part(components.reduction(c), run.plan.chunk)
+        run.check()
+        facts = json.dumps(part.to_json())
+        run.store.put_array(group, f"component-{c}", part.values, ("eigenvalue",), facts=facts)
+        run.store.update(run.key, division={"components": c + 1})
+        parts.append(part)
+        tell(c + 1, len(components))
+    values, source, found = union.united(parts)
+    moments, abscissa = union.united_moments(parts)
+    ones, zeros = sum(part.ones for part in parts), sum(part.zeros for part in parts)
+    run.store.put_array(
+        where,
+        "eigenvalues",
+        values,
+        ("eigenvalue",),
+        long_name="computed eigenvalues of the Jacobian",
+        order="ascending real part, then imaginary part",
+        exact_ones=ones,
+        exact_zeros=zeros,
+    )
+    run.store.put_array(where, COMPONENT, source, ("eigenvalue",), long_name="the component of each eigenvalue")
+    table = np.array(
+        [
+            [members[0], len(members), part.ones, part.zeros, part.certificate.error]
+            for members, part in zip(components.members, parts, strict=True)
+        ]
+    )
+    run.store.put_array(
+        where,
+        COMPONENTS,
+        table,
+        ("component", "fact"),
+        long_name="of each component: its first part, its parts, exact ones, exact zeros, its largest error",
+        axis=components.axis,
+    )
+    run.store.drop(run.key, DIVISION)
+    fields: dict[str, Any] = {"ends": None, "shift": 0, "found": len(values), "k": len(values), "ones": ones}
+    fields |= {"zeros": zeros, "division": None, "moments": moments, "logarithmic_norm": abscissa}
+    return fields | {"certificate": found, "distance": max(part.distance for part in parts)}
 
 
 def _find_singular(run: UnitRun) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _check_number(store: RunStore, key: str, found: Verification) -> None:
 
 def _recomputed(store: RunStore, key: str, record: UnitRecord, opener: Opener) -> str:
     """What the certificate of a unit, made again, says against the stored one; nothing where they agree."""
-    if record.unit.kind is not Kind.MATRIX or not record.values_kept:
+    if record.unit.kind is not Kind.MATRIX or not record.values_kept or record.unit.components:
         return _computed_again(store, key, opener)
     return _certified_again(store, key, record, opener)
 

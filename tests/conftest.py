@@ -30,6 +30,18 @@ def pytest_configure(config):
         threadpool_limits(1)
 
 
+# files of mathematics alone: no test in them starts a process
+QUICK = ("accumulation", "blas", "colouring", "components", "inclusion", "metrics", "rounding", "statistics")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`pytest -m quick` takes what is not slow of the files that are named above."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK and not any(item.iter_markers("slow")):
+            item.add_marker("quick")
+
+
 def pytest_collection_finish(session):
     """What is imported by now stays: the collections of the runs here need not look at it, which costs each 0.3 s."""
     gc.collect()

@@ -33,6 +33,7 @@ PAGES = (
     "extremes",
     "extremes-study",
     "study",
+    "study-summary",
 )
 PROGRAM = "from stiffcore.cli import main; main()"
 

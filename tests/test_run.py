@@ -49,11 +49,11 @@ def test_a_run_gives_every_block_its_spectrum_and_equals_the_direct_call(small):
 
 
 def test_a_finished_run_continues_to_nothing_and_changes_nothing(small):
-    execute(small / "run", OPTIONS)
+    execute(small / "run", OPTIONS | {"blocks": "2,4"})
     before = spectra_bytes(small / "run")
     events = []
     _, outcome = execute(small / "run", {}, events.append)
-    assert outcome.done == 8
+    assert outcome.done == 4
     assert events == []
     assert spectra_bytes(small / "run") == before
 
@@ -66,7 +66,8 @@ def test_the_same_blocks_named_otherwise_are_the_same_settings(small):
 
 
 def test_settings_that_disagree_are_refused_by_name_and_memory_may_change(small):
-    execute(small / "run", OPTIONS)
+    options = OPTIONS | {"blocks": "4"}
+    execute(small / "run", options)
     before = spectra_bytes(small / "run")
     with pytest.raises(stiffcore.InputError) as caught:
         execute(small / "run", {"dtype": "float32", "blocks": "1", "index": "3"})
@@ -74,7 +75,7 @@ def test_settings_that_disagree_are_refused_by_name_and_memory_may_change(small)
     assert all(f"- {name}:" in message for name in ("dtype", "blocks", "images"))
     assert "weights" not in message
     execute(small / "run", {"memory": "3GiB", "keep": "all"})
-    execute(small / "run", OPTIONS)
+    execute(small / "run", options)
     assert spectra_bytes(small / "run") == before
 
 
@@ -278,7 +279,7 @@ def test_on_one_thread_or_two_the_values_agree_within_their_errors_and_a_run_kee
     """Sums in another order have other last bits: the number of threads is part of a run, and stays as it began."""
 
     def on(threads, name, on_event=lambda event: None):
-        prepared = prepare(str(small / name), OPTIONS, InProcess(print))
+        prepared = prepare(str(small / name), OPTIONS | {"blocks": "2,4"}, InProcess(print))
         prepared = replace(prepared, plan=replace(prepared.plan, threads=threads))
         return carry_out_plan(str(small / name), prepared, InProcess(print), on_event)[0]
 
@@ -438,7 +439,9 @@ def test_a_unit_that_kills_its_worker_each_time_fails_and_the_run_continues(smal
 
 def test_of_two_processes_that_begin_the_same_run_with_other_settings_the_later_is_refused(small):
     executor = InProcess(lambda event: None)
-    first, second = (prepare(str(small / "run"), OPTIONS | {"dtype": d}, executor) for d in ("float64", "float32"))
+    first, second = (
+        prepare(str(small / "run"), OPTIONS | {"blocks": "4", "dtype": d}, executor) for d in ("float64", "float32")
+    )
     carry_out_plan(str(small / "run"), first, executor, lambda event: None)
     before = spectra_bytes(small / "run")
     with pytest.raises(stiffcore.InputError, match="dtype"):
@@ -537,10 +540,11 @@ def test_a_cuda_device_that_is_full_hands_the_unit_to_the_host(small):
         assert run.stored(key).certificate.passed
 
 
-def test_the_cuda_rung_gives_the_spectra_of_the_host(small, supposed_device):
-    cuda, outcome = execute(small / "cuda", OPTIONS)
+def test_the_solver_cuda_dense_gives_the_spectra_of_the_host(small, supposed_device):
+    options = OPTIONS | {"blocks": "2,4"}
+    cuda, outcome = execute(small / "cuda", options)
     assert outcome.failed == {}
-    host, _ = execute(small / "host", OPTIONS | {"solver": "host-dense"})
+    host, _ = execute(small / "host", options | {"solver": "host-dense"})
     for key, record in cuda.records().items():
         assert record.plan.solver == "cuda-dense"
         assert host.records()[key].plan.solver == "host-dense"
@@ -550,14 +554,15 @@ def test_the_cuda_rung_gives_the_spectra_of_the_host(small, supposed_device):
 
 
 def test_a_device_that_runs_out_of_memory_hands_the_unit_to_the_host(small, supposed_device, monkeypatch):
-    execute(small / "host", OPTIONS | {"solver": "host-dense"})
+    options = OPTIONS | {"blocks": "2,4"}
+    execute(small / "host", options | {"solver": "host-dense"})
 
     def full(a, device):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr("stiffcore.eigen.device.device_eigenvalues", full)
     events = []
-    run, outcome = execute(small / "run", OPTIONS, events.append)
+    run, outcome = execute(small / "run", options, events.append)
     assert outcome.failed == {}
     assert {e.note for e in events if e.kind == "fallback"} == {
         "the device is out of memory (full): host-dense takes it"

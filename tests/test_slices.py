@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stiffcore
-from stiffcore.eigen import small
+from stiffcore.eigen import squares as small_squares
 from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import InputError
 from stiffcore.jacobian.accumulation import Steps
@@ -190,14 +190,14 @@ def test_an_end_that_is_the_rounding_of_zero_is_certified_as_unsure():
 
 def test_a_wrong_eigenvalue_is_not_certified(monkeypatch):
     slices = open_slices(randomised(Basic(4)), seeded(MAP, 1))
-    true = small.take
+    true = small_squares.take
 
     def wrong(*args):
         part = true(*args)
         few = {end: [(z * (1 + 1e-6), at) for z, at in found] for end, found in part.few.items()}
         return replace(part, few=few, sums=part.sums * [1 + 1e-6, 1, 1, 1])
 
-    monkeypatch.setattr(small, "take", wrong)
+    monkeypatch.setattr(small_squares, "take", wrong)
     failures = found_in(slices).certificate(slices, 0.0).failures
     assert any("not an eigenvalue" in line for line in failures)
     assert any("traces" in line for line in failures)

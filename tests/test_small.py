@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import scipy.linalg
 from flint import ctx
 from scipy.optimize import linear_sum_assignment
 
-from stiffcore.eigen import small, windows
+from stiffcore.eigen import compiled, small, windows
+from stiffcore.eigen import squares as host
 from stiffcore.eigen.windows import WindowSpectrum
 from stiffcore.errors import InputError
 from stiffcore.jacobian.slices import Squares
@@ -185,7 +187,7 @@ def test_a_matrix_that_takes_too_many_steps_is_left_to_lapack(monkeypatch):
 def test_every_real_part_is_in_its_bin():
     inner = HISTOGRAM_EDGES[1:-1]
     edge = np.concatenate([inner, np.nextafter(inner, 0), np.nextafter(inner, np.inf), [1e-30, -1e-30, 1e100, -1e100]])
-    part = small.take(edge.reshape(1, 1, 1, -1), 0, len(edge), 0.0, 3)
+    part = host.take(edge.reshape(1, 1, 1, -1), 0, len(edge), 0.0, 3)
     assert not len(part.doubtful)
     assert np.array_equal(part.histogram, np.histogram(edge, HISTOGRAM_EDGES)[0])
 
@@ -202,7 +204,11 @@ def test_metrics_are_those_of_the_values():
         assert value == pytest.approx(second[name], rel=1e-14, nan_ok=True), name
 
 
-FOLDER = "from stiffcore.eigen import small; print(small._FOLDER, small.largest_entry(small.np.ones((1, 1, 1, 1))))"
+FOLDER = """
+import numpy as np
+from stiffcore.eigen import compiled, squares
+print(compiled._FOLDER, squares.largest_entry(np.ones((1, 1, 1, 1))))
+"""
 
 
 def folder_for(cache):
@@ -233,7 +239,7 @@ def test_compiled_code_is_kept_and_made_again_where_it_is_damaged(tmp_path):
 def test_nothing_is_kept_where_a_stranger_can_write(tmp_path, monkeypatch):
     def folder_in(cache):
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        return small.compiled_folder()
+        return compiled.compiled_folder()
 
     own, shared = tmp_path / "own", tmp_path / "shared"
     folder = folder_in(own)
@@ -250,28 +256,29 @@ def test_nothing_is_kept_where_a_stranger_can_write(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert folder_in(tmp_path / "file") is None
     true = os.lstat
-    monkeypatch.setattr(small.os, "lstat", lambda path: os.stat_result((*true(path)[:4], 4321, *true(path)[5:])))
+    monkeypatch.setattr(compiled.os, "lstat", lambda path: os.stat_result((*true(path)[:4], 4321, *true(path)[5:])))
     assert folder_in(tmp_path / "new") is None  # another user's
 
 
 def test_only_who_has_small_squares_imports_numba():
     for path in (ROOT / "stiffcore").rglob("*.py"):
-        if path.stem in ("small", "small_cuda"):
+        if path.stem in ("compiled", "small", "small_cuda", "squares"):
             continue
         first = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
         names = [f"{getattr(node, 'module', '')}.{alias.name}" for node in first for alias in node.names]
-        assert not [name for name in names if "numba" in name or "eigen.small" in name], path
+        assert not [name for name in names if re.search(r"numba|eigen\.(compiled|small|squares)", name)], path
 
 
 ON_A_DEVICE = """
 import numpy as np
-from stiffcore.eigen import small, small_cuda
+from stiffcore.eigen import small_cuda
+from stiffcore.eigen import squares as host
 
 rng = np.random.default_rng(0)
 for n, dtype in ((1, "f8"), (2, "f8"), (3, "f8"), (5, "f8"), (8, "f8"), (3, "f4")):
     squares = rng.standard_normal((4, n, n, 5)).astype(dtype)
     squares[0, ..., 3], squares[1, 0, 0, 4], squares[2, 0, 0, 1] = 0, 1e30, np.nan
-    found, expected = (take(squares, 3, 18, 1.0, 3) for take in (small_cuda.take, small.take))
+    found, expected = (take(squares, 3, 18, 1.0, 3) for take in (small_cuda.take, host.take))
     assert np.array_equal(found.doubtful, expected.doubtful)
     assert found.counts == expected.counts, n
     order = [z[np.lexsort((z.imag, np.round(z.real, 9)))] for z in (found.values, expected.values)]

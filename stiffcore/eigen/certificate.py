@@ -96,7 +96,8 @@ def certify_ends(
     """
     upper = np.flatnonzero(values.imag >= 0)
     some = Eigenvectors(vectors.right[:, upper], vectors.left[:, upper], vectors.converged[upper])
-    found = certify(reduction, values, upper, some, moments, complete=False)
+    around = replace(ends, discs=tuple(ends.discs[at] for at in upper) if ends.discs else ())
+    found = certify(reduction, values, upper, some, moments, complete=False, ends=around)
     failures = list(found.failures)
     for name, agreed in (("largest", right_end), ("smallest", left_end)):
         if not agreed:
@@ -134,8 +135,8 @@ def _bounded(
     return replace(
         found,
         error=max(found.error, *(reach.bound - reach.outermost for reach in reaches.values())),
-        s_error=_ratio_error(reduction, values, *between, structural=True),
-        s_active_error=_ratio_error(reduction, values, *between, structural=False),
+        s_error=ratio_error(reduction, values, *between, structural=True),
+        s_active_error=ratio_error(reduction, values, *between, structural=False),
         unproved=tuple(name for name, reach in reaches.items() if not reach.proved),
         failures=(*found.failures, *(reach.contradiction for reach in reaches.values() if reach.contradiction)),
     )
@@ -223,6 +224,7 @@ def certify(
     matrix: np.ndarray | None = None,
     real_parts: tuple[float, float] | None = None,
     ends: Ends | None = None,
+    located: Inclusion | None = None,
 ) -> Certificate:
     """Check a spectrum.
 
@@ -240,19 +242,22 @@ def certify(
         matrix: (k, k) M, where the whole spectrum is to be located; where k is at most
             `stiffcore.eigen.inclusion.FULL_ORDER`, it is made again where it is not given.
         real_parts: bounds of those in the numerical range of M: at larger orders, what signs are certified by.
-        ends: at larger orders, what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`);
-            what it does not prove is open.
+        ends: what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`). Of a whole spectrum
+            of a larger order, what it does not prove is open; of the ends alone, an error that it does not prove is of
+            first order, where that is trusted.
+        located: what `locate` found, where that is known already.
 
     Returns:
         The certificate; a check that fails is listed in it, never raised.
     """
     dtype = reduction.jacobian.dtype
-    located = _located(reduction, values, matrix) if complete else None
-    gaps, discs = _gaps(values, chosen), _discs(ends, len(chosen)) if complete else None
+    if complete and located is None:
+        located = locate(reduction, values, matrix)
+    gaps, discs = _gaps(values, chosen), _discs(ends, len(chosen))
     certified = (
         ()
         if vectors is None
-        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, discs)
+        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, discs, complete)
     )
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
@@ -274,15 +279,15 @@ def certify(
     )
     if complete:
         failures += _miscounted(reduction, values, signs, right)
-    between = _ends_between(reduction, certified, located)
+    between = ends_between(reduction, certified, located)
     found = Certificate(
         certified=certified,
         trace_error=trace_error,
         square_error=square_error,
         reduction_check=reduction.check,
         error=max((c.error for c in certified if c.estimate is None), default=0.0),
-        s_error=_ratio_error(reduction, values, *between, structural=True),
-        s_active_error=_ratio_error(reduction, values, *between, structural=False),
+        s_error=ratio_error(reduction, values, *between, structural=True),
+        s_active_error=ratio_error(reduction, values, *between, structural=False),
         near_axis=signs.unsure,
         axis_error=signs.axis_error,
         failures=tuple(failures),
@@ -311,7 +316,7 @@ def distance_of(reduction: Reduction) -> float:
     return float(reduction.rounding) + float(reduction.loss)
 
 
-def _located(reduction: Reduction, values: np.ndarray, matrix: np.ndarray | None) -> Inclusion | None:
+def locate(reduction: Reduction, values: np.ndarray, matrix: np.ndarray | None) -> Inclusion | None:
     """Where all eigenvalues of M are, where its order allows for that."""
     k = reduction.k
     if not k or len(values) != k or not np.isfinite(values).all() or (matrix is None and k > FULL_ORDER):
@@ -415,7 +420,8 @@ def _certified(
     moments: Moments,
     neglected: float,
     located: Inclusion | None,
-    discs: tuple[_Discs, ...] | None,
+    discs: tuple[_Discs, ...],
+    complete: bool,
 ) -> tuple[Certified, ...]:
     x, dtype = reduction.jacobian.x, reduction.jacobian.dtype
     complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
@@ -429,11 +435,11 @@ def _certified(
     eps = float(np.finfo(dtype).eps)
     rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
     found = []
-    given = zip(values, gaps, discs or [()] * len(values), vectors.converged, of_j, of_m, strict=True)
+    given = zip(values, gaps, discs, vectors.converged, of_j, of_m, strict=True)
     for value, gap, around, ok, outer, inner in given:
         shifted = complex(reduction.shift + value)
         error, condition = min((_finite(c * (r + rounding)), c) for r, c, _ in (outer, inner))
-        estimate = error if located is None and discs is not None else None
+        estimate = error if located is None and complete else None
         if condition > WELL_CONDITIONED and error > FIRST_ORDER_SHARE * gap:
             error = float("inf")  # of a cluster: what it is to first order is not known to hold
         if located is not None:
@@ -441,9 +447,10 @@ def _certified(
             error = located.error(complex(value)) + eps * abs(shifted)
         if reduction.loss:
             error += _finite(outer[1] * reduction.loss)
-        if estimate is not None:  # nor is more lost: the margins allow for all that M is off
-            error = _isolated_error(around, inner[1], inner[2], rounding) + eps * abs(shifted)
-            estimate = None if np.isfinite(error) else estimate
+        # nor is more lost, where it is isolated: the margins allow for all that M is off
+        isolated = _isolated_error(around, inner[1], inner[2], rounding) + eps * abs(shifted)
+        if estimate is not None or (located is None and np.isfinite(isolated)):
+            error, estimate = isolated, None if np.isfinite(isolated) else estimate
         found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok), estimate))
     return tuple(found)
 
@@ -507,7 +514,7 @@ def _finite(value: float) -> float:
     return float(value) if np.isfinite(value) else float("inf")
 
 
-def _ends_between(
+def ends_between(
     reduction: Reduction, certified: tuple[Certified, ...], located: Inclusion | None
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """What the largest real part is between, and the negative of the smallest: by what is located, else by errors."""
@@ -525,7 +532,7 @@ def _ends_between(
     return found[0], found[1]
 
 
-def _ratio_error(
+def ratio_error(
     reduction: Reduction,
     values: np.ndarray,
     right: tuple[float, float],
@@ -533,7 +540,7 @@ def _ratio_error(
     *,
     structural: bool,
 ) -> float:
-    """The error of S, or of S_active, from what its two ends are between (`_ends_between`).
+    """The error of S, or of S_active, from what its two ends are between (`ends_between`).
 
     An exact one or zero cannot move, but an eigenvalue beside it may lie further out than it was found.
     """

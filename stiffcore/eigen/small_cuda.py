@@ -11,8 +11,9 @@ import numba.cuda
 import numpy as np
 from numba import float64
 
-from stiffcore.eigen import small
-from stiffcore.eigen.small import MOST_ORDER, Taken, one_spectrum
+from stiffcore.eigen import squares as host
+from stiffcore.eigen.small import MOST_ORDER, one_spectrum
+from stiffcore.eigen.squares import Taken
 
 THREADS = 128
 cuda: Any = numba.cuda
@@ -42,7 +43,7 @@ def _solve(squares: Any, start: int, stop: int, scale: float, eps: float, states
 
 
 def take(squares: np.ndarray, start: int, stop: int, scale: float, few: int) -> Taken:
-    """As `small.take`, solved by threads of the device that numba has at hand.
+    """As `squares.take`, solved by threads of the device that numba has at hand.
 
     Memory there: the numbers of the squares, and 8 (n^2 + 2 n + 4) bytes for each of them.
     """
@@ -54,4 +55,4 @@ def take(squares: np.ndarray, start: int, stop: int, scale: float, few: int) -> 
     eps = float(np.finfo(squares.dtype).eps)
     _solve[-(-size // THREADS), THREADS](there, start - shift, stop - shift, scale, eps, states, sums, values)
     solved = states.copy_to_host(), sums.copy_to_host(), values.copy_to_host()
-    return small.take(squares, start, stop, scale, few, solved)
+    return host.take(squares, start, stop, scale, few, solved)

@@ -22,11 +22,11 @@ from stiffcore.metrics import Tally, stiffness_error
 from stiffcore.spectra import EACH_END, Certificate, Certified
 
 if TYPE_CHECKING:
-    from stiffcore.eigen.small import Taken
+    from stiffcore.eigen.squares import Taken
 
 Array = NDArray[np.floating]
 BATCH = 1 << 16
-# Orders that compiled code takes: `eigen.small`, which is imported where there are such squares.
+# Orders that compiled code takes: `eigen.squares`, which is imported where there are such squares.
 MOST_ORDER = 8
 # What an entry may be off by, beside its square's rounding: sums over windows, in units of the largest entry there.
 ENTRY_ROUNDING = 4
@@ -57,7 +57,7 @@ class WindowSpectrum:
 
     Attributes:
         keep: whether the values themselves are kept.
-        take: solves small squares, as `eigen.small.take`, which does where it is None.
+        take: solves small squares, as `eigen.squares.take`, which does where it is None.
         tally: of the eigenvalues that are not zero.
         near_axis: how many of them have a real part within its error of 0.
         axis_error: the largest of these errors.
@@ -104,12 +104,12 @@ class WindowSpectrum:
 
     def _add_small(self, squares: Squares) -> None:
         """By compiled code; what that is in doubt about, by LAPACK."""
-        from stiffcore.eigen import small  # compiles, or reads what was compiled
+        from stiffcore.eigen import squares as small_squares  # compiles, or reads what was compiled
 
-        take = self.take or small.take
+        take = self.take or small_squares.take
         units, channels = squares.values.shape[:2]
         values = squares.values.transpose(0, 2, 3, 1)
-        scale = _finite(small.largest_entry(values))
+        scale = _finite(small_squares.largest_entry(values))
         for start in range(0, units * channels, BATCH):
             stop = min(start + BATCH, units * channels)
             part = take(values, start, stop, scale, EACH_END)

@@ -22,9 +22,18 @@ from stiffcore.errors import InputError
 from stiffcore.jacobian.graph import FunctionGraph
 from stiffcore.jacobian.linearise import Function, Linearisation, differentiable_kernels
 from stiffcore.jacobian.positions import Positions, UnknownError
-from stiffcore.jacobian.reduction import PROBE_TOLERANCE, Reduction, open_function, reduce_jacobian, relative_difference
+from stiffcore.jacobian.reduction import (
+    PROBE_TOLERANCE,
+    Reduction,
+    open_function,
+    reduce_as_asked,
+    reduce_jacobian,
+    relative_difference,
+)
 from stiffcore.study import BlockFunction
 
+# A sequence has so many axes at most, the batch among them.
+SEQUENCE_AXES = 3
 # With so many parts, every one is looked at; of more, some cuts and parts, where the graph gives the diagonal blocks.
 ALL_PARTS = 64
 SOME_PARTS = 16
@@ -66,6 +75,12 @@ class Components:
     def n(self) -> int:
         """The order of J."""
         return self.jacobian.n
+
+    @property
+    def held_items(self) -> int:
+        """Numbers that stay in memory: the point's values at all positions."""
+        kept = 0 if self.positions is None else self.positions.held_bytes // self.jacobian.x.element_size()
+        return kept + 4 * self.n
 
     @property
     def order(self) -> int:
@@ -194,6 +209,43 @@ def components_of(
         if len(components) > 1 and (best is None or components.order < best.order):
             best = components
     return best, "; ".join(notes)
+
+
+def open_matrix(
+    f: Function,
+    x: Tensor,
+    function: BlockFunction = BlockFunction.BLOCK,
+    *,
+    reduce: bool = True,
+    components: bool = True,
+    name: str = "f",
+) -> Reduction | Components:
+    """The components of the Jacobian of f, or of its branch, at x, where it has more than one; else its reduction.
+
+    Components are looked for where x is a sequence: two of its axes, of three at most, are longer than 1. A feature
+    map of four axes is reduced as a whole.
+
+    Args:
+        f: takes and returns one tensor.
+        x: the point.
+        function: f itself, or its branch.
+        reduce: False takes the full matrix.
+        components: False takes J as a whole.
+        name: how errors call f.
+
+    Raises:
+        NoSpectrumError, InputError: as `stiffcore.jacobian.reduction.reduce_jacobian`.
+    """
+    function = BlockFunction(function)
+    opened = open_function(f, x, function, name, square=True)
+    jacobian, graph, _ = opened
+    leak = ""
+    if reduce and components and x.ndim <= SEQUENCE_AXES and sum(size > 1 for size in x.shape) > 1:
+        found, leak = components_of(jacobian, graph)
+        if found is not None:
+            return replace(found, reason=jacobian.noted(found.reason))
+    whole = reduce_as_asked(opened, function, reduce=reduce)
+    return replace(whole, reason=f"{whole.reason}; {leak}") if leak else whole
 
 
 class _Look:

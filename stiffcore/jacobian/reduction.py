@@ -398,7 +398,14 @@ def reduce_jacobian(
         InputError: where f cannot be linearised, or its forward and reverse derivatives disagree.
     """
     function = BlockFunction(function)
-    jacobian, graph, untraced = open_function(f, x, function, name, square=True)
+    return reduce_as_asked(open_function(f, x, function, name, square=True), function, reduce=reduce)
+
+
+def reduce_as_asked(
+    opened: tuple[Linearisation, FunctionGraph | None, str], function: BlockFunction, *, reduce: bool
+) -> Reduction:
+    """As `reduce_jacobian`, of what `open_function` returned."""
+    jacobian, graph, untraced = opened
     if reduce:
         found = reduce_opened(jacobian, graph, untraced, function)
     else:

@@ -23,11 +23,13 @@ from stiffcore.store.inputs import PIXELS, images_chunk_bytes, read_image, same_
 from stiffcore.store.lock import Lease, lease
 from stiffcore.store.metadata import is_there
 from stiffcore.store.place import StoreError
-from stiffcore.store.runs import DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
+from stiffcore.store.runs import COMPONENT, COMPONENTS, DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
 from stiffcore.store.tiles import TiledMatrix, file_rows
 from stiffcore.store.workspace import StoredWorkspace
 
 __all__ = [
+    "COMPONENT",
+    "COMPONENTS",
     "DIVISION",
     "HISTOGRAM",
     "IMAGES",

@@ -15,7 +15,7 @@ from zarr.core.sync import sync
 from stiffcore.errors import DamagedError, InputError, NoRunError
 from stiffcore.metrics import NAMES
 from stiffcore.record import FORMAT, Header, UnitRecord
-from stiffcore.spectra import Spectrum
+from stiffcore.spectra import Parts, Spectrum
 from stiffcore.store.lock import Holder, Lease, LeasedStore
 from stiffcore.store.metadata import (
     BEGUN,
@@ -51,6 +51,7 @@ DIVISION = "division"
 # Arrays of a unit that are not needed once its spectrum is certified.
 SCRATCH = ("matrix", "hessenberg", "tau", "scale", "reduced_eigenvalues", "right_vectors", "left_vectors", DIVISION)
 # What a unit keeps of real parts where its spectrum is not kept.
+COMPONENT, COMPONENTS = "component", "components"
 HISTOGRAM = ("histogram", "histogram_edges")
 # The group of the inputs.
 IMAGES = "images"
@@ -340,6 +341,17 @@ class RunStore(Holder):
         )
         array[...] = values
 
+    def get_text(self, group: str, name: str, attribute: str) -> str:
+        """An attribute of an array written by `put_array`.
+
+        Raises:
+            DamagedError: where the array's metadata is not what was written.
+        """
+        problem = self.read_metadata(f"{group}/{name}")[1]
+        if problem:
+            raise DamagedError(f"{self.url}/{group}/{name}: {problem}")
+        return str(open_array(self.root, f"{group}/{name}").attrs[attribute])
+
     def get_array(self, group: str, name: str) -> np.ndarray:
         """Read an array written by `put_array`.
 
@@ -515,4 +527,16 @@ def stored_spectrum(store: RunStore, key: str) -> Spectrum:
         numerical_abscissa=shift + growth,
         given=record.metrics and {name: record.metrics.get(name, float("nan")) for name in NAMES},
         has_values=record.values_kept,
+        components=_stored_parts(store, key, len(values)) if unit.components and record.values_kept else None,
     )
+
+
+def _stored_parts(store: RunStore, key: str, count: int) -> Parts:
+    where = f"units/{key}"
+    source, table = store.get_array(where, COMPONENT), store.get_array(where, COMPONENTS)
+    whole = source.shape == (count,) and source.dtype.kind == "i" and table.ndim == 2 and table.shape[1] == 5
+    if not whole or (count and not 0 <= source.min() <= source.max() < len(table)):
+        raise DamagedError(f"{store.url}, {key}: what is stored are no components")
+    axis = int(store.get_text(where, COMPONENTS, "axis"))
+    position, size, ones, zeros = table[:, :4].astype(np.int64).T
+    return Parts(axis, position, size, ones, zeros, table[:, 4], source)
