@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stiffcore.asked import check_free
 from stiffcore.cluster import InProcess, workers_at
 from stiffcore.errors import InputError
 from stiffcore.jacobian.components import open_matrix
@@ -21,7 +22,7 @@ from stiffcore.networks.zoo import check_tensors, settle
 from stiffcore.plan import check_budget, make_plan
 from stiffcore.record import Event, Header, Stage, UnitRecord
 from stiffcore.run import Run
-from stiffcore.session import carry_out_plan, check_free, prepare
+from stiffcore.session import carry_out_plan, prepare
 from stiffcore.solvers.projection import Machine
 from stiffcore.spectra import Spectrum
 from stiffcore.store import RunStore, stored_spectrum

@@ -149,11 +149,11 @@ def run(
     --device-memory, --solver, --keep, --workers and --scheduler may change, any other option that disagrees is refused.
     Ctrl-C stops it cleanly.
     """
-    asked = locals()
+    options = _options(locals())
+    _check_run(run, options, here=scheduler is None)
     from stiffcore.commands import working
 
-    tls = (tls_ca, tls_cert, tls_key)
-    working.run(run, _options(asked), workers, scheduler, tls, dashboard=dashboard, trust=trust)
+    working.run(run, options, workers, scheduler, (tls_ca, tls_cert, tls_key), dashboard=dashboard, trust=trust)
 
 
 @app.command()
@@ -166,9 +166,11 @@ def demo(
 
     Minutes on two cores. The same as `stiffcore run store/demo --network resnet50 --images samples --memory 3GiB`.
     """
+    options = {"network": "resnet50", "images": "samples", "blocks": "all", "memory": memory}
+    _check_run(run, options)
     from stiffcore.commands import working
 
-    working.run(run, {"network": "resnet50", "images": "samples", "blocks": "all", "memory": memory}, workers)
+    working.run(run, options, workers)
 
 
 @app.command()
@@ -206,11 +208,13 @@ def plan(
 
     Exit code 2 where the budget holds no unit.
     """
-    asked = locals()
+    options = _options(locals())
+    from stiffcore.asked import check_request
+
+    check_request(run, options, here=scheduler is None)
     from stiffcore.commands import working
 
-    tls = (tls_ca, tls_cert, tls_key)
-    working.plan(run, _options(asked), workers, scheduler, tls, trust=trust, as_json=as_json)
+    working.plan(run, options, workers, scheduler, (tls_ca, tls_cert, tls_key), trust=trust, as_json=as_json)
 
 
 @app.command()
@@ -313,6 +317,15 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     renamed = {"function": "functions", "kind": "kinds"}
     options = {renamed.get(name, name): value for name, value in given.items()}
     return {name: options[name] for name in Study.model_fields if name in options}
+
+
+def _check_run(url: str, options: dict[str, Any], *, here: bool = True) -> None:
+    """Refuse what can be refused before what works on a run is imported, which takes seconds."""
+    from stiffcore.asked import check_free, check_request
+    from stiffcore.commands.terminal import tell
+
+    check_free(url, tell)
+    check_request(url, options, here=here)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,13 +15,13 @@ import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
 
+from stiffcore.asked import existing, refuse_no_run
 from stiffcore.cluster import DEATHS, ConnectionLostError, Executor, Worker, WorkerDiedError, spread
 from stiffcore.errors import (
     BusyError,
     DamagedError,
     DeviceFullError,
     InputError,
-    NoRunError,
     StiffcoreError,
     refuse,
     writing_store,
@@ -137,7 +136,7 @@ def prepare(
         UntrustedError: where the run names code that would be imported, without `trust` or the same network given.
         NoRunError: where there is none, and no network is given.
     """
-    store = _existing(url)
+    store = existing(url)
     header = store.header if store else None
     units, damaged = _trusted(store) if store else ({}, {})
     # what could not be had is looked at again: the block, or what it needs, may have changed
@@ -147,8 +146,7 @@ def prepare(
     study = without_downloads(begun, trust=trust).with_options(given) if begun else Study.ask(given)
     # a network that is given is the user's own word; a study of none that exists is all of it
     trusted = trusted_network(begun, trust=trust, given=given) if begun else study.network
-    if not header and "network" not in given:
-        raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
+    refuse_no_run(url, exists=header is not None, given=given)
     found: Survey | None = None
     if not header or damaged or given.keys() - {"memory", "keep", "solver", "device_memory"}:
         check_code(study, given.get("network", trusted), url)
@@ -199,35 +197,6 @@ def _counted(plan: UnitPlan, unit: Unit) -> UnitPlan:
     if more <= 0 or "open" not in stages:
         return plan
     return replace(plan, stages={**stages, "open": stages["open"] + more})
-
-
-def check_free(url: str, tell: Callable[[str], None] = lambda text: None) -> None:
-    """Say at once where another process works on the run, before anything is loaded.
-
-    A damaged header is written again from its copy.
-
-    Args:
-        url: of the run, which may exist.
-        tell: told what is waited for, where the session before this one ended without a word.
-
-    Raises:
-        BusyError: where one does.
-    """
-    with nullcontext() if "://" in url else writing_store():  # what is wrong on the wire says so itself
-        RunStore.restore(url)
-        store = _existing(url)
-        if store:
-            with store.hold(tell=tell):
-                pass
-
-
-def _existing(url: str) -> RunStore | None:
-    """A run that may exist; where it does not, the place is one for a new run."""
-    try:
-        return RunStore(url)
-    except NoRunError:
-        RunStore.check_new(url)
-        return None
 
 
 def _trusted(store: RunStore) -> tuple[dict[str, UnitRecord], dict[str, str]]:

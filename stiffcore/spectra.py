@@ -103,8 +103,8 @@ class Ends:
         left_lines: counts of the k left of lines near to the left end, at most one between eigenvalues that were found
             and one beyond them all: what proves that none was missed. Empty where that is not proved.
         right_lines: the same at the right end, counts of those right of the lines.
-        discs: around each of the eigenvalues that were known, where asked for: radii, with one eigenvalue exactly so
-            near, and margins, within which a matrix has one there, too; none where that is not proved.
+        discs: around each of the eigenvalues that were known: radii, with one eigenvalue exactly so near, and margins,
+            within which a matrix has one there, too; none where that is not proved.
     """
 
     left_of_zero: Count

@@ -283,6 +283,20 @@ def test_a_safetensors_header_of_another_length_is_refused(tmp_path):
     assert "damaged" in refused(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(64), "HDF5"),
+        (b"<!DOCTYPE html><html></html>", "page of the web"),
+    ],
+)
+def test_files_that_are_something_else_are_named(tmp_path, content, what):
+    for name in ("w.pth", "w.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        assert what in refused(tmp_path / name)
+
+
 def test_tensors_without_values_and_programs_are_refused(tmp_path):
     assert "'w' (a Tensor)" in refused(saved(tmp_path / "a.pt", {"w": torch.ones(3, device="meta")}))
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "b.pt")

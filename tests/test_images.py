@@ -434,13 +434,60 @@ def test_a_program_is_never_run_for_an_image_whatever_its_name(tmp_path, monkeyp
         (tmp_path / "c" / f"a{suffix}").unlink()
 
 
+def grey_tiff(values: np.ndarray, *, colour: int = 1, sample: int = 1, orientation: int = 1) -> bytes:
+    """A TIFF that is not compressed; colour 0 has 0 for white, sample 2 is signed."""
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: colour, 273: 0, 274: orientation}
+    tags |= {277: 1, 278: height, 279: values.nbytes, 339: sample}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + values.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["<u1", "<u2"])
+def test_a_grey_tiff_is_turned_upright_without_being_scrambled(tmp_path, dtype):
+    high = np.arange(8).reshape(2, 4) * 30
+    data = grey_tiff((high * (257 if dtype == "<u2" else 1)).astype(dtype), orientation=6)
+    root = in_a_class(tmp_path, "a.tif", lambda path: path.write_bytes(data))
+    assert np.array_equal(load_images(str(root)).x[0][..., 0], np.rot90(high, -1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "why"),
+    [("<u2", {"colour": 0}, "0 for white"), ("<u1", {"sample": 2}, "range"), ("<u2", {"sample": 2}, "range")],
+)
+def test_tiffs_that_pillow_misreads_are_refused(tmp_path, dtype, options, why):
+    data = grey_tiff(np.arange(8, dtype=dtype).reshape(2, 4), **options)
+    assert why in refused(str(in_a_class(tmp_path, "a.tif", lambda path: path.write_bytes(data))))
+
+
+def test_eight_bits_with_0_for_white_are_read_as_they_are_meant(tmp_path):
+    values = np.arange(8, dtype="u1").reshape(2, 4)
+    root = in_a_class(tmp_path, "a.tif", lambda path: path.write_bytes(grey_tiff(values, colour=0)))
+    assert np.array_equal(load_images(str(root)).x[0][..., 0], 255 - values)
+
+
+@pytest.mark.parametrize(("bits", "colour", "row"), [(2, 0, b"\x30"), (4, 0, b"\x0f"), (16, 2, bytes(range(12)))])
+def test_a_transparent_colour_in_other_bits_than_eight_is_refused(tmp_path, bits, colour, row):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0)
+    # the colour of the second pixel
+    key = row[6:] if colour else struct.pack(">H", 2**bits - 1)
+    parts = [(b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    assert "transparent colour" in refused(str(in_a_class(tmp_path, "a.png", lambda path: path.write_bytes(data))))
+
+
 def test_images_that_are_passed_over_are_named(folder):
+    (folder / "cat" / "0001").write_bytes(b"x")
     Image.fromarray(some_pixels(1)[0]).save(folder / "loose.png")
     (folder / "cat" / "b.heic").write_bytes(b"x")
     (folder / "dog" / "more").mkdir()
     images = load_images(str(folder), count=6)
     assert len(images) == 6
-    for name in ("loose.png", "cat/b.heic", "dog/more"):
+    for name in ("loose.png", "cat/b.heic", "cat/0001", "dog/more"):
         assert name in images.source
     assert "notes.txt" not in images.source
 

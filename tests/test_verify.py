@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import stiffcore
+from stiffcore.asked import check_free
 from stiffcore.record import Stage
 from stiffcore.run import open_run
-from stiffcore.session import check_free
 from stiffcore.store import RunStore
 from stiffcore.verify import verify
 from tests.runs import OPTIONS, execute, sessions, spectra_bytes

@@ -13,7 +13,7 @@ from stiffcore.errors import StiffcoreError
 from stiffcore.plan import check_budget
 from stiffcore.report import tables
 from stiffcore.run import state_of
-from stiffcore.session import Outcome, Prepared, carry_out_plan, check_free, prepare
+from stiffcore.session import Outcome, Prepared, carry_out_plan, prepare
 from stiffcore.study import counted, format_bytes
 
 
@@ -56,7 +56,6 @@ def run(
 ) -> None:
     """Start a run, or continue one."""
     security = tls_security(*tls)
-    check_free(url, tell)
     show = Bars()
     continued = f"stopped; what is done is kept. To continue: stiffcore run {url}"
     with (

@@ -96,7 +96,8 @@ def certify_ends(
     """
     upper = np.flatnonzero(values.imag >= 0)
     some = Eigenvectors(vectors.right[:, upper], vectors.left[:, upper], vectors.converged[upper])
-    found = certify(reduction, values, upper, some, moments, complete=False)
+    around = replace(ends, discs=tuple(ends.discs[at] for at in upper) if ends.discs else ())
+    found = certify(reduction, values, upper, some, moments, complete=False, ends=around)
     failures = list(found.failures)
     for name, agreed in (("largest", right_end), ("smallest", left_end)):
         if not agreed:
@@ -241,8 +242,9 @@ def certify(
         matrix: (k, k) M, where the whole spectrum is to be located; where k is at most
             `stiffcore.eigen.inclusion.FULL_ORDER`, it is made again where it is not given.
         real_parts: bounds of those in the numerical range of M: at larger orders, what signs are certified by.
-        ends: at larger orders, what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`);
-            what it does not prove is open.
+        ends: what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`). Of a whole spectrum
+            of a larger order, what it does not prove is open; of the ends alone, an error that it does not prove is of
+            first order, where that is trusted.
         located: what `locate` found, where that is known already.
 
     Returns:
@@ -251,11 +253,11 @@ def certify(
     dtype = reduction.jacobian.dtype
     if complete and located is None:
         located = locate(reduction, values, matrix)
-    gaps, discs = _gaps(values, chosen), _discs(ends, len(chosen)) if complete else None
+    gaps, discs = _gaps(values, chosen), _discs(ends, len(chosen))
     certified = (
         ()
         if vectors is None
-        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, discs)
+        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, discs, complete)
     )
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
@@ -418,7 +420,8 @@ def _certified(
     moments: Moments,
     neglected: float,
     located: Inclusion | None,
-    discs: tuple[_Discs, ...] | None,
+    discs: tuple[_Discs, ...],
+    complete: bool,
 ) -> tuple[Certified, ...]:
     x, dtype = reduction.jacobian.x, reduction.jacobian.dtype
     complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
@@ -432,11 +435,11 @@ def _certified(
     eps = float(np.finfo(dtype).eps)
     rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
     found = []
-    given = zip(values, gaps, discs or [()] * len(values), vectors.converged, of_j, of_m, strict=True)
+    given = zip(values, gaps, discs, vectors.converged, of_j, of_m, strict=True)
     for value, gap, around, ok, outer, inner in given:
         shifted = complex(reduction.shift + value)
         error, condition = min((_finite(c * (r + rounding)), c) for r, c, _ in (outer, inner))
-        estimate = error if located is None and discs is not None else None
+        estimate = error if located is None and complete else None
         if condition > WELL_CONDITIONED and error > FIRST_ORDER_SHARE * gap:
             error = float("inf")  # of a cluster: what it is to first order is not known to hold
         if located is not None:
@@ -444,9 +447,10 @@ def _certified(
             error = located.error(complex(value)) + eps * abs(shifted)
         if reduction.loss:
             error += _finite(outer[1] * reduction.loss)
-        if estimate is not None:  # nor is more lost: the margins allow for all that M is off
-            error = _isolated_error(around, inner[1], inner[2], rounding) + eps * abs(shifted)
-            estimate = None if np.isfinite(error) else estimate
+        # nor is more lost, where it is isolated: the margins allow for all that M is off
+        isolated = _isolated_error(around, inner[1], inner[2], rounding) + eps * abs(shifted)
+        if estimate is not None or (located is None and np.isfinite(isolated)):
+            error, estimate = isolated, None if np.isfinite(isolated) else estimate
         found.append(Certified(shifted, outer[0], condition, _finite(error), bool(ok), estimate))
     return tuple(found)
 

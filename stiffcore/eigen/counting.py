@@ -261,7 +261,7 @@ def ends_of(
         note: how the ends were found.
         rounding: as for `count_left`.
         enclosures: of A, where they are at hand: `stiffcore.eigen.deflation.enclosures_of`.
-        whole: of a spectrum that was computed as a whole; then discs around the known eigenvalues are proved, too.
+        whole: of a spectrum that was computed as a whole.
     """
     a = _matrix_or_operator(a)
     if enclosures is None:
@@ -284,12 +284,10 @@ def ends_of(
     real = known[0].real if whole is None else whole.real
     lines = _lines(enclosures, host, real, few, rounding)
     right_lines = _lines(turned, None if host is None else -host, -real, few, rounding)
-    discs: tuple[tuple[tuple[float, float], ...], ...] = ()
-    if whole is not None:
-        discs = tuple(
-            max((enclosure.discs(complex(value), rounding) for enclosure in enclosures), key=len, default=())
-            for value in known[0]
-        )
+    discs = tuple(
+        max((enclosure.discs(complex(value), rounding) for enclosure in enclosures), key=len, default=())
+        for value in known[0]
+    )
     return Ends(
         left_of_zero=replace(left, threshold=0.0),
         outside_disc=outside,
@@ -357,7 +355,10 @@ def _lines(
             found = None if dense.count is None else dense
         return found
 
-    middles = (parts[:-1] + parts[1:])[:EACH_END] / 2
+    middles = list((parts[:-1] + parts[1:])[:EACH_END] / 2)
+    # and between the outermost and an ellipse that holds the next one
+    edges = [edge for edge in (enclosure.edge(1) for enclosure in enclosures) if parts[0] < edge < math.inf]
+    middles += [(float(parts[0]) + edge) / 2 for edge in edges if len(parts) == 1 or edge < parts[1]]
     # of no use where one of those counted was not found
     between = [count for count in map(counted, middles) if count and count.count == (real < count.threshold).sum()]
     found = [max(between, key=lambda count: count.tolerated)] if between else []

@@ -211,7 +211,9 @@ def _lowest(values: Array, found: Array) -> float:
         return math.nan
     # right of the second eigenvalue, or the third, where that leaves as much room: a line fits between them
     half = (real[0] + others.min()) / 2 if len(others) else -math.inf
-    return float([real[0], *(x for x in real[1:3] if x < half)][-1])
+    fitting = [x for x in real[1:3] if x < half]
+    # else between the first and what is next, so that a line and a disc fit beside the first
+    return float(fitting[-1] if fitting else (real[0] + min([*real[1:2], half])) / 2 if len(others) else real[0])
 
 
 def _between(values: Array, found: Array) -> tuple[Ellipse, float]:

@@ -34,9 +34,8 @@ from stiffcore.study import BlockFunction
 
 # A sequence has so many axes at most, the batch among them.
 SEQUENCE_AXES = 3
-# With so many parts, every one is looked at; of more, some cuts and parts, where the graph gives the diagonal blocks.
-ALL_PARTS = 64
-SOME_PARTS = 16
+# With so many parts, an order that is not that of the axis is looked for, too (masks of masked autoregressive layers).
+ANY_ORDER_PARTS = 64
 # Numbers of x in all products at once, at most.
 NUMBERS_AT_ONCE = 1 << 16
 # A leak below this share of a product is told of: it is meant to be zero.
@@ -273,20 +272,15 @@ class _Look:
                 "only, which is not zero: taken as a whole"
             )
         # where the first part reaches all and all reach it, there is one component
-        return self.parts <= ALL_PARTS and not (there[2].all() and back.all())
+        return self.parts <= ANY_ORDER_PARTS and not (there[2].all() and back.all())
 
     def components(self) -> Components:
         """The components along the axis."""
         positions = self._positions()
         reach = np.eye(self.parts, dtype=bool)
-        if positions is None or self.parts <= ALL_PARTS:
-            seen = np.arange(self.parts)
-            seeing = "exact zeros in products with random tangents on each part alone"
-        else:
-            # the graph tells dependence at once, and a sample of parts confirms it
-            generator = np.random.default_rng(0)
-            seen = np.sort(generator.choice(self.parts, SOME_PARTS, replace=False))
-            seeing = f"exact zeros in products with random tangents on {SOME_PARTS} of {self.parts} parts and cuts"
+        # every part, however many: a leak that no product sees would make the union wrong
+        seen = np.arange(self.parts)
+        seeing = "exact zeros in products with random tangents on each part alone"
         tangents, products = [], []
         for some in np.array_split(seen, -(-len(seen) // self._at_once)):
             drawn, found = self._on_parts(some)
@@ -296,14 +290,8 @@ class _Look:
                 reach[:, part] |= self._parts_of(product[None])[0] != 0
         if positions is not None and not self._same(positions, seen, tangents, products):
             positions = None  # the graph lacks something of J
-            if len(seen) < self.parts:
-                self.graph = None
-                return self.components()
-        if len(seen) < self.parts:
-            reach = self._triangle(reach, seen)
-        else:
-            for some in np.array_split(seen, -(-len(seen) // self._at_once)):
-                reach[some] |= self._sizes(self.jacobian.vjp, seen[None] == some[:, None]) != 0
+        for some in np.array_split(seen, -(-len(seen) // self._at_once)):
+            reach[some] |= self._sizes(self.jacobian.vjp, seen[None] == some[:, None]) != 0
         members = _ordered(reach)
         alone = sum(len(m) == 1 for m in members)
         way = "each at its position alone" if positions is not None and alone else "by products of the whole"
@@ -311,24 +299,6 @@ class _Look:
         return Components(
             self.jacobian, self.axis, members, seen, torch.stack(tangents), torch.stack(products), reason, positions
         )
-
-    def _triangle(self, reach: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """What may depend on what, from a few parts: below the diagonal, above it, or anything."""
-        everything = np.ones((self.parts, self.parts), dtype=bool)
-        parts = np.arange(self.parts)
-        for sign in (1, -1):
-            below = sign * (parts[:, None] - parts[None]) >= 0
-            if (reach & ~below).any():
-                continue
-            # a cut: no part after it reaches one before it, by all that are after it, in both directions
-            cuts = seen[seen > 0]
-            for some in np.array_split(cuts, -(-len(cuts) // self._at_once)):
-                after = parts[None] >= some[:, None] if sign > 0 else parts[None] < some[:, None]
-                forward, reverse = self._sizes(self.jacobian.jvp, after), self._sizes(self.jacobian.vjp, ~after)
-                if forward[~after].any() or reverse[after].any():
-                    return everything
-            return below
-        return everything
 
     def _positions(self) -> Positions | None:
         if self.graph is None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from stiffcore.errors import InputError, StiffcoreError, refuse
 from stiffcore.jacobian.linearise import differentiable_kernels
+from stiffcore.networks.names import listed_blocks
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Of a network that draws random numbers: what it does one time in ten goes unseen one time in a thousand.
@@ -338,13 +339,7 @@ def choose_blocks(
         else:
             problems.append(f"unknown block {part!r}")
     if problems or not chosen:
-        listed = ", ".join(f"{i} {name}" for i, name in enumerate(found, 1))
-        refuse(
-            [
-                *(problems or ["--blocks names no block"]),
-                f"the residual blocks are: {listed}; or any module path",
-            ]
-        )
+        refuse([*(problems or ["--blocks names no block"]), listed_blocks(found)])
     return list(dict.fromkeys(chosen))
 
 

@@ -46,6 +46,12 @@ _INERT = (
     *(f"{home}.{name}Path" for home in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
     *(f"datetime.{name}" for name in ("datetime", "date", "timedelta")),
 )
+# what lies where a checkpoint was meant, by how it begins
+_STRANGERS = {
+    b"version h": "a pointer of Git LFS, not the file itself: fetch that with git lfs pull",
+    b"\x89HDF": "an HDF5 file: load it where it was made, and save its tensors as .safetensors",
+    b"<": "a page of the web, not what it links to: fetch the file again",
+}
 _ZIP, _PICKLE, _SAFETENSORS_HEADER = b"PK\x03\x04", b"\x80\x02", 9
 # Lightning inside a trainer's dictionary is two deep; the bound stops a dictionary that contains itself.
 _DEEPEST_NEST = 4
@@ -195,6 +201,9 @@ def _check_file(path: Path) -> None:
         raise InputError(f"there is no checkpoint {path}: check the path")
     if not path.is_file():  # a pipe or a device may never end
         raise InputError(f"{path} is no regular file: name the checkpoint itself")
+    strange = next((what for begin, what in _STRANGERS.items() if _start(path).startswith(begin)), None)
+    if strange:
+        raise InputError(f"{path} is {strange}")
 
 
 def _is_safetensors(path: Path) -> bool:

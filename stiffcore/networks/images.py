@@ -18,6 +18,7 @@ from stiffcore.errors import InputError, refuse
 from stiffcore.memory import default_allowed_bytes
 from stiffcore.networks import archive
 from stiffcore.networks.decode import OTHER_SUFFIXES, SUFFIXES, read_image
+from stiffcore.networks.names import SOURCES
 from stiffcore.study import format_bytes, image_digest
 
 _Triple = tuple[float, float, float]
@@ -29,7 +30,6 @@ NORMALIZE: dict[str, tuple[_Triple, _Triple]] = {
 }
 """Mean and standard deviation of each colour, by name, for values in [0, 1]."""
 
-SOURCES = "samples, imagenet-samples, cifar10, a .npz file with x and y, or a folder of class folders"
 
 _LISTED = 5
 

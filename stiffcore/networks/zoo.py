@@ -29,13 +29,9 @@ from stiffcore.networks.checkpoint import (
 )
 from stiffcore.networks.cifar import CifarResNet
 from stiffcore.networks.copying import copy_module
+from stiffcore.networks.names import CIFAR_RESNETS, FACTORY_FORM, RESNETS, network_problems
 from stiffcore.study import Pool
 
-RESNETS = ("resnet18", "resnet34", "resnet50")
-CIFAR_RESNETS = {f"resnet{6 * blocks + 2}": blocks for blocks in (3, 5, 7, 9, 18)}
-"""Those with three stages, of 16, 32 and 64 channels, by blocks a stage: see `CifarResNet`."""
-
-_FACTORY_FORM = "package.module:factory"
 _RANDOM = "random"
 _RANDOM_CLASSES = 10
 _RANDOM_SEED = 0
@@ -149,9 +145,7 @@ def wrap_network(module: nn.Module, dtype: torch.dtype) -> Network:
 
 def _check_request(network: str, dtype: torch.dtype, pool: str, is_factory: bool, is_random: bool) -> None:
     problems = _dtype_problems(dtype)
-    if not is_factory and network not in (*RESNETS, *CIFAR_RESNETS):
-        known = ", ".join((*RESNETS, *CIFAR_RESNETS))
-        problems.append(f"unknown network {network!r}: use one of {known}, or {_FACTORY_FORM}")
+    problems += network_problems(network)
     if pool not in list(Pool):
         problems.append(f"unknown pool {pool!r}: use one of {', '.join(Pool)}")
     elif network in CIFAR_RESNETS and pool == "max":
@@ -319,7 +313,7 @@ def _call_factory(name: str) -> nn.Module:
 def _import_factory(name: str) -> Callable[[], Any]:
     where, _, attribute = name.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", name):
-        raise InputError(f"{name!r} is not of the form {_FACTORY_FORM}")
+        raise InputError(f"{name!r} is not of the form {FACTORY_FORM}")
     # Stays: what the factory imports later, and a pickled module elsewhere, is looked up in the same place.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())

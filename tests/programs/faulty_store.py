@@ -12,9 +12,10 @@ import sys
 from zarr.storage import LocalStore
 
 import stiffcore.preload  # noqa: F401
+from stiffcore.asked import check_free
 from stiffcore.cluster import InProcess
 from stiffcore.errors import NoRunError, StiffcoreError
-from stiffcore.session import carry_out_plan, check_free, prepare
+from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore
 
 sys.path.insert(0, os.getcwd())

@@ -1,0 +1,74 @@
+"""What is refused at once: before a worker is started, or a network loaded."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from stiffcore.errors import NoRunError, refuse, writing_store
+from stiffcore.networks.names import block_problems, file_problems, network_problems
+from stiffcore.store import RunStore
+from stiffcore.study import IN_MEMORY, Study
+
+
+def check_free(url: str, tell: Callable[[str], None] = lambda text: None) -> None:
+    """Say at once where another process works on the run, before anything is loaded.
+
+    A damaged header is written again from its copy.
+
+    Args:
+        url: of the run, which may exist.
+        tell: told what is waited for, where the session before this one ended without a word.
+
+    Raises:
+        BusyError: where one does.
+    """
+    with nullcontext() if "://" in url else writing_store():  # what is wrong on the wire says so itself
+        RunStore.restore(url)
+        store = existing(url)
+        if store:
+            with store.hold(tell=tell):
+                pass
+
+
+def existing(url: str) -> RunStore | None:
+    """A run that may exist; where it does not, the place is one for a new run."""
+    try:
+        return RunStore(url)
+    except NoRunError:
+        RunStore.check_new(url)
+        return None
+
+
+def check_request(url: str, options: Mapping[str, Any], *, here: bool = True) -> None:
+    """Refuse what is surely wrong with a request by names alone; `session.prepare` looks at the rest.
+
+    Args:
+        url: of the run, which may exist.
+        options: fields of `Study`; None means not given.
+        here: whether files are looked for on this machine, and not on those of a cluster.
+
+    Raises:
+        InputError: naming everything that is wrong.
+        NoRunError: where there is no run, and no network is given.
+    """
+    store = existing(url)
+    header = store.header if store else None
+    given = {name: value for name, value in options.items() if value is not None}
+    study = header.study.with_options(given) if header else Study.ask(given)
+    refuse_no_run(url, exists=header is not None, given=given)
+    if study.network == IN_MEMORY:
+        return
+    refuse(network_problems(study.network), "this network cannot be loaded:")
+    refuse(block_problems(study.blocks, study.network) if "blocks" in given else [])
+    named = {name: getattr(study, name) if name in given else None for name in ("weights", "images")}
+    refuse(file_problems(**named) if here else [])
+
+
+def refuse_no_run(url: str, *, exists: bool, given: Mapping[str, Any]) -> None:
+    """Refuse to begin a run of no network.
+
+    Raises:
+        NoRunError: where it is so.
+    """
+    if not exists and "network" not in given:
+        raise NoRunError(f"there is no run at {url}: to start one, give at least --network")
