@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from stiffcore.errors import NoRunError, refuse, writing_store
-from stiffcore.networks.names import block_problems, file_problems, network_problems
+from stiffcore.networks.names import RANDOM, block_problems, images_problems, network_problems, weights_problems
 from stiffcore.store import RunStore
 from stiffcore.study import IN_MEMORY, Study
 
@@ -58,10 +58,16 @@ def check_request(url: str, options: Mapping[str, Any], *, here: bool = True) ->
     refuse_no_run(url, exists=header is not None, given=given)
     if study.network == IN_MEMORY:
         return
-    refuse(network_problems(study.network), "this network cannot be loaded:")
-    refuse(block_problems(study.blocks, study.network) if "blocks" in given else [])
-    named = {name: getattr(study, name) if name in given else None for name in ("weights", "images")}
-    refuse(file_problems(**named) if here else [])
+    named = {name: getattr(study, name) if name in given and here else None for name in ("weights", "images")}
+    of_network = network_problems(study.network) + weights_problems(named["weights"])
+    of_images = images_problems(named["images"])
+    of_blocks = block_problems(study.blocks, study.network) if "blocks" in given else []
+    # one error says all that is wrong: what only a look finds of the other of network and images is waited for
+    network_open = ":" in study.network or study.weights not in (None, RANDOM)
+    images_open = study.images != "samples" or bool(given.keys() & {"index", "count", "per_label"})
+    either = (of_network and not images_open) or (of_images and not network_open)
+    if of_blocks or either or (of_network and of_images):
+        refuse([*of_network, *of_images, *of_blocks])
 
 
 def refuse_no_run(url: str, *, exists: bool, given: Mapping[str, Any]) -> None:

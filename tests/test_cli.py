@@ -108,6 +108,10 @@ def test_many_images_get_a_table_of_means(small):
         (["run", "/proc/new", "--network", "smallnet:make", "--images", "six.npz"], ["/proc/new", "cannot be made"]),
         (["run", "new", "--network", "resnet18", "--blocks", "²"], ["'²'"]),
         (["run", "new", "--weights", "/nope.pt", "--network", "resnet18", "--index", "99"], ["/nope.pt", "99"]),
+        (
+            ["run", "new", "--weights", "/nope.pt", "--network", "vgg", "--images", "/no.npz"],
+            ["/nope.pt", "vgg", "/no.npz"],
+        ),
         (["run", "new", "--network", "resnet18", "--blocks", "7.7", "--memory", "4GiB"], ["'7.7'", "1 layer1.0"]),
         (["run", "new", "--dtype", "half", "--device", "tpu"], ["--dtype", "--device"]),
         (["run", "new", "--network", "resnet34"], ["resnet34", "--weights"]),

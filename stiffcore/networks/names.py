@@ -7,6 +7,7 @@ RESNETS = ("resnet18", "resnet34", "resnet50")
 CIFAR_RESNETS = {f"resnet{6 * blocks + 2}": blocks for blocks in (3, 5, 7, 9, 18)}
 """Those with three stages, of 16, 32 and 64 channels, by blocks a stage: see `cifar.CifarResNet`."""
 
+RANDOM = "random"
 FACTORY_FORM = "package.module:factory"
 SOURCES = "samples, imagenet-samples, cifar10, a .npz file with x and y, or a folder of class folders"
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
@@ -53,17 +54,16 @@ def listed_blocks(found: Sequence[str]) -> str:
     return f"the residual blocks are: {listed}; or any module path"
 
 
-def file_problems(weights: str | None, images: str | None) -> list[str]:
-    """What is wrong with files that are given by name, before they are opened: those that are not there.
+def weights_problems(weights: str | None) -> list[str]:
+    """What is wrong with `Study.weights` before they are opened: nothing (of None, too), or that they are not there."""
+    if weights in (None, RANDOM) or Path(weights).exists():
+        return []
+    return [f"there is no checkpoint {weights}: check the path"]
 
-    Args:
-        weights: as `Study.weights`; None: not given.
-        images: as `Study.images`; None: not given.
-    """
-    found = []
-    if weights not in (None, "random") and not Path(weights).exists():
-        found.append(f"there is no checkpoint {weights}: check the path")
-    if images is not None and images not in ("samples", "imagenet-samples", "cifar10") and not Path(images).exists():
-        npz = Path(images).suffix.lower() == ".npz"
-        found.append(f"there is no file {images}: check the path" if npz else f"no images at {images!r}: use {SOURCES}")
-    return found
+
+def images_problems(images: str | None) -> list[str]:
+    """What is wrong with `Study.images` before they are opened: nothing (of None, too), or that they are not there."""
+    if images in (None, "samples", "imagenet-samples", "cifar10") or Path(images).exists():
+        return []
+    npz = Path(images).suffix.lower() == ".npz"
+    return [f"there is no file {images}: check the path" if npz else f"no images at {images!r}: use {SOURCES}"]

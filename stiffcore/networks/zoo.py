@@ -29,10 +29,9 @@ from stiffcore.networks.checkpoint import (
 )
 from stiffcore.networks.cifar import CifarResNet
 from stiffcore.networks.copying import copy_module
-from stiffcore.networks.names import CIFAR_RESNETS, FACTORY_FORM, RESNETS, network_problems
+from stiffcore.networks.names import CIFAR_RESNETS, FACTORY_FORM, RANDOM, RESNETS, network_problems
 from stiffcore.study import Pool
 
-_RANDOM = "random"
 _RANDOM_CLASSES = 10
 _RANDOM_SEED = 0
 # the stem's kernel decides what its training images were normalised with
@@ -106,7 +105,7 @@ def load_network(
 
     Memory: the checkpoint's pages and one model in `dtype`; a factory's module beside these.
     """
-    is_factory, is_random = ":" in network, weights is not None and str(weights) == _RANDOM
+    is_factory, is_random = ":" in network, weights is not None and str(weights) == RANDOM
     _check_request(network, dtype, pool, is_factory, is_random)
     if is_factory:
         return _load_factory(network, weights, dtype, allowed)
@@ -195,13 +194,13 @@ def _random_resnet(network: str, dtype: torch.dtype, pool: str) -> Network:
         module = _build(network, 3, _RANDOM_CLASSES, pooled=pool != "none")
     digest = weights_digest(module.state_dict())
     settle(module, dtype, network)
-    return _resnet(module, network, _RANDOM, digest, 3)
+    return _resnet(module, network, RANDOM, digest, 3)
 
 
 def _load_cifar_resnet(network: str, path: Path | None, dtype: torch.dtype, allowed: int | None) -> Network:
     if path is None:
         raise InputError(f"stiffcore ships no checkpoint for {network}: give one with --weights, or --weights random")
-    state = None if str(path) == _RANDOM else read_checkpoint(path, allowed)
+    state = None if str(path) == RANDOM else read_checkpoint(path, allowed)
     given = {} if state is None else aligned(state, ())
     head = given.get("linear.weight")
     classes = _RANDOM_CLASSES if head is None or head.ndim != 2 else len(head)
