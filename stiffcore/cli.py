@@ -331,6 +331,7 @@ def _check_run(url: str, options: dict[str, Any], *, here: bool = True) -> None:
 def main() -> None:
     """Run the command line; errors are one message; exit codes 2 wrong input, 1 failure, 3 busy."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _warned
     handle()
     try:
         try:
@@ -344,6 +345,13 @@ def main() -> None:
         _end("", 1)
     except OSError as error:
         _end(f"error: {error}", 1)
+
+
+def _warned(message: Warning | str, *_: Any, **__: Any) -> None:
+    """What a library warns of, as a line of text like others: it may quote what a stranger named."""
+    from stiffcore.commands.terminal import tell
+
+    tell(f"warning: {message}")
 
 
 def _end(text: str, code: int) -> None:

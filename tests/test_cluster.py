@@ -24,6 +24,7 @@ from distributed import Security
 from distributed.core import connect
 
 import stiffcore
+import stiffcore.cluster
 from stiffcore.cluster import (
     ConnectionLostError,
     InProcess,
@@ -595,3 +596,11 @@ def test_a_gpu_that_no_worker_declares_is_refused(small, cluster):
     with pytest.raises(stiffcore.InputError, match="--resources GPU=1"):
         on(cluster, small / "run", OPTIONS | {"device": "cuda"})
     assert not (small / "run").exists()
+
+
+def test_blocks_of_a_shared_unit_go_to_no_worker_that_joined_since(monkeypatch):
+    monkeypatch.setattr(stiffcore.cluster._Shared, "usable", frozenset({"tcp://a", "tcp://gone"}))
+    assert stiffcore.cluster._sharing({"tcp://joined": 1, "tcp://a": 2}) == ["tcp://a"]
+    assert stiffcore.cluster._sharing({"tcp://joined": 1}) == []
+    monkeypatch.setattr(stiffcore.cluster._Shared, "usable", None)  # our own cluster
+    assert stiffcore.cluster._sharing({"tcp://b": 1, "tcp://a": 2}) == ["tcp://a", "tcp://b"]

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import sys
+import warnings
 import xml.dom.minidom
 
 import h5py
@@ -114,6 +115,19 @@ def test_an_error_is_shown_as_it_is(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert_shown(capsys.readouterr().err, ["/nowhere/[/data/x]\x1b[2J"])
+
+
+def test_a_library_s_warning_is_a_line_of_text(monkeypatch, capsys):
+    def warns():
+        warnings.warn("old [/data/x]\x1b[2J", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.main()
+    said = capsys.readouterr().err
+    assert_shown(said, ["warning: old [/data/x]\x1b[2J"])
+    assert said.count("\n") == 1
 
 
 def test_pictures_draw_names_as_they_are(run, tmp_path):

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -203,7 +203,7 @@ class DaskWorkers:
         resources = {"GPU": 1} if gpu and self.separate else None
         task = self._client.submit(
             _with_events,
-            *(self._topic, parent, frozenset(self._passed_over), function, args),
+            *(self._topic, parent, None if able is None else frozenset(able), function, args),
             pure=False,
             retries=0,
             resources=resources,
@@ -371,7 +371,7 @@ class Spread:
     It leads from the worker that works on the unit; that one and every other one have a block at a time, in order, so
     that the first one under way never waits. What a block needs and what it makes is in the store. Where a worker
     dies, the blocks under way are given up, and those that are not written are begun again by the workers that are
-    left.
+    left. On a cluster that is not ours, a worker that joins has its part from the next unit on, once it was looked at.
     """
 
     def __init__(self, threads: int, check: Callable[[], None], *, gpu: bool = False) -> None:
@@ -411,7 +411,7 @@ class Spread:
             lease = Variable(f"stiffcore-{uuid.uuid4().hex}", client)
             lease.set(beats)
             able = client.run_on_scheduler(_with_gpu) if self._gpu else client.nthreads()
-            free, waiting = sorted(set(able) - _PASSED_OVER), list(left)
+            free, waiting = _sharing(able), list(left)
             try:
                 while running or (waiting and not (errors or died)):
                     while free and waiting and not (errors or died):
@@ -510,16 +510,23 @@ def _carry_out_block(work: Work, block: tuple[int, int], lease: str, threads: in
 _BUSY = threading.Lock()
 
 
-# Workers that blocks of the unit under way may not go to, by address.
-_PASSED_OVER: set[str] = set()
+class _Shared:
+    """Who may have blocks of the unit under way, by address; None: all."""
+
+    usable: frozenset[str] | None = None
+
+
+def _sharing(there: Iterable[str]) -> list[str]:
+    """The workers that are there and may have blocks. Nobody has looked at one that joined after the unit was begun."""
+    return sorted(there if _Shared.usable is None else _Shared.usable.intersection(there))
 
 
 def _with_events(
-    topic: str, parent: int | None, passed_over: frozenset[str], function: Callable[..., Any], args: tuple
+    topic: str, parent: int | None, usable: frozenset[str] | None, function: Callable[..., Any], args: tuple
 ) -> Any:
     from distributed import get_worker
 
-    _PASSED_OVER.update(passed_over)
+    _Shared.usable = usable
     if parent is None:
         keep_freed_pages()  # as stiffcore.preload does for our own workers
     else:

@@ -57,5 +57,5 @@ def refuse_damaged(found: "Run") -> None:
         lines = "\n".join(f"  - {key}: {why}" for key, why in found.damaged.items())
         raise DamagedError(
             f"{counted(len(found.damaged), 'unit is', 'units are')} damaged:\n{lines}\n"
-            f"`stiffcore run {found.store.url}` makes them anew"
+            f"`stiffcore run {found.store.url}` makes anew what is damaged, and leaves what cannot be read now"
         )
