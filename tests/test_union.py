@@ -138,3 +138,9 @@ def test_a_run_is_killed_between_components_and_goes_on(tmp_path, monkeypatch):
     checked = verify(run, certificates=True, module=network)
     assert not checked.findings
     assert checked.recomputed == 1
+
+
+def test_a_run_that_keeps_all_has_no_matrix_that_would_be_missing(tmp_path):
+    network, x = made(Small), point(3)
+    options = {"blocks": ["h.1"], "functions": ["branch"], "memory": "1500MiB", "keep": "all"}
+    assert not verify(stiffcore.analyze(network, x, run=tmp_path / "run", **options)).findings
