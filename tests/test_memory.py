@@ -217,7 +217,7 @@ def limited(folder, share):
 
 
 def test_a_unit_ends_under_a_limit_of_its_plan_that_the_kernel_enforces(tmp_path):
-    done, failed = limited(tmp_path, 0.3)
+    done, failed = limited(tmp_path, 0.2)  # near the limit OpenBLAS waits for memory without end
     assert done == 0
     assert len(failed) == 1
     assert limited(tmp_path, 1.0) == [1, []]
