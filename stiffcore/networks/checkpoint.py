@@ -303,10 +303,12 @@ def _check_size(state: Mapping[str, Tensor], path: Path, allowed: int) -> None:
 
 def _unsafe(path: Path, error: Exception) -> str:
     found = re.search(r"GLOBAL (\S+)", str(error))
-    what = f"it refers to {found[1]}" if found else "it has pickle instructions that torch.save does not write"
+    what = (
+        f"it refers to {found[1]}" if found else "it has pickle instructions that torch.save does not write by itself"
+    )
     return (
         f"{path} is a pickle that could run code when it is loaded ({what}): refused, and nothing was run. "
-        "Save the tensors alone with torch.save(model.state_dict(), ...) or as .safetensors"
+        "Save the tensors alone with torch.save(model.state_dict(), ...), of no other pickle_protocol, or as .safetensors"
     )
 
 
