@@ -308,7 +308,7 @@ def _unsafe(path: Path, error: Exception) -> str:
     )
     return (
         f"{path} is a pickle that could run code when it is loaded ({what}): refused, and nothing was run. "
-        "Save the tensors alone with torch.save(model.state_dict(), ...), of no other pickle_protocol, or as .safetensors"
+        "Save the tensors alone with torch.save(model.state_dict(), ...), without pickle_protocol, or as .safetensors"
     )
 
 
