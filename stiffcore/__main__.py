@@ -12,9 +12,13 @@ def main() -> None:
         sys.exit("error: standard output is closed: give it a place, as >/dev/null")
     try:
         from stiffcore.cli import main as run
-    except (ImportError, MemoryError, OSError, RuntimeError) as error:
-        sys.exit(f"error: stiffcore cannot be loaded: {error or type(error).__name__}{_limit()}")
-    run()
+
+        run()
+    except (ImportError, MemoryError, OSError, RuntimeError) as error:  # a command loads what it needs when it needs it
+        limit = _limit()
+        if isinstance(error, RuntimeError) and not limit:
+            raise
+        sys.exit(f"error: stiffcore cannot be loaded: {str(error) or type(error).__name__}{limit}")
 
 
 def _limit() -> str:

@@ -112,7 +112,8 @@ def test_what_nohup_ignores_stays_ignored(small):
 
 def test_a_closed_stdout_and_too_little_address_space_are_said_in_a_line(tmp_path):
     shell = f"{sys.executable} -c '{CODE}' --version"
-    for command, says in ((f"{shell} >&-", "standard output is closed"), (f"ulimit -v 300000; {shell}", "ulimit -v")):
+    plan = shell.replace("--version", "plan x --network resnet18")
+    for command, says in ((f"{shell} >&-", "standard output is closed"), (f"ulimit -v 300000; {plan}", "ulimit -v")):
         found = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert found.returncode == 1
         assert says in found.stderr.splitlines()[-1]

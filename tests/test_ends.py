@@ -469,7 +469,10 @@ def test_single_precision_is_not_solved_by_products_alone():
 
 
 def test_a_unit_of_a_larger_order_has_its_ends_proved(small, monkeypatch):
-    for name in ("plan.FULL_ORDER", "unit.FULL_ORDER", "eigen.certificate.FULL_ORDER", "unit.MOST_ORDER"):
+    for name in (
+        *("solvers.projection.FULL_ORDER", "solvers.host_dense.FULL_ORDER", "unit.FULL_ORDER"),
+        *("eigen.certificate.FULL_ORDER", "unit.MOST_ORDER"),
+    ):
         monkeypatch.setattr(f"stiffcore.{name}", 50)
     run, outcome = execute(small / "run", OPTIONS | {"blocks": "1", "solver": "host-dense", "functions": "block"})
     assert outcome.failed == {}

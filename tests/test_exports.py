@@ -10,6 +10,7 @@ import pytest
 
 import stiffcore
 from stiffcore import cli
+from stiffcore.commands import terminal
 from stiffcore.errors import InputError
 from stiffcore.exports import export
 from tests.runs import OPTIONS, execute
@@ -107,7 +108,8 @@ def test_what_cannot_be_written_is_refused(run, small, monkeypatch):
         run.to_xarray()
 
 
-def test_two_runs_are_compared_block_by_block(run, small, capsys):
+def test_two_runs_are_compared_block_by_block(run, small, capsys, monkeypatch):
+    monkeypatch.setattr(terminal.out, "_width", 400)
     execute(small / "other", OPTIONS | {"count": 1, "blocks": "1,2"})
     other = stiffcore.open_run(str(small / "other"))
     found = stiffcore.compare([run, other], ["S_active"])

@@ -109,7 +109,7 @@ class Small(nn.Module):
 
 def test_a_run_is_killed_between_components_and_goes_on(tmp_path, monkeypatch):
     network, x = made(Small), point(3)
-    options = {"blocks": ["h.1"], "functions": ["branch"], "dtype": "float64", "memory": "1500MiB"}
+    options = {"blocks": ["h.1"], "functions": ["branch"], "dtype": "float64", "memory": "4GiB"}
     solve, solved = union.solve_part, []
 
     def killed(reduction, chunk):
@@ -142,5 +142,5 @@ def test_a_run_is_killed_between_components_and_goes_on(tmp_path, monkeypatch):
 
 def test_a_run_that_keeps_all_has_no_matrix_that_would_be_missing(tmp_path):
     network, x = made(Small), point(3)
-    options = {"blocks": ["h.1"], "functions": ["branch"], "memory": "1500MiB", "keep": "all"}
+    options = {"blocks": ["h.1"], "functions": ["branch"], "memory": "4GiB", "keep": "all"}
     assert not verify(stiffcore.analyze(network, x, run=tmp_path / "run", **options)).findings
