@@ -1,8 +1,10 @@
 """Margins of the study's images: the largest logit less the second, of each network at each image.
 
-python docs/study_margins.py FOLDER_OF_WEIGHTS cifar10_test_2000.npz IMAGES
+python docs/study_margins.py cifar10_test_2000.npz IMAGES WEIGHTS ...
 
-Writes docs/data/margins-NETWORK.csv for ResNet18, 34 and 50, with weights NETWORK_cifar10.safetensors of the folder.
+Writes docs/data/margins-NAME.csv for each file of weights, NAME.safetensors or NAME_cifar10.safetensors; the network is
+what stands before the first hyphen of NAME (resnet20 of resnet20-100000). The study's: resnet18, resnet34 and
+resnet50 at 1,000 images; resnet20-100000 at 500.
 """
 
 import sys
@@ -35,8 +37,9 @@ def margins(network, weights, x, y):
 
 
 if __name__ == "__main__":
-    folder, images, count = Path(sys.argv[1]), np.load(sys.argv[2]), int(sys.argv[3])
+    images, count = np.load(sys.argv[1]), int(sys.argv[2])
     x, y = images["x"][:count], images["y"][:count]
-    for network in ("resnet18", "resnet34", "resnet50"):
-        rows = margins(network, folder / f"{network}_cifar10.safetensors", x, y)
-        rows.to_csv(Path(__file__).parent / "data" / f"margins-{network}.csv", index=False, float_format="%.6g")
+    for weights in map(Path, sys.argv[3:]):
+        name = weights.stem.removesuffix("_cifar10")
+        rows = margins(name.split("-")[0], weights, x, y)
+        rows.to_csv(Path(__file__).parent / "data" / f"margins-{name}.csv", index=False, float_format="%.6g")

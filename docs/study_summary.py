@@ -1,6 +1,13 @@
 """Make docs/study-summary.md and its three pictures, docs/pictures/*.png, from docs/data: never written by hand.
 
 python docs/study_summary.py
+
+Its third part rests on docs/data/training-resnet20-IMAGES.csv, each made by
+
+    stiffcore run store/t --network resnet20 --weights resnet20-IMAGES.safetensors --normalize cifar10 \\
+        --images cifar10_test_2000.npz --count 5 --kind tensor-slices
+    stiffcore export store/t --to store/t.csv
+    python docs/study_page.py add store/t.csv training-resnet20-IMAGES
 """
 
 from pathlib import Path
@@ -14,7 +21,6 @@ from stiffcore.report.statistics import SIGNIFICANT
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "pictures"
-ACCURACY = 76.2  # of the first 500 of cifar10_test_2000.npz, with resnet20-100000.safetensors
 OURS, THEIRS, TRUE, BRANCH = "#1f5fa8", "#a8326b", "#c2571a", "#3a8f6b"
 PAGE = """# Are residual networks stiff? The study on one page
 
@@ -46,8 +52,8 @@ another Jacobian there, and a larger loss; the Jacobian adds next to nothing.
 
 ![S and P of tensor slices along depth, during a training](pictures/study-training.png)
 
-A ResNet20 from random weights to {trained:,} images of training ({accuracy} % of 500 test images correct; weights by
-`python docs/study_training.py`), tensor slices of all blocks at {images} images. Random weights have S from
+A ResNet20 from random weights to {trained:,} images of training ({accuracy} % of {tested} test images correct; weights
+by `python docs/study_training.py`), tensor slices of all blocks at {images} images. Random weights have S from
 {random_s} and P growing along depth from {random_p} %; trained ones have S from {trained_s} and P from {trained_p} %.
 **The pattern of the paper's tables is there before any training.** A likely reason: kernels have entries of either
 sign, and the smaller the maps get, the more of a slice's entries stand on its diagonal.
@@ -138,13 +144,15 @@ def main():
     draw_depth()
     parts = list(beyond_confidence())
     draw_confidence(parts)
-    training = table_of(HERE / "data" / "training-resnet20.csv")
+    stored = {int(file.stem.rsplit("-", 1)[1]): file for file in (HERE / "data").glob("training-resnet20-*.csv")}
+    training = pd.concat([table_of(stored[step]).assign(trained=step) for step in sorted(stored)], ignore_index=True)
     draw_training(training)
     square = pd.concat([done("extremes-resnet18").assign(net=18), done("extremes-resnet50").assign(net=50)])
     none = square[square["negative"] == 0]
     ratios = none[~((none["net"] == 18) & (none["number"] == 1))]["S_active"]
     means = training.groupby(["trained", "number"])[["S", "negative"]].mean()
-    last = max(training["trained"])
+    last = max(stored)
+    tested = table_of(HERE / "data" / f"margins-resnet20-{last}.csv")
     ends = {
         f"{name}_{letter}": f"{factor * means.loc[step, metric].iloc[0]:.2g} to {factor * extreme:.2g}"
         for name, step in (("random", 0), ("trained", last))
@@ -165,7 +173,8 @@ def main():
         before=sum((plain["spearman_holm"] < SIGNIFICANT).sum() for _, _, plain, _ in parts),
         after=sum((held["spearman_holm"] < SIGNIFICANT).sum() for *_, held in parts),
         trained=last,
-        accuracy=ACCURACY,
+        accuracy=f"{100 * (tested['margin_of_label'] > 0).mean():.1f}",
+        tested=len(tested),
         images=training["image_index"].nunique(),
         **ends,
     )

@@ -113,7 +113,7 @@ def test_where_nothing_is_triangular_there_are_no_components(kind):
 def test_of_a_long_sequence_every_part_is_looked_at():
     f, x = made(GPTBlock, 4, 2), point(80, 4)
     found, _ = find_components(f, x)
-    assert len(found) == len(found.seen) == 80
+    assert len(found) == len(found.products) == 80
     j = jacobian(f, x)
     for c in (0, 41, 79):
         block = torch.func.jacfwd(found.function(c))(found.point(c)).reshape(4, 4).numpy()
@@ -150,6 +150,6 @@ def test_what_is_hidden_from_autograd_is_in_no_block():
     x = point(70, 4)
     found, _ = find_components(f, x)
     assert found.positions is None
-    assert len(found.seen) == 70
+    assert len(found.products) == 70
     z = torch.func.jacfwd(found.function(33))(found.point(33)).reshape(4, 4).numpy()
     np.testing.assert_allclose(z, jacobian(f, x)[132:136, 132:136], atol=1e-13)

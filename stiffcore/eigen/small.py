@@ -77,6 +77,16 @@ def _swap(a: Any, n: int, i: int, j: int) -> None:
 
 
 @compiled
+def _stands_alone(a: Any, at: int, low: int, high: int, row: bool) -> bool:
+    """Whether a row, or a column, is zero from `low` to `high` but for the diagonal."""
+    for other in range(low, high + 1):
+        entry = a[at, other] if row else a[other, at]
+        if other != at and entry != 0.0:
+            return False
+    return True
+
+
+@compiled
 def _isolate(a: Any, n: int) -> tuple[int, int]:
     """Permute eigenvalues that stand alone to the diagonal's ends: first and last index of the rest."""
     low, high = 0, n - 1
@@ -84,12 +94,7 @@ def _isolate(a: Any, n: int) -> tuple[int, int]:
     while again and high > 0:  # rows that are zero but for their diagonal go to the bottom
         again = False
         for i in range(high, -1, -1):
-            alone = True
-            for j in range(high + 1):
-                if j != i and a[i, j] != 0.0:
-                    alone = False
-                    break
-            if alone:
+            if _stands_alone(a, i, 0, high, True):
                 if i != high:
                     _swap(a, n, i, high)
                 high -= 1
@@ -99,12 +104,7 @@ def _isolate(a: Any, n: int) -> tuple[int, int]:
     while again and low < high:  # columns go to the left
         again = False
         for j in range(low, high + 1):
-            alone = True
-            for i in range(low, high + 1):
-                if i != j and a[i, j] != 0.0:
-                    alone = False
-                    break
-            if alone:
+            if _stands_alone(a, j, low, high, False):
                 if j != low:
                     _swap(a, n, j, low)
                 low += 1

@@ -51,9 +51,8 @@ class Components:
         axis: of x, whose positions are the parts.
         members: the parts of each component, ascending; components in the order of dependence, so that J is block lower
             triangular.
-        seen: parts of which a product with a random tangent on them is known: (parts,), ascending.
-        tangents: (len(seen), ...), those tangents, of the parts' shape.
-        products: the same shape, the output of J there, at the same part.
+        tangents: (parts, ...), a random tangent on each part alone, of the part's shape.
+        products: the same shape, the product of J with each, at the same part.
         reason: one line for people.
         positions: f at one position, from its graph; None where an operation is not known.
     """
@@ -61,7 +60,6 @@ class Components:
     jacobian: Linearisation
     axis: int
     members: tuple[np.ndarray, ...]
-    seen: np.ndarray
     tangents: Tensor = field(repr=False)
     products: Tensor = field(repr=False)
     reason: str
@@ -102,7 +100,7 @@ class Components:
     def reduction(self, c: int, *, reduce: bool = True) -> Reduction:
         """The diagonal block of component c, reduced on its own; compared with products of the whole where it can be.
 
-        Its value is compared with that of f at its parts, and a product with one of J where that part was looked at.
+        Its value is compared with that of f at its parts, and, of one part, a product with that of J.
 
         Args:
             c: which component.
@@ -151,14 +149,11 @@ class Components:
         value = self.jacobian.value.index_select(self.axis, self._index(c))
         scale = float(self.jacobian.value.abs().max()) or 1.0
         gap = float((block.value - value).abs().max()) / scale
-        at = np.searchsorted(self.seen, self.members[c])
-        known = [
-            int(i) for i, part in zip(at, self.members[c], strict=True) if i < len(self.seen) and self.seen[i] == part
-        ]
-        if len(self.members[c]) > 1 or not known:
+        if len(self.members[c]) > 1:
             return gap
-        product = block.jvp(self.tangents[known].reshape(1, -1))
-        return max(gap, relative_difference(product, self.products[known].reshape(1, -1)))
+        part = int(self.members[c][0])
+        product = block.jvp(self.tangents[part].reshape(1, -1))
+        return max(gap, relative_difference(product, self.products[part].reshape(1, -1)))
 
 
 def find_components(
@@ -279,25 +274,26 @@ class _Look:
         positions = self._positions()
         reach = np.eye(self.parts, dtype=bool)
         # every part, however many: a leak that no product sees would make the union wrong
-        seen = np.arange(self.parts)
+        every = np.arange(self.parts)
+        shares = np.array_split(every, -(-self.parts // self._at_once))
         seeing = "exact zeros in products with random tangents on each part alone"
         tangents, products = [], []
-        for some in np.array_split(seen, -(-len(seen) // self._at_once)):
+        for some in shares:
             drawn, found = self._on_parts(some)
             for part, tangent, product in zip(some.tolist(), drawn, found, strict=True):
                 tangents.append(tangent.narrow(self.axis, part, 1).clone())
                 products.append(product.narrow(self.axis, part, 1).clone())
                 reach[:, part] |= self._parts_of(product[None])[0] != 0
-        if positions is not None and not self._same(positions, seen, tangents, products):
+        if positions is not None and not self._same(positions, tangents, products):
             positions = None  # the graph lacks something of J
-        for some in np.array_split(seen, -(-len(seen) // self._at_once)):
-            reach[some] |= self._sizes(self.jacobian.vjp, seen[None] == some[:, None]) != 0
+        for some in shares:
+            reach[some] |= self._sizes(self.jacobian.vjp, every[None] == some[:, None]) != 0
         members = _ordered(reach)
         alone = sum(len(m) == 1 for m in members)
         way = "each at its position alone" if positions is not None and alone else "by products of the whole"
         reason = f"{len(members)} components along axis {self.axis} ({seeing}), {way}"
         return Components(
-            self.jacobian, self.axis, members, seen, torch.stack(tangents), torch.stack(products), reason, positions
+            self.jacobian, self.axis, members, torch.stack(tangents), torch.stack(products), reason, positions
         )
 
     def _positions(self) -> Positions | None:
@@ -316,10 +312,10 @@ class _Look:
         except (UnknownError, RuntimeError, ValueError, TypeError, IndexError, KeyError, StopIteration):
             return None  # costs time, never the result
 
-    def _same(self, positions: Positions, seen: np.ndarray, tangents: list[Tensor], products: list[Tensor]) -> bool:
+    def _same(self, positions: Positions, tangents: list[Tensor], products: list[Tensor]) -> bool:
         """Whether positions alone have the derivatives that J has there."""
         try:
-            for part, tangent, product in zip(seen.tolist(), tangents, products, strict=True):
+            for part, (tangent, product) in enumerate(zip(tangents, products, strict=True)):
                 z = self.jacobian.x.narrow(self.axis, part, 1)
                 with differentiable_kernels():
                     found = torch.func.jvp(positions.function(part), (z,), (tangent,))[1]

@@ -1,7 +1,7 @@
 """The report: one self-contained page, from the stored run alone."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -27,11 +27,11 @@ from stiffcore.text import visible
 
 
 class Drawn(NamedTuple):
-    """A figure, what it shows, and, where it has a panel for each block, these as figures of their own."""
+    """What is drawn: the figures that the page shows, what they show, and all in one as the file has it."""
 
-    figure: Figure
+    shown: list[Figure]
     caption: str
-    panels: list[Figure]
+    file: Figure | None
 
 
 # Spectra of so many images are drawn.
@@ -59,7 +59,7 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None, *, shar
     if to.exists():
         raise InputError(f"--to {to} exists: give a new file")
     rows = run.metrics()
-    drawn = _figures(run, rows, shared)
+    drawn = _figures(run, rows, shared=shared, files=figures_folder is not None)
     wanted = [(figures_folder or Path()) / f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
     existing = [str(path) for path in wanted if path.exists()]
     if figures_folder is not None and existing:
@@ -71,7 +71,9 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None, *, shar
             stack.enter_context(_new_folder(figures_folder))
             for path in wanted:
                 beside = stack.enter_context(whole_file(path, f"--figures {figures_folder}"))
-                drawn[path.stem].figure.savefig(beside, dpi=200)
+                figure = drawn[path.stem].file
+                assert figure is not None
+                figure.savefig(beside, dpi=200)
     more = f", {len(drawn)} figures in {figures_folder}" if figures_folder is not None else ""
     return f"report in {to}{more}"
 
@@ -108,7 +110,7 @@ def render(run: Run, rows: pd.DataFrame, drawn: dict[str, Drawn]) -> str:
         functions=sorted(set(rows["function"])),
         kinds=sorted(set(rows["kind"])),
         images=rows["image"].nunique(),
-        figures={name: [_svg(one) for one in found.panels or [found.figure]] for name, found in drawn.items()},
+        figures={name: [_svg(one) for one in found.shown] for name, found in drawn.items()},
         captions={name: found.caption for name, found in drawn.items()},
         means=_means(rows),
         correlations=_correlations(rows) if rows["image"].nunique() >= FEWEST else [],
@@ -171,8 +173,9 @@ def _ends(rows: pd.DataFrame, metric: str) -> str:
     return f"from {spell(low[metric])} ({low['block']}) to {spell(high[metric])} ({high['block']})"
 
 
-def _figures(run: Run, rows: pd.DataFrame, shared: bool) -> dict[str, Drawn]:
-    found: dict[str, tuple[Figure | None, str, list[Figure]]] = {}
+def _figures(run: Run, rows: pd.DataFrame, *, shared: bool, files: bool) -> dict[str, Drawn]:
+    """By name; the panels of blocks are drawn in one figure only where that is shown, or goes to a file."""
+    found: dict[str, Drawn] = {}
     network, index = run.study.network, run.store.get_array(IMAGES, "index")
     for (kind, function), part in rows.groupby(["kind", "function"]):
         what = f"{kind} of {function}"
@@ -187,18 +190,24 @@ def _figures(run: Run, rows: pd.DataFrame, shared: bool) -> dict[str, Drawn]:
                 text += "; dotted: where forward Euler with step 1 is stable" if function == "branch" else ""
                 text += ". Green, where a picture was taken: the numerical range, and, with its logarithm, the "
                 text += "smallest singular value of the matrix less z."
-            panels = [] if shared else figures.panels(run, image, function, kind)
-            whole = figures.spectra(run, image, function, kind, shared=shared)
-            found[f"spectra-{kind}-{function}-{image}"] = whole, text, panels
+            whole = figures.spectra(run, image, function, kind, shared=shared) if shared or files else None
+            panels = [whole] if shared else figures.panels(run, image, function, kind)
+            found[f"spectra-{kind}-{function}-{image}"] = _drawn(panels, text, whole)
         singular = kind == Kind.SINGULAR
         text = "Condition number and effective rank" if singular else "S active and the share of negative real parts"
         text += f", {what}, along depth: median, quartiles (thick) and range (thin) over images"
         published = function == "block" and kind == Kind.TENSOR_SLICES and figures.paper_values(network)
         text += "; crosses: the paper's means." if published else "."
-        found[f"depth-{kind}-{function}"] = figures.depth(part, function, network), text, []
+        depth = figures.depth(part, function, network)
+        found[f"depth-{kind}-{function}"] = _drawn([depth], text, depth)
         text = f"{'Condition number' if singular else 'S active'}, {what}, mean over each label."
-        found[f"labels-{kind}-{function}"] = figures.heat(part, function), text, []
-    return {name: Drawn(figure, text, panels) for name, (figure, text, panels) in found.items() if figure is not None}
+        heat = figures.heat(part, function)
+        found[f"labels-{kind}-{function}"] = _drawn([heat], text, heat)
+    return {name: drawn for name, drawn in found.items() if drawn.shown}
+
+
+def _drawn(shown: Sequence[Figure | None], caption: str, file: Figure | None) -> Drawn:
+    return Drawn([figure for figure in shown if figure is not None], caption, file)
 
 
 def _svg(figure: Figure) -> str:

@@ -11,7 +11,7 @@ import sys
 
 from zarr.storage import LocalStore
 
-import stiffcore.preload  # noqa: F401
+import stiffcore.preload  # noqa: F401 - torch, once for all children
 from stiffcore.asked import check_free
 from stiffcore.cluster import InProcess
 from stiffcore.errors import NoRunError, StiffcoreError

@@ -15,6 +15,7 @@ import sys
 import traceback
 from contextlib import nullcontext
 
+# What commands import late is imported before the fork, once for all children, and while the disk takes files.
 import h5py  # noqa: F401
 import jinja2  # noqa: F401
 import matplotlib.figure  # noqa: F401
