@@ -481,3 +481,13 @@ def test_a_unit_of_a_larger_order_has_its_ends_proved(small, monkeypatch):
     assert found.certificate.unproved == ()
     assert found.certificate.s_active_error < 1e-6 * abs(found.metrics["S_active"])
     assert found.negative_between[0] == found.negative_between[1]
+
+
+def test_an_eigenvalue_without_a_disc_has_no_error_that_is_called_a_bound():
+    """Condition times residual is of first order, however well conditioned: nothing is promised by it."""
+    a = np.diag(np.linspace(0.5, 2.5, 120)) + np.diag(np.full(119, 0.01), 1)
+    reduction, found, moments, ends = reduction_and_ends(a)
+    bare = certified(reduction, found, moments, dataclasses.replace(ends, discs=()))
+    assert all(c.error == np.inf and c.estimate < 1e-9 for c in bare.certified)
+    assert bare.unproved == ("largest", "smallest")
+    assert bare.s_error > 0.01

@@ -178,6 +178,8 @@ def test_the_spectral_radius_is_the_dense_one():
     a = normal_spread(300)
     assert spectral_radius(a) == pytest.approx(np.abs(dense_eigenvalues(a)).max(), rel=1e-9)
     assert spectral_radius(sp.csc_array((0, 0))) == 0
+    empty = LinearOperator((0, 0), matvec=lambda x: x, rmatvec=lambda x: x, dtype=float)
+    assert spectral_radius(empty) == 0  # of an order that SciPy's products refuse
 
 
 @pytest.mark.parametrize(

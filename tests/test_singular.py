@@ -1,5 +1,6 @@
 """Claims about singular values: those of a dense SVD, exact ones and zeros counted, lost digits said."""
 
+import math
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import ortho_group
 from torch import nn
 
@@ -125,6 +128,13 @@ def test_small_values_from_squares_say_how_many_digits_are_left():
     assert (np.abs(gram.values - true) <= gram.errors).all()
     assert gram.errors[0] > true[0]
     assert gram.errors[1] < 0.1 * true[1]
+
+
+@given(st.floats(0, 4), st.floats(0, 2), st.floats(-1, 1))
+def test_the_error_of_a_root_is_a_bound_where_its_square_is_as_small_as_its_error(square, off, moved):
+    (bound,) = singular.root_errors(np.array([square]), np.array([off]))
+    other = max(square + moved * off, 0.0)
+    assert abs(math.sqrt(other) - math.sqrt(square)) <= bound * (1 + 1e-12)
 
 
 def test_what_differs_from_the_function_is_not_certified(monkeypatch):

@@ -25,9 +25,6 @@ from stiffcore.metrics import stiffness_error
 from stiffcore.spectra import Certificate, Certified, Count, Ends, Moments
 
 PANEL = 32
-# Condition times residual is of first order. It holds for eigenvalues that are well conditioned (those of a normal
-# matrix move by no more, however near to each other they are), and where it is small beside the gap to the next one.
-WELL_CONDITIONED, FIRST_ORDER_SHARE = 30.0, 0.1
 # Residual, relative to `_scale`: rounding gives about k eps; a wrong eigenvalue gives a number near 1.
 RESIDUAL_TOLERANCE = {np.dtype("f8"): 1e-9, np.dtype("f4"): 2e-3}
 # Relative to the Frobenius norm F of M (squared for the squares). Solvers are backward stable: they find the
@@ -104,7 +101,10 @@ def certify_ends(
             failures.append(f"two starts do not agree on the {name} real parts ({ends.note})")
     if not len(values):
         return replace(found, failures=(*failures, f"no eigenvalue converged ({ends.note})"))
-    real, slack = reduction.shift + values.real, RANGE_SLACK * _scale(reduction, values, moments) + found.error
+    real, slack = (
+        reduction.shift + values.real,
+        RANGE_SLACK * _scale(reduction, values, moments) + found.estimated_error,
+    )
     if ((real < ends.range_left - slack) | (real > ends.range_right + slack)).any():
         failures.append(
             f"an eigenvalue lies outside of the numerical range {ends.range_left:.6g}, {ends.range_right:.6g}"
@@ -242,9 +242,8 @@ def certify(
         matrix: (k, k) M, where the whole spectrum is to be located; where k is at most
             `stiffcore.eigen.inclusion.FULL_ORDER`, it is made again where it is not given.
         real_parts: bounds of those in the numerical range of M: at larger orders, what signs are certified by.
-        ends: what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`). Of a whole spectrum
-            of a larger order, what it does not prove is open; of the ends alone, an error that it does not prove is of
-            first order, where that is trusted.
+        ends: what is proved of the ends and of the chosen eigenvalues (`stiffcore.eigen.counting`); what it does not
+            prove is open. None where all eigenvalues are located.
         located: what `locate` found, where that is known already.
 
     Returns:
@@ -253,11 +252,9 @@ def certify(
     dtype = reduction.jacobian.dtype
     if complete and located is None:
         located = locate(reduction, values, matrix)
-    gaps, discs = _gaps(values, chosen), _discs(ends, len(chosen))
+    discs = _discs(ends, len(chosen))
     certified = (
-        ()
-        if vectors is None
-        else _certified(reduction, values[chosen], gaps, vectors, moments, neglected, located, discs, complete)
+        () if vectors is None else _certified(reduction, values[chosen], vectors, moments, neglected, located, discs)
     )
     # float32 would lose the squares of small eigenvalues, and the digits of long sums
     exactly = values.astype(np.complex128)
@@ -415,13 +412,11 @@ def _miscounted(reduction: Reduction, values: np.ndarray, signs: _Signs, right: 
 def _certified(
     reduction: Reduction,
     values: np.ndarray,
-    gaps: np.ndarray,
     vectors: Eigenvectors,
     moments: Moments,
     neglected: float,
     located: Inclusion | None,
     discs: tuple[_Discs, ...],
-    complete: bool,
 ) -> tuple[Certified, ...]:
     x, dtype = reduction.jacobian.x, reduction.jacobian.dtype
     complex_dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
@@ -435,13 +430,10 @@ def _certified(
     eps = float(np.finfo(dtype).eps)
     rounding = eps * (moments.frobenius + reduction.shift) + distance_of(reduction) + neglected
     found = []
-    given = zip(values, gaps, discs, vectors.converged, of_j, of_m, strict=True)
-    for value, gap, around, ok, outer, inner in given:
+    for value, around, ok, outer, inner in zip(values, discs, vectors.converged, of_j, of_m, strict=True):
         shifted = complex(reduction.shift + value)
         error, condition = min((_finite(c * (r + rounding)), c) for r, c, _ in (outer, inner))
-        estimate = error if located is None and complete else None
-        if condition > WELL_CONDITIONED and error > FIRST_ORDER_SHARE * gap:
-            error = float("inf")  # of a cluster: what it is to first order is not known to hold
+        estimate = error if located is None else None
         if located is not None:
             condition = inner[1]
             error = located.error(complex(value)) + eps * abs(shifted)
@@ -473,13 +465,6 @@ def _isolated_error(discs: _Discs, condition: float, residual: float, rounding: 
             error = min(radius, 1.01 * condition * off + radius / (far * (far - 1)))
         least = min(least, error)
     return least
-
-
-def _gaps(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """How far the nearest other eigenvalue that was computed is from each of the chosen ones."""
-    apart = np.abs(values[chosen, None].astype(np.complex128) - values[None, :])
-    apart[np.arange(len(chosen)), chosen] = np.inf
-    return apart.min(axis=1, initial=np.inf)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

@@ -229,7 +229,10 @@ def nearest(
 
 
 def _to_dense(matrix: sp.csc_array | LinearOperator) -> Array:
-    return matrix @ np.eye(matrix.shape[0]) if isinstance(matrix, LinearOperator) else matrix.toarray()
+    if not isinstance(matrix, LinearOperator):
+        return matrix.toarray()
+    order = matrix.shape[0]
+    return matrix @ np.eye(order) if order else np.zeros((0, 0))  # SciPy's product of no columns fails
 
 
 def _products(matrix: sp.csc_array | LinearOperator) -> tuple[Product, Product | None]:

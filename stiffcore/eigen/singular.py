@@ -249,11 +249,14 @@ def _norms(w: sp.csc_array, v: sp.csc_array, shift: int) -> tuple[float, float]:
 def _uncertainty(size: float, weight: float, times: int) -> tuple[float, float]:
     """What any eigenvalue of W K W^T may move by, |W|^2 = size, |K| = weight, where W^T W moves by times eps |W|^2.
 
-    For W with more rows, sqrt(d) I, it has more rows and columns, of norm sqrt(d) |W| |K| at most (Weyl); one that is
-    not near 0 moves by d |W|^2 |K|^2 / |value|, to first order.
+    With more rows of W, sqrt(d) I, the matrix has more rows and columns: b = sqrt(d) |W| |K| is a bound of those off
+    the diagonal block, and d |K| of that block. No eigenvalue moves by more than b (Weyl), and one that is x from those
+    of the new block by no more than b^2 / x (Li and Li, Linear Algebra Appl. 395 (2005)). At 2 b or further from 0, as
+    computed, x is at least a quarter of the eigenvalue, since d |K| is below b / 2.
 
     Returns:
-        That, in float64 as all arithmetic here is; and |W|^2 |K|, in whose rounding that of U and V is.
+        2 b, in float64 as all arithmetic here is, so that an eigenvalue moves by no more than the smaller of 2 b and
+        (2 b)^2 / |value|; and |W|^2 |K|, in whose rounding that of U and V is.
     """
     return 2 * weight * size * np.sqrt(float(np.finfo(float).eps) * times), weight * size
 
@@ -341,10 +344,15 @@ def _roots(
     if near_zero:
         with np.errstate(divide="ignore"):
             off += np.minimum(near_zero, near_zero**2 / np.abs(found))
-    values = np.sqrt(squares)
+    return SingularValues(np.sqrt(squares), *exact, root_errors(squares, off), sum_error, fourth_error)
+
+
+def root_errors(squares: Array, off: Array) -> Array:
+    """How far the root of a number in [s - off, s + off] is from that of s, at most; no such number is negative."""
+    lower = np.sqrt(np.maximum(squares - off, 0.0))
     with np.errstate(divide="ignore", invalid="ignore"):
-        errors = np.fmin(np.sqrt(off), off / (2 * values))
-    return SingularValues(values, *exact, errors, sum_error, fourth_error)
+        # sqrt(s) - lower, without its cancellation; for s < off, sqrt(s) and sqrt(s + off) - sqrt(s) are <= sqrt(off)
+        return np.where(squares > off, off / (np.sqrt(squares) + lower), np.sqrt(off))
 
 
 def certify(factors: Factors, found: SingularValues, difference: float) -> Certificate:
