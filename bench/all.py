@@ -12,7 +12,7 @@ from page import SECTIONS
 
 # Left out of the quick mode: the long ones, and what is made of them.
 SLOW = ("builds", "divide", "divide_cases", "divide_costs", "extremes", "imagenet_extremes", "imagenet_plan")
-SLOW += ("divide_workers", "slices", "slicing", "unreduced", "workers")
+SLOW += ("divide_workers", "fuzz", "slices", "slicing", "unreduced", "workers")
 
 ON_DEVICE = ("by_hand", "cost", "rates", "stages")
 

@@ -1,5 +1,7 @@
 """What every benchmark shares: the machine it ran on, and where its figures go."""
 
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -129,3 +131,47 @@ def cpu_seconds(work):
     """What work() returns, and the seconds of the processor that it took."""
     start = time.process_time()
     return work(), time.process_time() - start
+
+
+class Drawn:
+    """What was found by seed, with the program as it is: kept in `store/`, where many processes add to it.
+
+    A process that is killed loses the seed that it is at; one that starts takes seeds that no other is at.
+    """
+
+    def __init__(self, name, find, *more):
+        """Find by seed, as JSON values; it is another place when `stiffcore` or the files `more` change."""
+        root = HERE.parent
+        files = [*sorted((root / "stiffcore").rglob("*.py")), *map(Path, more)]
+        digest = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
+        self.find, self.folder = find, root / "store" / f"{name}-{digest}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def all(self):
+        """Everything so far."""
+        return [json.loads(p.read_text()) for p in sorted(self.folder.glob("*.json"))]
+
+    def until(self, enough, count, at_once=10):
+        """Take seeds until `count` of everything is `enough`; it is summed after so many seeds."""
+        seed = 0
+        while (so_far := sum(map(count, self.all()))) < enough:
+            print(f"{so_far:,} of {enough:,}", flush=True)
+            for at in range(seed, seed + at_once):
+                self._take(at)
+            seed += at_once
+
+    def _take(self, seed):
+        done, mark = self.folder / f"{seed}.json", self.folder / f"{seed}.lock"
+        if done.exists():
+            return
+        with mark.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return
+            if not done.exists():
+                found, spent = cpu_seconds(lambda: self.find(seed))
+                partial = self.folder / f"{seed}.partial"
+                partial.write_text(json.dumps(found | {"cpu_s": spent}))
+                partial.rename(done)
+        mark.unlink(missing_ok=True)

@@ -13,17 +13,13 @@ and be run many times at once; the last one writes the figures. `--functions 200
 200. With fewer than are there already, it writes the figures of those.
 """
 
-import fcntl
-import hashlib
-import json
 import math
 import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from common import QUICK, write
+from common import QUICK, Drawn, write
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,15 +32,6 @@ FUNCTIONS = int(sys.argv[sys.argv.index("--functions") + 1]) if "--functions" in
 TALL_EVERY, COSTLY_EVERY = 30, 5
 AT_ONCE = 1 if QUICK else 10  # seeds, before it is counted how many functions that were
 BINS = 4  # of ratios, a power of ten
-
-
-def folder() -> Path:
-    """Where the answers of these very sources are."""
-    files = [*(ROOT / "stiffcore").rglob("*.py"), Path(adversary.__file__)]
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()[:12]
-    found = ROOT / "store" / f"honesty-{digest}"
-    found.mkdir(parents=True, exist_ok=True)
-    return found
 
 
 def asked(seed: int) -> dict:
@@ -78,36 +65,11 @@ def binned(ratio: float) -> int:
     return math.ceil(BINS * math.log10(ratio)) if ratio < float("inf") else 99
 
 
-def take(where: Path, seed: int) -> None:
-    """Ask, unless it was asked, or another process is about it."""
-    done = where / f"{seed}.json"
-    if done.exists():
-        return
-    with (where / f"{seed}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return
-        if not done.exists():
-            start = time.process_time()
-            found = asked(seed) | {"cpu_s": time.process_time() - start}
-            partial = where / f"{seed}.partial"
-            partial.write_text(json.dumps(found))
-            partial.rename(done)
-    (where / f"{seed}.lock").unlink(missing_ok=True)
-
-
-def asked_so_far(where: Path) -> int:
-    """How many functions."""
-    return sum(json.loads(p.read_text())["functions"] for p in where.glob("*.json"))
-
-
-def figures(where: Path) -> dict:
+def figures(parts: list[dict]) -> dict:
     """Sums of all that was asked."""
     total: dict[str, Counter] = defaultdict(Counter)
     lies, functions, cpu = [], 0, 0.0
-    for path in sorted(where.glob("*.json")):
-        part = json.loads(path.read_text())
+    for part in parts:
         functions, cpu = functions + part["functions"], cpu + part["cpu_s"]
         lies += part["lies"]
         for family, solver, row in part["rows"]:
@@ -132,12 +94,8 @@ def summed(row: Counter) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    where, seed = folder(), 0
-    while asked_so_far(where) < FUNCTIONS:
-        for at in range(seed, seed + AT_ONCE):
-            take(where, at)
-        seed += AT_ONCE
-        print(f"{asked_so_far(where):,} functions", flush=True)
-    found = figures(where)
+    drawn = Drawn("honesty", asked, adversary.__file__)
+    drawn.until(FUNCTIONS, lambda part: part["functions"], AT_ONCE)
+    found = figures(drawn.all())
     write(__file__, found)
     assert not found["lies"], f"{len(found['lies'])} lies, of which {found['lies'][:20]}"

@@ -353,6 +353,20 @@ def divide_costs(f: dict[str, Any]) -> str:
     return table(rows, [*header, "arithmetic, h", "moving, h"])
 
 
+def fuzz(f: dict[str, Any]) -> str:
+    codes = sorted({code for ended in f["ended"].values() for code in ended})
+    rows = [
+        [command, f"{sum(ended.values()):,}", *(f"{ended.get(code, 0):,}" for code in codes)]
+        for command, ended in f["ended"].items()
+    ]
+    said = (
+        f"{f['cases']:,} hostile runs, drawn from {sum(f['changes'].values()):,} changes of {len(f['changes'])} stored "
+        f"runs, {f['cpu_s'] / 60:,.0f} minutes of the processor. {len(f['bad']):,} ended with a traceback, an import, a "
+        "socket, a change outside of the run, or an exit code without an error."
+    )
+    return "\n\n".join([said, table(rows, ["command", "cases", *(f"exit {code}" for code in codes)])])
+
+
 def rates(f: dict[str, Any]) -> str:
     rows = [[name.replace("_", " "), f"{rate / 1e9:,.1f}"] for name, rate in f["flops_per_s"].items()]
     parts = [f"{f['device'] or 'The host'}, order {f['order']:,}:", table(rows, ["kernel", "GF/s"])]
@@ -374,6 +388,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "cost": cost,
     "growth": growth,
     "honesty": honesty,
+    "fuzz": fuzz,
     "stages": stages,
     "rates": rates,
     "builds": builds,
