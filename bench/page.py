@@ -360,9 +360,9 @@ def fuzz(f: dict[str, Any]) -> str:
         for command, ended in f["ended"].items()
     ]
     said = (
-        f"{f['cases']:,} hostile runs, drawn from {sum(f['changes'].values()):,} changes of {len(f['changes'])} stored "
-        f"runs, {f['cpu_s'] / 60:,.0f} minutes of the processor. {len(f['bad']):,} ended with a traceback, an import, a "
-        "socket, a change outside of the run, or an exit code without an error."
+        f"{f['cases']:,} hostile runs, drawn from {sum(f['changes'].values()):,} changes of {len(f['changes'])} "
+        f"stored runs, {f['cpu_s'] / 60:,.0f} minutes of the processor. {len(f['bad']):,} ended with a traceback, an "
+        "import, a socket, a change outside of the run, or an exit code without an error."
     )
     return "\n\n".join([said, table(rows, ["command", "cases", *(f"exit {code}" for code in codes)])])
 

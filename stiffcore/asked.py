@@ -1,7 +1,6 @@
 """What is refused at once: before a worker is started, or a network loaded."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 from stiffcore.errors import NoRunError, refuse, writing_store
@@ -22,7 +21,7 @@ def check_free(url: str, tell: Callable[[str], None] = lambda text: None) -> Non
     Raises:
         BusyError: where one does.
     """
-    with nullcontext() if "://" in url else writing_store():  # what is wrong on the wire says so itself
+    with writing_store():
         RunStore.restore(url)
         store = existing(url)
         if store:

@@ -62,7 +62,9 @@ def writing_store() -> Iterator[None]:
         yield
     except OSError as error:
         room = "free some space, then " if _is_full(error) else ""
-        raise StiffcoreError(f"the store cannot be written: {error}; {room}run again to continue") from error
+        # an error of ours says what was done to which file, and that may have been to read it
+        said = error if isinstance(error, StiffcoreError) else f"the store cannot be written: {error}"
+        raise StiffcoreError(f"{said}; {room}run again to continue") from error
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from stiffcore.store import (
     PIXELS,
     SCRATCH,
     RunStore,
+    StoreError,
     images_chunk_bytes,
     lease,
     same_images,
@@ -202,7 +203,11 @@ def _counted(plan: UnitPlan, unit: Unit) -> UnitPlan:
 def _trusted(store: RunStore) -> tuple[dict[str, UnitRecord], dict[str, str]]:
     """The records that can be trusted, and what is wrong with the others, and with the images."""
     units, damaged = store.whole_units()
-    problems = [f"{part}: {problem}" for part, _, problem in store.read_again(IMAGES, IMAGE_ARRAYS) if problem]
+    parts = [part for part in store.read_again(IMAGES, IMAGE_ARRAYS) if part.problem]
+    for part in parts:
+        if part.unread:  # and may be whole: nothing is made in its place
+            raise StoreError(part.problem)
+    problems = [f"{part.path}: {part.problem}" for part in parts]
     if not problems and not same_images(store, store.settled().identity.images):
         problems = [f"{IMAGES}/{PIXELS}: not the images that the run began with"]
     return units, damaged | ({IMAGES: problems[0]} if problems else {})

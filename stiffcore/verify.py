@@ -15,7 +15,7 @@ from stiffcore.errors import DamagedError, StiffcoreError
 from stiffcore.record import ARRAYS, Stage, UnitRecord
 from stiffcore.run import IMAGE_ARRAYS, Run
 from stiffcore.spectra import certified_choice
-from stiffcore.store import IMAGES, PIXELS, RunStore, same_images, stored_spectrum
+from stiffcore.store import IMAGES, PIXELS, Part, RunStore, same_images, stored_spectrum
 from stiffcore.study import Kind
 from stiffcore.trust import check_code, trusted_network
 
@@ -50,6 +50,7 @@ class Verification:
 
     Attributes:
         findings: one for each damaged part; empty where all is whole.
+        unread: one for each part that cannot be read now, by permissions or a fault of the disk; it may be whole.
         parts: things read: arrays, each with its metadata, and records.
         read_bytes: of these.
         recomputed: certificates that were made again.
@@ -58,11 +59,17 @@ class Verification:
     """
 
     findings: list[Finding] = field(default_factory=list)
+    unread: list[Finding] = field(default_factory=list)
     parts: int = 0
     read_bytes: int = 0
     recomputed: int = 0
     unchecked: dict[str, str] = field(default_factory=dict)
     recorded: bool = True
+
+    @property
+    def problems(self) -> int:
+        """Parts that are damaged, or cannot be read."""
+        return len(self.findings) + len(self.unread)
 
 
 def verify(
@@ -119,9 +126,9 @@ def _verify(
 
     store = run.store
     for path in ("", "units"):
-        _add(found, "", path or "zarr.json", *store.read_metadata(path))
+        _add(found, "", Part(path or "zarr.json", *store.read_metadata(path)))
     _read_again(store, IMAGES, IMAGES, IMAGE_ARRAYS, found)
-    if not found.findings:
+    if not found.problems:
         try:
             problem = "" if same_images(store, run.header.identity.images) else "not the images that the run began with"
         except DamagedError as error:
@@ -130,14 +137,14 @@ def _verify(
     records, damaged = store.whole_units(looking=True)
     keys = run.header.units
     for done, key in enumerate(keys):
-        before = len(found.findings)
+        before = found.problems
         expected = stored_by(records[key]) if key in records else ()
         _read_again(store, f"units/{key}", key, expected, found)
-        if key in damaged and len(found.findings) == before:
+        if key in damaged and found.problems == before:
             found.findings.append(Finding(key, f"units/{key}", damaged[key]))
-        if len(found.findings) == before and _has_spectrum(records[key]):
+        if found.problems == before and _has_spectrum(records[key]):
             _check_number(store, key, found)
-        if certificates and len(found.findings) == before and _has_spectrum(records[key]):
+        if certificates and found.problems == before and _has_spectrum(records[key]):
             try:
                 problem = _recomputed(store, key, records[key], opener)
             except (StiffcoreError, RuntimeError) as error:
@@ -152,15 +159,15 @@ def _verify(
 
 
 def _read_again(store: RunStore, group: str, unit: str, expected: Iterable[str], found: Verification) -> None:
-    for part, size, problem in store.read_again(group, expected):
-        _add(found, unit, part, size, problem)
+    for part in store.read_again(group, expected):
+        _add(found, unit, part)
 
 
-def _add(found: Verification, unit: str, part: str, size: int, problem: str) -> None:
+def _add(found: Verification, unit: str, part: Part) -> None:
     found.parts += 1
-    found.read_bytes += size
-    if problem:
-        found.findings.append(Finding(unit, part, problem))
+    found.read_bytes += part.size
+    if part.problem:
+        (found.unread if part.unread else found.findings).append(Finding(unit, part.path, part.problem))
 
 
 def _has_spectrum(record: UnitRecord) -> bool:

@@ -13,6 +13,7 @@ import tracemalloc
 import warnings
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import scipy.sparse
@@ -23,6 +24,7 @@ from stiffcore import store as store_module
 from stiffcore.errors import BusyError, DamagedError, InputError, NoRunError
 from stiffcore.record import FORMAT, Stage
 from stiffcore.store import RunStore, TiledMatrix
+from stiffcore.store.place import StrangeError
 from tests.records import a_header, a_record, put
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -767,6 +769,29 @@ def test_two_writers_add_to_a_record_in_turn(store):
     other.update(key, ihi=2)
     store.update(key, found=3, ihi=4)
     assert other.record(key) == a_record(ilo=1, ihi=4, found=3)
+
+
+@pytest.mark.parametrize("place", ["{}", "file://{}", "memory://{}"])
+def test_a_file_that_is_larger_than_what_it_declares_is_not_read(tmp_path, monkeypatch, place):
+    """Where it lies makes no difference, nor what the index in a shard says of its tiles."""
+    url = place.format(f"{tmp_path}/run")
+    fs, path = fsspec.core.url_to_fs(url)
+    store = RunStore(url, create=True)
+    store.header = a_header()
+    matrix = TiledMatrix.create(store.unit_group("u"), "matrix", (9, 9), np.dtype("f8"), 2, 4)
+    fill(matrix, np.eye(9))
+    shard = next(name for name in fs.find(f"{path}/units/u/matrix/c") if name.endswith("0/0"))
+    whole = fs.cat_file(shard)
+    fs.pipe_file(shard, whole[:-4] + bytes(100_000) + whole[-4:])
+    with pytest.raises(DamagedError, match=r"a file has 100,\d+ bytes"):
+        TiledMatrix(RunStore(url).unit_group("u"), "matrix").read()
+    for module in ("place", "remote"):
+        monkeypatch.setattr(f"stiffcore.store.{module}.METADATA_MOST", 50_000)
+    header = fs.cat_file(f"{path}/zarr.json")
+    for copy in ("zarr.json", "units/zarr.json"):
+        fs.pipe_file(f"{path}/{copy}", header + b" " * 60_000)
+    with pytest.raises(StrangeError, match=r"zarr.json has .*bytes"):
+        _ = RunStore(url).header
 
 
 def test_a_run_on_a_url_works_as_one_in_a_folder(tmp_path):

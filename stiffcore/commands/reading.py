@@ -58,16 +58,23 @@ def verify(run: str, certificates: bool, trust: bool, as_json: bool) -> None:
     if as_json:
         print_json(asdict(said))
     else:
-        for finding in said.findings:
+        for finding in [*said.findings, *said.unread]:
             say(out, f"{finding.unit or 'the run'}: {finding.part}: {finding.problem}")
         for key, why in said.unchecked.items():
             say(out, f"{key}: its certificate could not be made again: {why}")
         read = f"{said.parts} parts read, {format_bytes(said.read_bytes)}"
         made = f"; {counted(said.recomputed, 'certificate', 'certificates')} made again" if certificates else ""
-        say(out, f"{read}{made}: {'all whole' if not said.findings else 'damaged'}")
+        say(
+            out,
+            f"{read}{made}: {'damaged' if said.findings else 'not all could be read' if said.unread else 'all whole'}",
+        )
+    unread = f"{counted(len(said.unread), 'part', 'parts')} cannot be read now, of which nothing is known"
     if said.findings:
         anew = f"`stiffcore run {run}` makes just these anew" if said.recorded else "nothing could be recorded there"
-        raise StiffcoreError(f"{len(said.findings)} parts are damaged; {anew}")
+        also = f"; {unread}" if said.unread else ""
+        raise StiffcoreError(f"{counted(len(said.findings), 'part is', 'parts are')} damaged; {anew}{also}")
+    if said.unread:
+        raise StiffcoreError(f"{unread}: look at their permissions, and at the disk")
     if said.unchecked:
         raise StiffcoreError(f"{len(said.unchecked)} certificates could not be made again; what is stored stays")
 

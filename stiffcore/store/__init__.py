@@ -23,7 +23,17 @@ from stiffcore.store.inputs import PIXELS, images_chunk_bytes, read_image, same_
 from stiffcore.store.lock import Lease, lease
 from stiffcore.store.metadata import is_there
 from stiffcore.store.place import StoreError
-from stiffcore.store.runs import COMPONENT, COMPONENTS, DIVISION, HISTOGRAM, IMAGES, SCRATCH, RunStore, stored_spectrum
+from stiffcore.store.runs import (
+    COMPONENT,
+    COMPONENTS,
+    DIVISION,
+    HISTOGRAM,
+    IMAGES,
+    SCRATCH,
+    Part,
+    RunStore,
+    stored_spectrum,
+)
 from stiffcore.store.tiles import TiledMatrix, file_rows
 from stiffcore.store.workspace import StoredWorkspace
 
@@ -36,6 +46,7 @@ __all__ = [
     "PIXELS",
     "SCRATCH",
     "Lease",
+    "Part",
     "RunStore",
     "StoreError",
     "StoredWorkspace",

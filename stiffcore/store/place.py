@@ -7,7 +7,7 @@ file nor folder is refused, whatever asked for it. Who can write to the folder w
 import asyncio
 import os
 import stat
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,22 @@ def file_size(path: Path) -> int:
         return 0
 
 
+def files_below(root: Path, prefix: str) -> Iterator[str]:
+    """The files in a folder of a run and in all folders in it, by name in the run.
+
+    Raises:
+        StoreError: where one of the folders cannot be listed: what is in it is not gone.
+    """
+
+    def unlisted(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise StoreError(f"{error.filename} cannot be read: {error.strerror}", error) from error
+
+    for folder, _, names in os.walk(root / prefix, onerror=unlisted):
+        paths = (Path(folder) / name for name in names)
+        yield from (path.relative_to(root).as_posix() for path in paths if path.is_file())
+
+
 class _LocalPlace(LocalStore):
     """A run in a folder. What goes wrong in reading is a `StoreError`; in writing, what the system says."""
 
@@ -175,7 +191,7 @@ class _LocalPlace(LocalStore):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         check_path(self.root, prefix.rstrip("/"), "folder")
-        async for key in super().list_prefix(prefix):
+        for key in files_below(self.root, prefix.rstrip("/")):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:

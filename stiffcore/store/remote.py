@@ -5,17 +5,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zarr.abc.store import ByteRequest, Store
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore
 
 from stiffcore.errors import InputError
 from stiffcore.store.place import (
+    METADATA_MOST,
     StoreError,
+    StrangeError,
     check_metadata_size,
     check_name,
     check_path,
     file_size,
+    files_below,
     local_folder,
     open_folder,
 )
@@ -41,12 +44,20 @@ class _RemoteStore(FsspecStore):
         try:
             yield
         except Exception as error:
-            place = f"{self.fs.unstrip_protocol(self.path)}/{key}".rstrip("/")
-            raise StoreError(f"{place} cannot be {doing}: {error or type(error).__name__}", error) from error
+            raise StoreError(f"{self._place(key)} cannot be {doing}: {error or type(error).__name__}", error) from error
+
+    def _place(self, key: str) -> str:
+        return f"{self.fs.unstrip_protocol(self.path)}/{key}".rstrip("/")
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        bounded = byte_range is None and key.endswith(".json")
         with self._wire("read", key):
-            return await super().get(key, prototype, byte_range)
+            # one byte too many is enough to know, without a second request for the size
+            part = RangeByteRequest(0, METADATA_MOST + 1) if bounded else byte_range
+            found = await super().get(key, prototype, part)
+        if bounded and found is not None and len(found) > METADATA_MOST:
+            raise StrangeError(f"{self._place(key)} has more bytes than any metadata of a run: remove it")
+        return found
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -97,20 +108,33 @@ class _RemoteStore(FsspecStore):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         with self._wire("listed", prefix, "folder"):
+            folder = local_folder(self.fs, self.path)
+            if folder is not None:  # fsspec leaves out what cannot be listed
+                for key in files_below(folder, prefix.rstrip("/")):
+                    yield key
+                return
             async for key in super().list_prefix(prefix):
                 yield key
 
     async def sizes(self, prefix: str) -> dict[str, int]:
         """Bytes of each object below a prefix, by name."""
         with self._wire("listed", prefix, "folder"):
+            folder = local_folder(self.fs, self.path)
+            if folder is not None:
+                return {key: file_size(folder / key) for key in files_below(folder, prefix.rstrip("/"))}
             found = await self.fs._find(f"{self.path}/{prefix}", detail=True, withdirs=False)
         return {name: int(facts["size"]) for name, facts in found.items()}
 
     async def size(self, key: str) -> int:
-        """Bytes of a file on this machine; 0 elsewhere, where to ask would take as long as to read."""
+        """Bytes of an object; 0 where it is not there: whoever reads it says so."""
         with self._wire("read", key):
             folder = local_folder(self.fs, self.path)
-            return file_size(folder / key) if folder else 0
+            if folder:
+                return file_size(folder / key)
+            try:
+                return int((await self.fs._info(f"{self.path}/{key}"))["size"])
+            except FileNotFoundError:
+                return 0
 
     async def names(self) -> tuple[str, ...]:
         """What lies at the root; the place need not exist, but its bucket must."""

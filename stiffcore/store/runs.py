@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ COMPONENT, COMPONENTS = "component", "components"
 HISTOGRAM = ("histogram", "histogram_edges")
 # The group of the inputs.
 IMAGES = "images"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something stored that was read again.
+
+    Attributes:
+        path: in the run.
+        size: bytes read.
+        problem: what is wrong with it; empty where nothing is.
+        unread: whether that is only that it cannot be read now, by permissions or a fault of the disk.
+    """
+
+    path: str
+    size: int
+    problem: str
+    unread: bool = False
 
 
 class RunStore(Holder):
@@ -367,7 +385,7 @@ class RunStore(Holder):
         except UNREADABLE as error:
             raise DamagedError(f"{where}: {error}") from error
 
-    def read_again(self, group: str, expected: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+    def read_again(self, group: str, expected: Iterable[str]) -> Iterator[Part]:
         """Read a group's metadata and all of its arrays, against their digests and checksums.
 
         Args:
@@ -375,24 +393,24 @@ class RunStore(Holder):
             expected: arrays that must be there, whole.
 
         Yields:
-            The path of a thing, its bytes, and what is wrong with it, or nothing.
+            The metadata, and each array.
         """
         try:
-            yield (group, *self.read_metadata(group))
+            yield Part(group, *self.read_metadata(group))
             names, expected = sorted(sync(names_in(self._store, group))), set(expected)
         except (DamagedError, StoreError) as error:
             if self.local is None and isinstance(error, StoreError):
                 raise
-            yield group, 0, str(error)
+            yield Part(group, 0, str(error), unread=isinstance(error, StoreError))
             return
-        yield from ((f"{group}/{name}", 0, "is gone") for name in sorted(expected.difference(names)))
+        yield from (Part(f"{group}/{name}", 0, "is gone") for name in sorted(expected.difference(names)))
         for name in names:
             if name.endswith("_tiles") and name.removesuffix("_tiles") in names:
                 continue
             if name in SCRATCH and name not in expected and f"{name}_tiles" not in names:
                 continue  # of a stage that was not finished: made again
             parts = [part for part in (name, f"{name}_tiles") if part in names]
-            size, problem = 0, ""
+            size, problem, unread = 0, "", False
             try:
                 checks = [self.read_metadata(f"{group}/{part}") for part in parts]
                 size, problem = sum(c[0] for c in checks), "; ".join(c[1] for c in checks if c[1])
@@ -403,8 +421,9 @@ class RunStore(Holder):
             except (*UNREADABLE, DamagedError, StoreError) as error:
                 if self.local is None and isinstance(error, StoreError):
                     raise
+                unread = not problem and isinstance(error, StoreError)
                 problem = problem or str(error)
-            yield f"{group}/{name}", size, problem
+            yield Part(f"{group}/{name}", size, problem, unread)
 
     def _read_through(self, path: str) -> int:
         """Read an array against its checksums, a chunk's rows at a time.

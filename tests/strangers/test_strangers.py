@@ -3,6 +3,8 @@
 import inspect
 import json
 import random
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -136,3 +138,22 @@ def test_a_name_that_leaves_the_run_is_refused_by_every_store(tmp_path, name):
             if name:
                 with pytest.raises(StrangeError):
                     sync(work(name))
+
+
+def test_what_cannot_be_read_is_said_to_be_so_and_not_taken_for_damage(folder):
+    """Its permissions may come back: it is not made anew, and nothing of it is deleted."""
+    program = Path(__file__).parents[1] / "programs/unreadable.py"
+    found = subprocess.run(
+        [sys.executable, program, folder], cwd=folder, check=True, capture_output=True, text=True, timeout=300
+    )
+    refused = 0
+    for path, command, code, said, told, problems in json.loads(found.stdout):
+        case, lines = (path, command, said, told), told.splitlines()
+        assert problems == [], case
+        assert "Traceback" not in said + told, case
+        assert sum(line.startswith("error: ") for line in lines) == (code != 0), case
+        if code:
+            assert "cannot be read" in said + told or "Permission denied" in told, case
+            assert "makes just these anew" not in told, case
+            refused += 1
+    assert refused > 40
