@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-# Root reads everything, by CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH; a thread has its own, so they go before others start.
+# Root reads everything, by CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH. A thread has its own: before others start.
 DROPPED = 1 << 1 | 1 << 2
 VERSION = 0x20080522
 COMMANDS = ("status", "show", "verify", "export", "run --trust")
