@@ -47,6 +47,7 @@ from stiffcore.store import (
 )
 from stiffcore.study import (
     FAILED,
+    IN_MEMORY,
     Device,
     Keep,
     Solver,
@@ -151,7 +152,9 @@ def prepare(
     found: Survey | None = None
     if not header or damaged or given.keys() - {"memory", "keep", "solver", "device_memory"}:
         check_code(study, given.get("network", trusted), url)
-        found = _surveyed(executor, study, module, images, workers)
+        others = given.keys() & {"images", "index", "count", "per_label", "data_root", "download"}
+        has_them = header is not None and IMAGES not in damaged and not others and study.images != IN_MEMORY
+        found = _surveyed(executor, study, module, images, workers, url if has_them else None)
         if header:
             _check_same(asdict(header.identity), asdict(found.identity), url)
         study = found.study
@@ -255,18 +258,20 @@ IMAGES_A_LOOK = 8
 LOOK_BYTES = 400 << 20
 
 
-def _surveyed(executor: Executor, study: Study, module: Any, images: Any, workers: int | None) -> Survey:
+def _surveyed(
+    executor: Executor, study: Study, module: Any, images: Any, workers: int | None, stored: str | None
+) -> Survey:
     """Look at network and images: in one worker, or where there are many images in as many as will work on them.
 
-    Of images in memory, each gets its own.
+    Of images in memory, each gets its own; those of the run `stored` are read there.
     """
     asked = len(images) if images is not None else study.count or len(study.index or ()) or 10 * (study.per_label or 0)
     parts = min(_lookers(executor, study, workers), asked // IMAGES_A_LOOK)
     if parts <= 1:
-        return executor.submit(_survey, study, module, images, 0, 1).result()
+        return executor.submit(_survey, study, module, images, stored, 0, 1).result()
     executor.scale(parts)
     shares = [None if images is None else images.every(part, parts) for part in range(parts)]
-    looks = [executor.submit(_survey, study, module, share, part, parts) for part, share in enumerate(shares)]
+    looks = [executor.submit(_survey, study, module, share, stored, part, parts) for part, share in enumerate(shares)]
     return merged([look.result() for look in looks])
 
 
@@ -279,9 +284,10 @@ def _lookers(executor: Executor, study: Study, workers: int | None) -> int:
     return min(workers or len(psutil.Process().cpu_affinity()), room // (there[0].reserved_bytes + LOOK_BYTES))
 
 
-def _survey(study: Study, module: Any, images: Any, part: int, parts: int, emit: OnEvent) -> Survey:
-    from stiffcore.survey import survey
+def _survey(study: Study, module: Any, images: Any, stored: str | None, part: int, parts: int, emit: OnEvent) -> Survey:
+    from stiffcore.survey import stored_images, survey
 
+    images = stored_images(stored, study) if stored else images
     found = survey(study, module, images, part, parts)
     release_free_memory(cycles=True)  # what this process holds from here on is reserved
     return found

@@ -24,8 +24,9 @@ from stiffcore.networks.blocks import (
     refuse_random,
     residual_blocks,
 )
-from stiffcore.networks.images import Images, load_images, network_input
+from stiffcore.networks.images import Images, Pixels, load_images, network_input
 from stiffcore.networks.zoo import Network, load_network, wrap_network
+from stiffcore.store import IMAGES, RunStore, read_image
 from stiffcore.study import (
     FAILED,
     IN_MEMORY,
@@ -59,7 +60,8 @@ def survey(
     Args:
         study: what was asked.
         module: the network, where the study says `in memory`.
-        images: those of this part, where the study says `in memory`.
+        images: those of this part, where the study says `in memory`; of a run that has its images, all of them
+            (`stored_images`); None: from their source.
         part: look only at every so many-th image from this one on.
         parts: how many there are; `study.merged` puts them together.
 
@@ -196,6 +198,20 @@ def open_images(study: Study) -> Images:
         per_label=study.per_label,
         allowed=study.memory,
     )
+
+
+def stored_images(url: str, study: Study) -> Images:
+    """The images of a run, as it has them, read one at a time: their source may be gone since.
+
+    Raises:
+        DamagedError: where they cannot be read.
+    """
+    store = RunStore(url)
+    y, index = (store.get_array(IMAGES, name) for name in ("y", "index"))
+    digests = store.settled().identity.images
+    first = read_image(store, 0, digests[0])
+    pixels = Pixels((len(digests), *first.shape), lambda i: read_image(store, i, digests[i]))
+    return Images(pixels, y, index, study.images)
 
 
 def image_input(image: np.ndarray, study: Study) -> torch.Tensor:

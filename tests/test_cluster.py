@@ -118,7 +118,7 @@ def test_units_go_to_the_workers_and_give_the_bytes_of_one_process(small, cluste
 
 
 def test_where_a_cuda_driver_is_loaded_workers_are_not_forked(small, monkeypatch):
-    monkeypatch.setattr("stiffcore.cluster.CUDA_DRIVER", "/dev/null")
+    monkeypatch.setattr("stiffcore.cluster.connect.CUDA_DRIVER", "/dev/null")
     with local_workers(lambda event: None) as executor:
         assert executor.submit(_was_forked).result() is False
         prepared = prepare(str(small / "run"), ONE | {"device": "cpu"}, executor, workers=1)
@@ -204,7 +204,7 @@ def test_a_cluster_that_asks_for_a_key_is_reached_with_one(small, monkeypatch):
     for name, text in (("ca", key.tls_ca_file), ("cert", key.tls_client_cert), ("key", key.tls_client_key)):
         (small / f"{name}.pem").write_text(text)
     files = [str(small / f"{name}.pem") for name in ("ca", "cert", "key")]
-    monkeypatch.setattr("stiffcore.cluster.CONNECT_S", 3)
+    monkeypatch.setattr("stiffcore.cluster.connect.CONNECT_S", 3)
     with local_workers(lambda event: None) as ours:
         address = ours._client.scheduler.address
         with pytest.raises(stiffcore.InputError, match="cannot be reached"), workers_at(address, print):
@@ -464,14 +464,14 @@ def test_a_run_shares_a_divided_unit_among_the_workers_asked_for(small):
     ],
 )
 def test_a_scheduler_that_cannot_be_had_is_refused(scheduler, says, monkeypatch):
-    monkeypatch.setattr("stiffcore.cluster.CONNECT_S", 1)
+    monkeypatch.setattr("stiffcore.cluster.connect.CONNECT_S", 1)
     with pytest.raises(stiffcore.InputError, match=says), workers_at(scheduler, print):
         pass
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "a page"])
 def test_what_listens_but_is_no_scheduler_is_refused_in_time(says, monkeypatch):
-    monkeypatch.setattr("stiffcore.cluster.CONNECT_S", 0.5)
+    monkeypatch.setattr("stiffcore.cluster.connect.CONNECT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
@@ -508,7 +508,7 @@ def test_workers_that_cannot_be_used_are_named_and_get_nothing(cluster, monkeypa
         assert {executor.submit(_was_in).result() for _ in range(6)} == {second}
         with pytest.raises(StiffcoreError, match="no worker of the cluster can be used"):
             executor.pass_over(_is_not, second)
-    monkeypatch.setattr("stiffcore.cluster.__version__", "another")
+    monkeypatch.setattr("stiffcore.cluster.connect.__version__", "another")
     with (
         pytest.raises(StiffcoreError, match=r"it has stiffcore .* and here is another"),
         workers_at(cluster.file, print),
@@ -541,7 +541,7 @@ def test_what_waits_for_a_worker_that_is_gone_is_given_up_and_one_that_joins_is_
         os.kill(first, signal.SIGKILL)
         with pytest.raises(WorkerDiedError):
             waiting.result(timeout=60)
-        monkeypatch.setattr("stiffcore.cluster.NONE_LEFT_S", 1)
+        monkeypatch.setattr("stiffcore.cluster.workers.NONE_LEFT_S", 1)
         with pytest.raises(ConnectionLostError, match="no worker that can be used"):
             executor.submit(_was_in)
         path.unlink()
@@ -555,7 +555,7 @@ def test_what_waits_for_a_worker_that_is_gone_is_given_up_and_one_that_joins_is_
             executor.submit(_was_in)
         path.touch()
         cluster.worker()
-        monkeypatch.setattr("stiffcore.cluster.NONE_LEFT_S", 60)
+        monkeypatch.setattr("stiffcore.cluster.workers.NONE_LEFT_S", 60)
         assert executor.submit(_was_in).result(timeout=60) != first
 
 
@@ -573,7 +573,7 @@ def test_no_space_in_shared_memory_is_not_blamed_on_a_script(monkeypatch):
 
 
 def test_a_cluster_without_workers_is_refused(cluster, monkeypatch):
-    monkeypatch.setattr("stiffcore.cluster.WORKERS_S", 1)
+    monkeypatch.setattr("stiffcore.cluster.connect.WORKERS_S", 1)
     with pytest.raises(stiffcore.InputError, match="has no worker"), workers_at(cluster.file, print):
         pass
 
@@ -599,8 +599,8 @@ def test_a_gpu_that_no_worker_declares_is_refused(small, cluster):
 
 
 def test_blocks_of_a_shared_unit_go_to_no_worker_that_joined_since(monkeypatch):
-    monkeypatch.setattr(stiffcore.cluster._Shared, "usable", frozenset({"tcp://a", "tcp://gone"}))
-    assert stiffcore.cluster._sharing({"tcp://joined": 1, "tcp://a": 2}) == ["tcp://a"]
-    assert stiffcore.cluster._sharing({"tcp://joined": 1}) == []
-    monkeypatch.setattr(stiffcore.cluster._Shared, "usable", None)  # our own cluster
-    assert stiffcore.cluster._sharing({"tcp://b": 1, "tcp://a": 2}) == ["tcp://a", "tcp://b"]
+    monkeypatch.setattr(stiffcore.cluster.workers.Shared, "usable", frozenset({"tcp://a", "tcp://gone"}))
+    assert stiffcore.cluster.workers.sharing({"tcp://joined": 1, "tcp://a": 2}) == ["tcp://a"]
+    assert stiffcore.cluster.workers.sharing({"tcp://joined": 1}) == []
+    monkeypatch.setattr(stiffcore.cluster.workers.Shared, "usable", None)  # our own cluster
+    assert stiffcore.cluster.workers.sharing({"tcp://b": 1, "tcp://a": 2}) == ["tcp://a", "tcp://b"]

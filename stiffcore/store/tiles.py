@@ -68,7 +68,6 @@ class TiledMatrix:
         if self._tiles.shape != tiles or self._tiles.chunks != (tiles[0], 1) or self._tiles.dtype != np.uint8:
             raise DamagedError(f"{where}: its tiles are not those of NAME_tiles")
         check_memory(tiles[0] * tiles[1], f"{where}_tiles")
-        self._checked: set[tuple[int, int]] = set()  # files whose size was looked at: on a URL, a request each
 
     @classmethod
     def create(
@@ -188,15 +187,12 @@ class TiledMatrix:
 
     def _check_file(self, band: int, shard: int, where: str) -> None:
         """Refuse a file with more in it than its tiles, their checksums and where each begins."""
-        if (band, shard) in self._checked:
-            return
         tiles = self._band // self.tile
         most = tiles * (self.tile * self.shard * self.dtype.itemsize + CHECKSUM_BYTES + INDEX_BYTES) + CHECKSUM_BYTES
         path = self._data.store_path / self._file(band, shard)
         size = sync(path.store.size(path.path))  # type: ignore[attr-defined]  # the stores of a run have it
         if size > most:
             raise DamagedError(f"{where}: a file has {size:,} bytes, and its tiles have {most:,} at most")
-        self._checked.add((band, shard))
 
     def _bands(self, block: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[int, np.ndarray]]:
         """The bands of a block that may hold a nonzero, dense and writeable, each with its first row."""
