@@ -38,7 +38,7 @@ def plan(
         print_json(tables.plan_rows(prepared.plan, prepared.left_out))
     else:
         _announce(prepared)
-        out.print_table(tables.plan_table(prepared.plan))
+        out.print_table(tables.plan_table(prepared.plan, out.width))
         say(out, tables.plan_summary(prepared.plan))
     if not any(p.works for p in prepared.plan.units):
         check_budget(prepared.plan)

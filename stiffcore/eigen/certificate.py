@@ -94,7 +94,8 @@ def certify_ends(
     upper = np.flatnonzero(values.imag >= 0)
     some = Eigenvectors(vectors.right[:, upper], vectors.left[:, upper], vectors.converged[upper])
     around = replace(ends, discs=tuple(ends.discs[at] for at in upper) if ends.discs else ())
-    found = certify(reduction, values, upper, some, moments, complete=False, ends=around)
+    located = _located(reduction, None) if 0 < reduction.k <= FULL_ORDER else None
+    found = certify(reduction, values, upper, some, moments, complete=False, ends=around, located=located)
     failures = list(found.failures)
     for name, agreed in (("largest", right_end), ("smallest", left_end)):
         if not agreed:
@@ -318,9 +319,14 @@ def locate(reduction: Reduction, values: np.ndarray, matrix: np.ndarray | None) 
     k = reduction.k
     if not k or len(values) != k or not np.isfinite(values).all() or (matrix is None and k > FULL_ORDER):
         return None
+    return _located(reduction, matrix)
+
+
+def _located(reduction: Reduction, matrix: np.ndarray | None) -> Inclusion:
     if matrix is None:
-        starts = range(0, k, PANEL)
-        matrix = np.hstack([reduction.columns(at, min(at + PANEL, k)).cpu().numpy() for at in starts])
+        starts = range(0, reduction.k, PANEL)
+        stops = (min(at + PANEL, reduction.k) for at in starts)
+        matrix = np.hstack([reduction.columns(*at).cpu().numpy() for at in zip(starts, stops, strict=True)])
     return inclusion(matrix.astype(np.float64), distance_of(reduction))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -21,29 +22,47 @@ if TYPE_CHECKING:  # each takes a third of a second and more to import
     from stiffcore.plan import Plan
 
 
-def plan_table(plan: Plan) -> Table:
-    """One row a unit, cheap first: what it is, how it will be solved, and what that takes."""
-    images = len({p.unit.image for p in plan.units}) > 1
-    table = _table("Plan", f"{plan.workers} side by side, {counted(plan.threads, 'thread', 'threads')} each")
-    for name in (["image"] if images else []) + ["block", "function"]:
-        table.add_column(name)
-    for name in ("n", "k", "memory", "device", "disk", "moved", "flops", "time"):
-        table.add_column(name, justify="right")
-    table.add_column("solver")
-    table.add_column("why", overflow="fold")
+# Columns of the plan: header, rank (those of the highest are left out first where not all fit, of 0 never), what of a
+# unit that is worked on.
+PLAN_COLUMNS: tuple[tuple[str, int, Callable[[UnitPlan], str]], ...] = (
+    ("n", 0, lambda p: f"{p.unit.n:,}"),
+    ("k", 1, lambda p: f"{p.unit.k:,}"),
+    ("memory", 0, lambda p: format_bytes(p.projected_bytes)),
+    ("device", 2, lambda p: format_bytes(p.device_bytes) if p.device_bytes else "-"),
+    ("disk", 3, lambda p: format_bytes(p.disk_bytes)),
+    ("moved", 5, lambda p: format_bytes(p.moved_bytes)),
+    ("flops", 4, lambda p: f"{p.flops:.1e}"),
+    ("time", 0, lambda p: seconds(p.seconds)),
+    ("solver", 0, lambda p: str(p.solver)),
+)
+
+
+def plan_table(plan: Plan, width: int = 180) -> Table:
+    """One row a unit, cheap first: what it is, how it will be solved, what that takes, and below the table why.
+
+    Args:
+        plan: of a run.
+        width: of the console; where not all columns fit, those are left out that matter least.
+    """
+    device = any(p.device_bytes for p in plan.units)
+    columns = [column for column in PLAN_COLUMNS if column[0] != "device" or device]
+    notes: dict[str, int] = {}
+    rows = []
     for p in plan.units:
-        n = "-" if p.unit.route == FAILED else f"{p.unit.n:,}"
-        cells = [_block(p.unit.number, p.unit.block), str(p.unit.function), n]
+        unit = p.unit
+        lead = [str(unit.image), _block(unit.number, unit.block), str(unit.function)]
+        why = f"{p.why}; {unit.reason}" if p.works else p.why
+        number = notes.setdefault(why, len(notes) + 1)
         if p.works:
-            device = format_bytes(p.device_bytes) if p.device_bytes else "-"
-            cells += [f"{p.unit.k:,}", format_bytes(p.projected_bytes), device, format_bytes(p.disk_bytes)]
-            cells += [format_bytes(p.moved_bytes), f"{p.flops:.1e}", seconds(p.seconds)]
-            cells += [str(p.solver), f"{p.why}; {p.unit.reason}"]
-        else:
-            cells += [f"{p.unit.k:,}" if p.refused else "-", *["-"] * 6]
-            cells += ["refused" if p.refused else "failed" if p.unit.route == FAILED else "-", p.why]
-        table.add_row(*([str(p.unit.image)] if images else []), *cells)
-    return table
+            rows.append((lead, [show(p) for _, _, show in columns], f"({number})"))
+            continue
+        cells = ["-"] * (len(columns) - 1)
+        cells[0] = "-" if unit.route == FAILED else f"{unit.n:,}"
+        cells[1] = f"{unit.k:,}" if p.refused else "-"
+        state = "refused" if p.refused else "failed" if unit.route == FAILED else "-"
+        rows.append((lead, [*cells, state], f"({number})"))
+    caption = [f"{plan.workers} side by side, {counted(plan.threads, 'thread', 'threads')} each", *_below(notes)]
+    return _fitted("Plan", caption, [(header, rank) for header, rank, _ in columns], "why", rows, width)
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
@@ -143,19 +162,19 @@ def _note(record: UnitRecord) -> str:
     return record.unit.reason
 
 
-# Columns of the metrics table: header, width from which there is room for it, how a row is shown.
+# Columns of the metrics table: header, rank (those of the highest are left out first, of 0 never), how a row is shown.
 COLUMNS: tuple[tuple[str, int, Callable[[pd.Series], str]], ...] = (
     ("n", 0, lambda row: f"{row['n']:,}"),
-    ("k", 120, lambda row: f"{row['k']:,}"),
-    ("S", 120, lambda row: spell(row["S"])),
+    ("k", 3, lambda row: f"{row['k']:,}"),
+    ("S", 2, lambda row: spell(row["S"])),
     ("S active", 0, lambda row: spell(row["S_active"], 7)),
     ("+-", 0, lambda row: spell(row["S_active_error"], 2)),
     ("Re<0 %", 0, lambda row: spell_share(row, "negative")),
-    ("Re=0 %", 140, lambda row: percent(row["zero"])),
-    ("near axis", 100, lambda row: f"{int(row['near_axis'])}"),
-    ("max Re", 140, lambda row: spell(row["abscissa"])),
-    ("min Re active", 160, lambda row: spell(row["min_re_active"])),
-    ("error", 160, lambda row: spell(row["value_error"], 2)),
+    ("Re=0 %", 3, lambda row: percent(row["zero"])),
+    ("near axis", 1, lambda row: f"{int(row['near_axis'])}"),
+    ("max Re", 4, lambda row: spell(row["abscissa"])),
+    ("min Re active", 5, lambda row: spell(row["min_re_active"])),
+    ("error", 5, lambda row: spell(row["value_error"], 2)),
 )
 
 
@@ -164,48 +183,113 @@ SINGULAR_COLUMNS: tuple[tuple[str, int, Callable[[pd.Series], str]], ...] = (
     ("largest", 0, lambda row: spell(row["radius"], 7)),
     ("condition", 0, lambda row: spell(row["condition"], 7)),
     ("+-", 0, lambda row: spell(row["S_active_error"], 2)),
-    ("zero %", 100, lambda row: percent(row["zero"])),
-    ("effective rank", 100, lambda row: spell(row["effective_rank"])),
-    ("nuclear", 140, lambda row: spell(row["nuclear_norm"])),
-    ("Frobenius", 140, lambda row: spell(row["frobenius_norm"])),
-    ("error", 160, lambda row: spell(row["value_error"], 2)),
+    ("zero %", 1, lambda row: percent(row["zero"])),
+    ("effective rank", 1, lambda row: spell(row["effective_rank"])),
+    ("nuclear", 2, lambda row: spell(row["nuclear_norm"])),
+    ("Frobenius", 2, lambda row: spell(row["frobenius_norm"])),
+    ("error", 5, lambda row: spell(row["value_error"], 2)),
 )
 
 
 def metrics_table(rows: pd.DataFrame, width: int = 180, kind: str = "matrix") -> Table:
     """One row a unit: S, S_active with its error, the shares by sign, the extremes, and whether it is certified.
 
+    What the verdicts rest on, and what they leave open, stands below the table, each once.
+
     Args:
         rows: from `Run.metrics`.
-        width: of the console; a narrow one shows fewer columns.
+        width: of the console; where not all columns fit, those are left out that matter least.
         kind: of the spectra.
     """
-    images = rows["image"].nunique() > 1
-    functions = ", ".join(sorted(set(rows["function"])))
-    sliced = kind == Kind.TENSOR_SLICES
-    table = _table(f"{kind} spectra of {functions}", _images_caption(rows) + (SLICES_CAPTION if sliced else ""))
-    for name in (["image"] if images else []) + ["block", "function"]:
-        table.add_column(name, no_wrap=True)
     chosen = SINGULAR_COLUMNS if kind == Kind.SINGULAR else COLUMNS
-    columns = [(header, show) for header, least, show in chosen if width >= least]
+    sliced = kind == Kind.TENSOR_SLICES
     if sliced:  # as Tables 10 and 11 of the paper; S is as S active wherever an eigenvalue is negative
-        sizes = [(name, _thousands(name)) for name in ("elements", "eigenvalues")]
-        columns = sizes + [(header, show) for header, show in columns if header not in ("n", "S")]
-    for header, _ in columns:
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("certified", overflow="fold", min_width=len("no spectrum"))
+        sizes = tuple((name, 0, _thousands(name)) for name in ("elements", "eigenvalues"))
+        chosen = sizes + tuple(column for column in chosen if column[0] not in ("n", "S"))
+    notes: dict[str, int] = {}
+    shown = []
     for _, row in rows.iterrows():
-        lead = ([str(row["image_index"])] if images else []) + [_block(row["number"], row["block"]), row["function"]]
+        lead = [str(row["image_index"]), _block(row["number"], row["block"]), row["function"]]
         if row["state"] in DONE:
-            cells = [show(row) for _, show in columns]
-            verdict = "yes" if row["certified"] else "NO"
-            verdict += f", {row['basis']}" if row["solver"] == Solver.EXTREMES else ""
-            table.add_row(*lead, *cells, verdict + (f": {row['note']}" if row["note"] else ""))
+            shown.append((lead, [show(row) for _, _, show in chosen], _verdict(row, notes)))
         else:
             n = f"{row['n']:,}" if row["n"] == row["m"] else f"{row['m']:,} x {row['n']:,}"
             n = "-" if row["route"] == FAILED else n
-            table.add_row(*lead, n, *["-"] * (len(columns) - 1), row["state"])
+            shown.append((lead, [n, *["-"] * (len(chosen) - 1)], row["state"]))
+    title = f"{kind} spectra of {', '.join(sorted(set(rows['function'])))}"
+    caption = [_images_caption(rows), *([SLICES_CAPTION] if sliced else []), *_below(notes)]
+    return _fitted(title, caption, [(header, rank) for header, rank, _ in chosen], "certified", shown, width)
+
+
+def _verdict(row: pd.Series, notes: dict[str, int]) -> str:
+    """Whether a spectrum is certified, with the numbers of the notes that go with it, new ones added."""
+    basis = row["basis"].split(", margin ")[0] if row["solver"] == Solver.EXTREMES else ""
+    where = f"{_block(row['number'], row['block'])} {row['function']}, image {row['image_index']}"
+    said = [basis, f"{where}: {row['note']}" if row["note"] else ""]
+    numbers = [str(notes.setdefault(text, len(notes) + 1)) for text in said if text]
+    return ("yes" if row["certified"] else "NO") + (f" ({', '.join(numbers)})" if numbers else "")
+
+
+# Of a table of units: image, block and function; the cells of its columns; what stands last.
+_Row = tuple[list[str], list[str], str]
+
+
+def _below(notes: Mapping[str, int]) -> list[str]:
+    """Notes as lines below a table."""
+    return [f"({number}) {text}" for text, number in notes.items()]
+
+
+def _fitted(
+    title: str,
+    caption: Sequence[str],
+    columns: Sequence[tuple[str, int]],
+    last: str,
+    rows: Sequence[_Row],
+    width: int,
+) -> Table:
+    """A table of units with as many columns as fit; nothing in it is cropped.
+
+    Args:
+        title: above it; it names the function where all units have the same.
+        caption: lines below it.
+        columns: headers and ranks: of those that do not fit, the highest rank is left out first, and 0 never.
+        last: header of the last column, which stays.
+        rows: of it.
+        width: of the console.
+    """
+    leads = [name for at, name in enumerate(("image", "block", "function")) if at == 1 or _several(rows, at)]
+    at_lead = [("image", "block", "function").index(name) for name in leads]
+    kept = list(range(len(columns)))
+
+    def taken() -> int:
+        shown = [*leads, *(columns[at][0] for at in kept), last]
+        cells = [[*(r[0][at] for at in at_lead), *(r[1][at] for at in kept), r[2]] for r in rows]
+        return 1 + sum(3 + max(map(len, column)) for column in zip(shown, *cells, strict=True))
+
+    while taken() > width and any(columns[at][1] for at in kept):
+        kept.remove(max(kept, key=lambda at: (columns[at][1], at)))
+    table = _table(title, "\n".join(caption))
+    fold: Callable[[str], str] = str
+    if taken() > width:
+        fold = _folded
+        table.box, table.show_edge, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, False, False, True
+    for name in leads:
+        table.add_column(name, overflow="fold")
+    for at in kept:
+        table.add_column(columns[at][0], justify="right")
+    table.add_column(last, no_wrap=True)
+    for lead, cells, end in rows:
+        table.add_row(*(lead[at] for at in at_lead), *(fold(cells[at]) for at in kept), end)
     return table
+
+
+def _several(rows: Sequence[_Row], at: int) -> bool:
+    return len({lead[at] for lead, _, _ in rows}) > 1
+
+
+def _folded(text: str) -> str:
+    """A share with its interval, or two sizes, a line each."""
+    return text.replace(" (", "\n(").replace(" to ", " to\n").replace(" x ", " x\n")
 
 
 def _thousands(name: str) -> Callable[[pd.Series], str]:
@@ -218,7 +302,7 @@ def percent(share: float) -> str:
 
 
 SLICES_CAPTION = (
-    "\neigenvalues = elements of the Jacobian / W: one W x W matrix for each output number and input channel; k of "
+    "eigenvalues = elements of the Jacobian / W: one W x W matrix for each output number and input channel; k of "
     "them are not zero. They are no eigenvalues of the Jacobian itself (kind matrix)."
 )
 
