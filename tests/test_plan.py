@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stiffcore import memory
+from stiffcore.commands import progress
 from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.errors import InputError
-from stiffcore.plan import Plan, check_budget, check_disk, make_plan, plan_below
-from stiffcore.record import UnitPlan
+from stiffcore.plan import UNIT_SECONDS, Plan, check_budget, check_disk, make_plan, plan_below
+from stiffcore.record import Ended, UnitPlan
 from stiffcore.solvers.projection import Machine
 from stiffcore.study import BlockFunction, Keep, Kind, Precision, Solver, Study, Unit
 
@@ -210,7 +211,7 @@ def test_no_order_is_a_plan_too():
     (p,) = plan.units
     assert p.works
     assert (p.chunk, p.flops, p.disk_bytes) == (1, 0, 0)
-    assert plan.seconds == 0
+    assert p.seconds == 0
 
 
 def test_no_unit_is_a_plan_too():
@@ -491,3 +492,19 @@ def test_a_plan_states_all_its_fields():
         "workers",
         "disk_bytes",
     }
+
+
+def test_the_estimate_counts_what_a_unit_takes_beside_its_arithmetic():
+    plan = planned([unit(20, image=i) for i in range(50)], 4 * GIB)
+    assert plan.seconds >= 50 * UNIT_SECONDS / plan.workers
+
+
+def test_what_is_left_follows_the_units_that_ended(monkeypatch):
+    plan, clock = planned([unit(20, image=i) for i in range(4)], 4 * GIB), [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress.Bars, "_report", lambda self, event: None)
+    bars = progress.Bars()
+    bars.begin("run", plan)
+    clock[0] += 60  # a minute for a unit that was to take seconds
+    bars.event(Ended(plan.units[0].unit.key))
+    assert [task.fields["note"] for task in bars.bars.tasks] == ["4 units, about 3.0 min left"]

@@ -1,5 +1,6 @@
 """Bars of a run under way."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapse
 
 from stiffcore.commands.terminal import err, say
 from stiffcore.metrics import spell_share
-from stiffcore.plan import Plan
+from stiffcore.plan import UNIT_SECONDS, Plan
 from stiffcore.record import Begun, Ended, Event, Failed, FellBack, Reached, Restarted, Step
 from stiffcore.report import tables
 from stiffcore.run import open_run, state_of
@@ -50,12 +51,17 @@ class Bars:
         self._url = ""
         self._total: TaskID | None = None
         self._names: dict[str, str] = {}
+        self._planned: dict[str, float] = {}
+        self._ended: set[str] = set()
+        self._began = 0.0
 
     def begin(self, url: str, plan: Plan) -> None:
         """Show the run's bar."""
         self._url = url
         working = [p for p in plan.units if p.works]
         self._names = {p.unit.key: f"{p.unit.block} {p.unit.function}" for p in working}
+        self._planned = {p.unit.key: p.seconds + UNIT_SECONDS for p in working}
+        self._began = time.monotonic()
         note = f"{len(working)} units, about {tables.seconds(plan.seconds)}"
         self._total = self.bars.add_task("all units", total=len(working), note=note)
 
@@ -70,7 +76,8 @@ class Bars:
                     self.bars.remove_task(self._tasks.pop(key))
                 self._tasks[key] = self.bars.add_task(str(self._names.get(key, key)), total=None, note="opening")
             case Ended() | Failed():
-                self.bars.advance(self._total)
+                self._ended.add(key)
+                self.bars.update(self._total, advance=1, note=self._left())
                 if key in self._tasks:
                     self.bars.remove_task(self._tasks.pop(key))
                 self._report(event)
@@ -82,6 +89,14 @@ class Bars:
                 # a stage that cannot be counted pulses
                 note = event.note or STAGE_NAMES[stage]
                 self.bars.update(self._tasks[key], total=total if total > 1 else None, completed=done, note=note)
+
+    def _left(self) -> str:
+        """What is left, as fast as what has ended went; the plan's rates were measured before."""
+        done = sum(self._planned.get(key, 0.0) for key in self._ended)
+        left = sum(self._planned.values()) - done
+        passed = time.monotonic() - self._began
+        about = f", about {tables.seconds(left * passed / done)} left" if done and left > 0 else ""
+        return f"{len(self._planned)} units{about}"
 
     def _report(self, event: Ended | Failed) -> None:
         key = event.unit
