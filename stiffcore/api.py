@@ -37,7 +37,7 @@ def spectrum(
     x: Tensor,
     *,
     function: str = "block",
-    dtype: str = "float64",
+    dtype: Any = "float64",
     reduce: bool = True,
     solver: str | None = None,
     memory: str | int | None = None,
@@ -54,7 +54,7 @@ def spectrum(
             callable is taken as it is, and works in the dtype of `x`.
         x: the point, of any shape, with the batch axis `f` expects (of size 1).
         function: `block`, f itself; `branch`, the residual function F alone, where f(x) = act(F(x) + shortcut).
-        dtype: `float64` or `float32`, for modules.
+        dtype: `float64` or `float32`, for modules; as torch or NumPy spell it, too (`torch.float64`).
         reduce: False solves the full n x n matrix.
         solver: `host-dense`, or `extremes` (S, and a proof of how many are negative, alone); None: the first that fits.
         memory: most bytes this process may hold (`4GiB`); None: 80 % of what is free.

@@ -38,6 +38,9 @@ DONE = ("done", "not certified")
 # The state of one that has a record or a spectrum which cannot be read.
 DAMAGED = "damaged"
 
+# Blocks that an error names; a ResNet50 has sixteen.
+LISTED = 20
+
 # Arrays of the inputs: pixels, position in the source, label, and what the network makes of them.
 IMAGE_ARRAYS = ("x", "index", "y", "prediction", "loss")
 
@@ -117,7 +120,21 @@ class Run:
                     named[str(unit.number)] = key
         if str(block) in named:
             return named[str(block)]
-        raise InputError(f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}")
+        asked = f"the run has no unit of image {image}, block {block}, function {function}, kind {kind}"
+        raise InputError(f"{asked}; it has {self._units_for_people()}")
+
+    def _units_for_people(self) -> str:
+        """Which images, blocks, functions and kinds there are."""
+        units = [record.unit for record in self.readable()[0].values()]
+        images = sorted({unit.image for unit in units})
+        blocks = dict.fromkeys(f"{unit.number} {unit.block}" if unit.number else unit.block for unit in units)
+        shown = [*list(blocks)[:LISTED], *([f"{len(blocks) - LISTED} more"] if len(blocks) > LISTED else [])]
+        last = f" to {images[-1]}" if len(images) > 1 else ""
+        return (
+            f"image{'s' if last else ''} {images[0] if images else '-'}{last}, "
+            f"blocks {', '.join(shown)}, functions {', '.join(dict.fromkeys(unit.function for unit in units))}, "
+            f"kinds {', '.join(dict.fromkeys(unit.kind for unit in units))}"
+        )
 
     def stored(self, key: str) -> Spectrum:
         """The spectrum of a unit that is done, by its key.

@@ -233,6 +233,14 @@ class Certificate:
         """Whether every check passed."""
         return not self.failures
 
+    def __repr__(self) -> str:
+        """A line: whether all checks passed, of how many eigenvalues, and the errors."""
+        said = "passed" if self.passed else f"FAILED: {'; '.join(self.failures)}"
+        shown = (
+            f"{len(self.certified)} eigenvalues checked, error {self.error:.2g}, of S active {self.s_active_error:.2g}"
+        )
+        return f"Certificate({said}; {shown})"
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values; complex as [re, im], infinities as strings."""
         fields = asdict(self)
@@ -338,6 +346,14 @@ class Spectrum:
         exact = np.repeat(np.array([0, 1], dtype=self.computed.dtype), [self.zeros, self.ones])
         joined = np.concatenate([self.computed, exact])
         return joined[np.lexsort((joined.imag, joined.real))]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """As `values`: for `np.asarray(spectrum)`.
+
+        Raises:
+            InputError: as `values`.
+        """
+        return np.array(self.values, dtype=dtype) if copy is not False else np.asarray(self.values, dtype=dtype)
 
     @cached_property
     def metrics(self) -> dict[str, float]:

@@ -201,6 +201,14 @@ class Study(BaseModel):
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype_name(cls, value: Any) -> Any:
+        """As torch and NumPy spell it, too: `torch.float64`, `np.float64`, `np.dtype("float64")`."""
+        if isinstance(value, type):
+            return value.__name__
+        return str(value).removeprefix("torch.")
+
     @field_validator("index", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:

@@ -354,3 +354,15 @@ def test_trained_resnet50_against_matrices_written_out_by_hand_through_either_wa
         truth = np.linalg.eigvals(matrix)
         zeros = len(truth) - s.k
         assert_spectra_match(s.computed - shift, zeros, 0, truth)
+
+
+def test_what_people_write_in_python_works():
+    """`torch.float64`, `np.asarray(spectrum)`, and a certificate in one line."""
+    for dtype in (torch.float64, np.float64, np.dtype("float64"), "float64"):
+        found = stiffcore.spectrum(torch.nn.Linear(3, 3), torch.ones(1, 3), dtype=dtype)
+        assert np.array_equal(np.asarray(found), found.values)
+    assert np.asarray(found, dtype=np.complex64).dtype == np.complex64
+    assert repr(found.certificate).startswith("Certificate(passed; 3 eigenvalues checked, error ")
+    assert len(repr(found.certificate)) < 120
+    with pytest.raises(InputError, match="dtype"):
+        stiffcore.spectrum(torch.nn.Linear(3, 3), torch.ones(1, 3), dtype=torch.float16)

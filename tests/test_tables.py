@@ -1,12 +1,15 @@
 """Claims about tables: at any width nothing is cropped, verdicts least of all, and each reason stands once."""
 
 import io
+import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
+import stiffcore
+from stiffcore.errors import InputError
 from stiffcore.report.tables import metrics_table, plan_table
 from stiffcore.report.terminal import Terminal
 from tests.test_plan import GIB, planned, unit
@@ -95,6 +98,14 @@ def test_the_width_of_a_pipe_shows_every_column():
     table = metrics_table(rows({}, OPEN), 180)
     assert [str(c.header) for c in table.columns][-4:] == ["max Re", "min Re active", "error", "certified"]
     assert Console(width=180).measure(table).maximum <= 180
+
+
+def test_a_spectrum_that_is_not_there_says_which_are(tmp_path):
+    with zipfile.ZipFile(STORED.parent / "runs-of-0.1.0.zip") as runs:
+        runs.extractall(tmp_path, [name for name in runs.namelist() if name.startswith("metrics-half/")])
+    run = stiffcore.open_run(tmp_path / "metrics-half")
+    with pytest.raises(InputError, match=r"image 5.*; it has image 0, blocks 2 layer1.1, functions block, kinds "):
+        run.spectrum(image=5)
 
 
 if __name__ == "__main__":
