@@ -14,7 +14,6 @@ from stiffcore.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Exact, certified eigenvalue spectra of the Jacobians of network blocks; stored, and resumable.",
 )
@@ -37,32 +36,36 @@ ImagesOption = Annotated[
     str | None,
     typer.Option(
         help="samples (20 CIFAR-10 test images, with the demo extra) | imagenet-samples (20 photographs, 224 x 224, "
-        "too) | cifar10 (with --data-root) | FILE.npz (x uint8 N,H,W,3 and y) | a folder of class folders "
-        "[default: samples]"
+        "too) | cifar10 (with --data-root) | FILE.npz (x uint8 N,H,W,3 and y) | a folder of class folders",
+        show_default="samples",
     ),
 ]
 DataRoot = Annotated[str | None, typer.Option(help="Where torchvision's CIFAR-10 lies, or goes.")]
 Download = Annotated[bool | None, typer.Option("--download", help="Allow torchvision to download CIFAR-10.")]
-Normalize = Annotated[str | None, typer.Option(help="cifar10 | imagenet | none [default: as the network wants]")]
-Count = Annotated[int | None, typer.Option(help="The first N images [default: 1]")]
+Normalize = Annotated[str | None, typer.Option(help="cifar10 | imagenet | none", show_default="as the network wants")]
+Count = Annotated[int | None, typer.Option(help="The first N images", show_default="1")]
 Index = Annotated[str | None, typer.Option(help="These images: 0,5,7")]
 PerLabel = Annotated[int | None, typer.Option(help="The first N images of each label.")]
-Blocks = Annotated[str | None, typer.Option(help="all | 1,2,16 | layer1.1,encoder.3 (any module path) [default: all]")]
-Function = Annotated[str | None, typer.Option(help="block | branch | block,branch [default: block]")]
+Blocks = Annotated[
+    str | None, typer.Option(help="all | 1,2,16 | layer1.1,encoder.3 (any module path)", show_default="all")
+]
+Function = Annotated[str | None, typer.Option(help="block | branch | block,branch", show_default="block")]
 Kind = Annotated[
     str | None,
     typer.Option(
         help="matrix: the eigenvalues of the n x n Jacobian | tensor-slices: those of the Jacobian tensor's last two "
-        "axes, which the paper's tables show | singular: singular values | several, with commas [default: matrix]"
+        "axes, which the paper's tables show | singular: singular values | several, with commas",
+        show_default="matrix",
     ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float64 | float32 [default: float64]")]
-Pool = Annotated[str | None, typer.Option(help="Max-pool of a ResNet's stem: auto | max | none [default: auto]")]
+Dtype = Annotated[str | None, typer.Option(help="float64 | float32", show_default="float64")]
+Pool = Annotated[str | None, typer.Option(help="Max-pool of a ResNet's stem: auto | max | none", show_default="auto")]
 ReduceOption = Annotated[
     str | None,
     typer.Option(
         "--reduce",
-        help="auto: the smallest matrix with the same eigenvalues | none: the n x n Jacobian itself [default: auto]",
+        help="auto: the smallest matrix with the same eigenvalues | none: the n x n Jacobian itself",
+        show_default="auto",
     ),
 ]
 SolverOption = Annotated[
@@ -72,7 +75,8 @@ SolverOption = Annotated[
         help="auto: the first that fits | cuda-dense | host-dense | extremes (S, and a proof of how many eigenvalues "
         "are negative, without the others: seconds) | divide (all eigenvalues of a matrix that no budget holds, in the "
         "store) | matrix-only (build and keep, solve nothing); of singular values "
-        "svd | symmetric [default: auto]",
+        "svd | symmetric",
+        show_default="auto",
     ),
 ]
 DeviceMemory = Annotated[
@@ -82,27 +86,29 @@ DeviceMemory = Annotated[
 Scheduler = Annotated[
     str | None,
     typer.Option(
-        help="Address or scheduler file of a Dask cluster that runs already; --memory is then each worker's "
-        "[default: workers on this machine]"
+        help="Address or scheduler file of a Dask cluster that runs already; --memory is then each worker's",
+        show_default="workers on this machine",
     ),
 ]
 TlsCa = Annotated[str | None, typer.Option(help="Certificate that those of the Dask cluster are signed with.")]
 TlsCert = Annotated[str | None, typer.Option(help="Certificate to reach the Dask cluster with.")]
-TlsKey = Annotated[str | None, typer.Option(help="Its key [default: in the same file]")]
+TlsKey = Annotated[str | None, typer.Option(help="Its key", show_default="in the same file")]
 Dashboard = Annotated[
     bool,
     typer.Option("--dashboard", help="Serve Dask's pages of the workers here, to all users of this machine."),
 ]
 Memory = Annotated[
-    str | None, typer.Option(help="What all processes may hold together, as 4GiB [default: 80 % of what is free]")
+    str | None, typer.Option(help="What all processes may hold together, as 4GiB", show_default="80 % of what is free")
 ]
-Device = Annotated[str | None, typer.Option(help="auto | cpu | cuda [default: auto]")]
-Keep = Annotated[str | None, typer.Option(help="metrics | spectra | all (the matrices too) [default: spectra]")]
+Device = Annotated[str | None, typer.Option(help="auto | cpu | cuda", show_default="auto")]
+Keep = Annotated[str | None, typer.Option(help="metrics | spectra | all (the matrices too)", show_default="spectra")]
 Trust = Annotated[
     bool,
     typer.Option("--trust", help="Let a RUN that exists import the code, and fetch the images, that it names."),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="At most so many units side by side [default: one a core]")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="At most so many units side by side", show_default="one a core")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -262,7 +268,9 @@ def picture(
     image: Annotated[int, typer.Option(help="Position among the run's images.")] = 0,
     function: Annotated[str, typer.Option(help="block | branch")] = "block",
     grid: Annotated[int, typer.Option(help="Pseudospectrum: points along the longer side, one sparse LU each.")] = 0,
-    memory: Annotated[str | None, typer.Option(help="What a sparse LU may take, as 4GiB [default: no limit]")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What a sparse LU may take, as 4GiB", show_default="no limit")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Compute the numerical range of one unit and, with --grid, its pseudospectrum; both stay in the run.

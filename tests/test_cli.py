@@ -26,6 +26,13 @@ def test_every_command_has_help(name):
     assert len(found.output.splitlines()) > 8
 
 
+def test_help_says_what_an_option_is_when_it_is_not_given(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    said = " ".join(CliRunner().invoke(app, ["run", "--help"]).output.replace("│", " ").split())
+    for default in ("samples", "as the network wants", "block", "float64", "80 % of what is free", "one a core"):
+        assert f"[default: ({default})]" in said
+
+
 def test_plan_run_status_show_and_export_agree(small):
     options = ["--network", "smallnet:make", "--images", "six.npz", "--index", "3", "--normalize", "none"]
     planned = command("plan", "run", *options, "--json", cwd=small)

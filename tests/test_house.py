@@ -1,6 +1,7 @@
 """The house in order: linter and type checker are clean, and no module imports from a later stage."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,7 @@ READING = ("zarr", "numpy")
     [
         ("--help", 0, ()),
         ("--version", 0, ()),
+        ("COMPLETE sta", 0, ()),
         ("run a --no-such-option", 2, ()),
         ("run a --network resnet18 --memory much", 2, READING),
         ("run a --network resnet18 --blocks 9,layer5.0", 2, READING),
@@ -92,14 +94,27 @@ READING = ("zarr", "numpy")
 def test_a_command_imports_what_it_needs(command, code, allowed, stored, tmp_path):
     """By counting, as seconds depend on the machine."""
     program = (
-        "import sys\nfrom stiffcore.cli import main\ntry:\n    main()\nfinally:\n"
+        "import sys\nfrom stiffcore.cli import main\nsys.argv[0] = 'stiffcore'\ntry:\n    main()\nfinally:\n"
         f"    print('IMPORTED', *({HEAVY!r} & sys.modules.keys()), len(sys.modules), file=sys.stderr)"
     ).replace(repr(HEAVY), repr(set(HEAVY)))
-    words = [str(stored) if word == "RUN" else word for word in command.split()]
+    words, environment = [str(stored) if word == "RUN" else word for word in command.split()], dict(os.environ)
+    if words[0] == "COMPLETE":  # as a shell asks
+        environment |= {
+            "_STIFFCORE_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"stiffcore {words[1]}",
+            "COMP_CWORD": "1",
+        }
+        words = []
     found = subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == code, found.stderr
+    assert environment == os.environ or "status" in found.stdout.split()
     *heavy, modules = found.stderr.rsplit("IMPORTED ", 1)[1].split()
     assert set(heavy) <= set(allowed)
     assert int(modules) < (1200 if allowed else 600)
