@@ -411,9 +411,21 @@ def state_of(record: UnitRecord) -> str:
     return "under way" if record.begun else "planned"
 
 
-def status_summary(records: Mapping[str, UnitRecord], damaged: Mapping[str, str]) -> str:
-    """How many units are in which state, those whose record cannot be read with them."""
-    states = Counter([*map(state_of, records.values()), *[DAMAGED] * len(damaged)])
+def state_now(record: UnitRecord, *, held: bool) -> str:
+    """As `state_of`; of a unit that was begun, `interrupted` where nobody holds the run."""
+    state = state_of(record)
+    return "interrupted" if state == "under way" and not held else state
+
+
+def status_summary(records: Mapping[str, UnitRecord], damaged: Mapping[str, str], *, held: bool = True) -> str:
+    """How many units are in which state, those whose record cannot be read with them.
+
+    Args:
+        records: of the units that can be read.
+        damaged: what is wrong with the others.
+        held: whether somebody works on the run.
+    """
+    states = Counter([*(state_now(r, held=held) for r in records.values()), *[DAMAGED] * len(damaged)])
     return ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
 
 

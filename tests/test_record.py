@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import stiffcore
+from stiffcore.cli import app
 from stiffcore.commands.progress import Bars
 from stiffcore.record import (
     Begun,
@@ -166,3 +168,12 @@ def test_what_is_no_event_is_refused():
 def test_a_header_survives_json():
     header = a_header(units=("a", "b"), threads=2)
     assert type(header).from_json(json.loads(json.dumps(header.to_json()))) == header
+
+
+def test_a_run_that_nobody_works_on_and_that_is_not_done_is_interrupted(stored):
+    found = CliRunner().invoke(app, ["status", "all-half"])
+    said = " ".join(found.output.split())
+    assert "all-half: interrupted; `stiffcore run all-half` continues" in said
+    assert "1 done, 1 interrupted, 10 planned" in said
+    assert "under way" not in said
+    assert "nobody works on it now" in CliRunner().invoke(app, ["status", "only-whole"]).output

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stiffcore.commands.terminal import err, out, print_json, refuse_damaged, say, with_trust
 from stiffcore.errors import InputError, StiffcoreError
 from stiffcore.report import tables
-from stiffcore.run import Run, open_run, status_summary
+from stiffcore.run import Run, open_run, state_of, status_summary
 from stiffcore.study import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -23,13 +23,17 @@ def status(run: str, as_json: bool) -> None:
         refuse_damaged(found)
         return
     holder = found.store.holder()
-    by = f"being worked on by process {holder['pid']} on {holder['host']}" if holder else "nobody works on it now"
-    say(out, f"{run}: {by}")
     records, damaged = found.readable()
-    say(out, status_summary(records, damaged))
+    left = {state_of(record) for record in records.values()} & {"planned", "under way"}
+    if holder:
+        by = f"being worked on by process {holder['pid']} on {holder['host']}"
+    else:
+        by = f"interrupted; `stiffcore run {run}` continues" if left else "nobody works on it now"
+    say(out, f"{run}: {by}")
+    say(out, status_summary(records, damaged, held=bool(holder)))
     for line in tables.left_out_lines(found.header.left_out):
         say(out, line)
-    table = tables.status_table(records, damaged)
+    table = tables.status_table(records, damaged, held=bool(holder))
     if table.row_count:
         out.print_table(table)
     refuse_damaged(found)

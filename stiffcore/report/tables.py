@@ -13,7 +13,7 @@ from rich.text import Text
 from stiffcore.metrics import spell, spell_share
 from stiffcore.record import UnitPlan, UnitRecord
 from stiffcore.report.statistics import FEWEST_OF_MEAN, SIGNIFICANT, correlations, mean_between, mean_groups
-from stiffcore.run import DAMAGED, DONE, Run, state_of
+from stiffcore.run import DAMAGED, DONE, Run, state_now, state_of
 from stiffcore.study import FAILED, Kind, Solver, counted, format_bytes
 
 if TYPE_CHECKING:  # each takes a third of a second and more to import
@@ -122,7 +122,7 @@ def _device(plan: Plan) -> str:
     )
 
 
-def status_table(records: Mapping[str, UnitRecord], damaged: Mapping[str, str]) -> Table:
+def status_table(records: Mapping[str, UnitRecord], damaged: Mapping[str, str], *, held: bool = True) -> Table:
     """The units that are not simply done or planned, and what is known of them."""
     table = _table("", "")
     for name in ("unit", "state", "stage"):
@@ -130,7 +130,7 @@ def status_table(records: Mapping[str, UnitRecord], damaged: Mapping[str, str]) 
     table.add_column("note", overflow="fold")
     for key, record in records.items():
         if state_of(record) not in ("done", "stored", "planned", "no spectrum"):
-            table.add_row(key, state_of(record), record.stage, _note(record))
+            table.add_row(key, state_now(record, held=held), record.stage, _note(record))
     for key, why in damaged.items():
         table.add_row(key, DAMAGED, "", why)
     return table
