@@ -1,9 +1,11 @@
 """Runs of the small network of `tests/programs/smallnet.py`, carried out here, by a command, or killed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import stiffcore
 from stiffcore.cluster import InProcess
@@ -19,6 +21,20 @@ def execute(url, options, on_event=lambda event: None):
     executor = InProcess(on_event)
     prepared = prepare(str(url), options, executor, trust=True)
     return carry_out_plan(str(url), prepared, executor, on_event)
+
+
+_MADE = TemporaryDirectory(prefix="stiffcore-tests-")
+_FOLDERS: dict[str, Path] = {}
+
+
+def ready(place, options):
+    """A run that is done, at that place: carried out once in a process, and copied for all who ask for the same."""
+    asked = json.dumps(options, sort_keys=True)
+    if asked in _FOLDERS:
+        return Path(shutil.copytree(_FOLDERS[asked], place))
+    execute(place, options)
+    _FOLDERS[asked] = Path(shutil.copytree(place, Path(_MADE.name) / str(len(_FOLDERS))))
+    return Path(place)
 
 
 def spectra_bytes(url):

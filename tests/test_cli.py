@@ -44,6 +44,7 @@ def test_plan_run_status_show_and_export_agree(small):
     ran = command("run", "run", *options, "--memory", "4GiB", cwd=small)
     assert ran.returncode == 0, ran.stderr
     assert "normalisation: none" in ran.stdout
+    assert ran.stderr.startswith("run: a new run; ")  # said before anything that takes seconds
     assert ran.stderr.count("certified") == 4
     assert "Traceback" not in ran.stderr
     status = json.loads(command("status", "run", "--json", cwd=small).stdout)

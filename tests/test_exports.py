@@ -13,13 +13,12 @@ from stiffcore import cli
 from stiffcore.commands import terminal
 from stiffcore.errors import InputError
 from stiffcore.exports import export
-from tests.runs import OPTIONS, execute
+from tests.runs import OPTIONS, execute, ready
 
 
 @pytest.fixture
 def run(small):
-    execute(small / "run", OPTIONS | {"count": 2, "blocks": "1,4"})
-    return stiffcore.open_run(str(small / "run"))
+    return stiffcore.open_run(str(ready(small / "run", OPTIONS | {"count": 2, "blocks": "1,4"})))
 
 
 def assert_same(found, rows):

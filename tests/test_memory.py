@@ -47,7 +47,7 @@ def assert_projected(found):
     assert found["projected"] <= 2 * found["measured"], (shown, found["stages"])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_small_unit_holds_at_most_what_its_plan_says(tmp_path, dtype):
     assert_projected(peak_of_unit(tmp_path, "resnet18", "layer4.1", dtype, "4GiB"))
 
@@ -173,7 +173,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("workers", "factor"), [(1, 1.0), pytest.param(1, 1.5, marks=pytest.mark.slow), (2, 1.0)])
+@pytest.mark.parametrize(
+    ("workers", "factor"), [*(pytest.param(1, factor, marks=pytest.mark.slow) for factor in (1.0, 1.5)), (2, 1.0)]
+)
 def test_the_process_tree_holds_at_most_what_is_allowed(tmp_path, workers, factor):
     script = tmp_path / "tree.py"
     script.write_text(TREE)

@@ -17,22 +17,14 @@ from stiffcore.commands.reading import show_tables
 from stiffcore.metrics import spell
 from stiffcore.report.figures import depth, paper_values
 from stiffcore.report.page import render, write_report
-from tests.runs import OPTIONS, execute
+from tests.runs import OPTIONS, execute, ready
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return tmp_path_factory.mktemp("made") / "run"
-
-
 @pytest.fixture
-def run(small, made):
-    if not made.exists():
-        execute(small / "run", OPTIONS | {"count": 4, "blocks": "1,4"})
-        shutil.copytree(small / "run", made)
-    return stiffcore.open_run(str(shutil.copytree(made, small / "run", dirs_exist_ok=True)))
+def run(small):
+    return stiffcore.open_run(str(ready(small / "run", OPTIONS | {"count": 4, "blocks": "1,4"})))
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_has_every_part(run, small):

@@ -13,7 +13,7 @@ from stiffcore.record import Stage
 from stiffcore.run import open_run
 from stiffcore.store import RunStore
 from stiffcore.verify import verify
-from tests.runs import OPTIONS, execute, sessions, spectra_bytes
+from tests.runs import OPTIONS, execute, ready, sessions, spectra_bytes
 
 ASKED = OPTIONS | {"blocks": "4", "keep": "all", "count": 2}
 # Who holds a run, and the lock for it, are no part of it.
@@ -46,14 +46,12 @@ def again(url, on_event=lambda event: None):
 
 @pytest.fixture
 def one(small):
-    execute(small / "run", ASKED | {"count": 1, "functions": "block"})
-    return small / "run"
+    return ready(small / "run", ASKED | {"count": 1, "functions": "block"})
 
 
 @pytest.fixture
 def whole(small):
-    execute(small / "run", ASKED)
-    return small / "run"
+    return ready(small / "run", ASKED)
 
 
 def test_a_whole_run_is_whole(whole):
@@ -64,7 +62,8 @@ def test_a_whole_run_is_whole(whole):
     assert found.read_bytes > sum(p.stat().st_size for p in files(whole)) / 2
 
 
-def test_any_flipped_byte_of_metadata_is_found(whole):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_any_flipped_byte_of_metadata_is_found(whole, every):
     store = RunStore(str(whole))
     paths = [p for p in files(whole) if p.name == "zarr.json"]
     one = str(next(p for p in (whole / "units").iterdir() if p.is_dir()))
@@ -72,20 +71,28 @@ def test_any_flipped_byte_of_metadata_is_found(whole):
         at, good = str(path.parent.relative_to(whole)), path.read_bytes()
         at = "" if at == "." else at
         assert store.read_metadata(at)[1] == ""
-        for i in range(len(good)):
+        for i in range(len(good) % every, len(good), every):
             path.write_bytes(good[:i] + bytes([good[i] ^ 1 << (i % 8)]) + good[i + 1 :])
             assert store.read_metadata(at)[1], (path, i)
         path.write_bytes(good)
 
 
-def test_a_flipped_byte_of_any_file_is_found_and_the_next_run_makes_it_anew(one):
+# Each file is made anew once it is flipped, or once it is gone; both of all of them is slow.
+HALVES = [pytest.param(2, id="half"), pytest.param(1, marks=pytest.mark.slow, id="all")]
+
+
+@pytest.mark.parametrize("every", HALVES)
+def test_a_flipped_byte_of_any_file_is_found_and_the_next_run_makes_it_anew(one, every):
     expected, rng = spectra_bytes(one), np.random.default_rng(0)
     before = {p: p.read_bytes() for p in files(one)}
-    for path, good in before.items():
+    for number, (path, good) in enumerate(before.items()):
         for at in {len(good) - 1, int(rng.integers(len(good)))}:
             path.write_bytes(good)
             flip(path, at)
             assert damage_of(str(one)), (path, at)
+        if number % every:
+            path.write_bytes(good)
+            continue
         # the last flip stands, and is recorded with its unit
         _, outcome = again(one)
         assert outcome.failed == {}
@@ -94,11 +101,16 @@ def test_a_flipped_byte_of_any_file_is_found_and_the_next_run_makes_it_anew(one)
     assert {p.relative_to(one) for p in files(one)} == {p.relative_to(one) for p in before}
 
 
-def test_a_file_that_is_gone_is_found_and_made_anew(one):
+@pytest.mark.parametrize("every", HALVES)
+def test_a_file_that_is_gone_is_found_and_made_anew(one, every):
     expected = spectra_bytes(one)
-    for path in files(one):
+    for number, path in enumerate(files(one)):
+        good = path.read_bytes()
         path.unlink()
         assert damage_of(str(one)), path
+        if every > 1 and number % every == 0:
+            path.write_bytes(good)
+            continue
         again(one)
         assert damage_of(str(one)) == [], path
         assert spectra_bytes(one) == expected, path
@@ -173,13 +185,13 @@ def test_a_certificate_that_cannot_be_made_again_is_no_damage(whole):
     source = whole.parent / "smallnet.py"
     text = source.read_text()
     source.write_text(text.replace("torch.manual_seed(5)", "torch.manual_seed(6)"))
-    sys.modules.pop("smallnet")
+    sys.modules.pop("smallnet", None)
     found = verify(open_run(str(whole)), certificates=True, trust=True)
     assert found.findings == []
     assert len(found.unchecked) == 4
     assert found.recomputed == 0
     source.write_text(text)
-    sys.modules.pop("smallnet")
+    sys.modules.pop("smallnet", None)
     events = []
     again(whole, events.append)
     assert events == []
