@@ -271,15 +271,19 @@ def picture(
     memory: Annotated[
         str | None, typer.Option(help="What a sparse LU may take, as 4GiB", show_default="no limit")
     ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Draw it, and the eigenvalues, in this new file: .png, .svg or .pdf")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Compute the numerical range of one unit and, with --grid, its pseudospectrum; both stay in the run.
 
-    They are of the matrix that was solved, which has the eigenvalues of the block's Jacobian in another basis.
+    They are of the matrix that was solved, which has the eigenvalues of the block's Jacobian in another basis. What is
+    there already is not computed again.
     """
     from stiffcore.commands import reading
 
-    reading.picture(run, block, image, function, grid, memory, trust)
+    reading.picture(run, block, image, function, grid, memory, to, trust)
 
 
 @app.command()

@@ -52,7 +52,7 @@ def take_picture(
     trusted: str = "",
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Picture:
-    """Compute the picture of a unit and keep it in the store.
+    """Compute the picture of a unit and keep it in the store; what is stored already is taken from there.
 
     The matrix is read where it was kept, else built again. One sparse LU a point of the grid.
 
@@ -73,17 +73,21 @@ def take_picture(
         FillError: where no LU fits.
         StiffcoreError: where the store cannot be written.
     """
+    before = stored_picture(store, key)
+    if before is not None and (not grid or _has_grid(before, grid)):
+        return before
     a, _ = shifted_matrix(store, key, module, trusted)
     _, curve = numerical_range(a)
-    before = stored_picture(store, key)
-    if not grid and before is not None:
-        re, im, smallest = before.re, before.im, before.smallest
-    else:
-        re, im, smallest = _pseudospectrum(a, curve, grid, memory_bytes, tell)
-    taken = Picture(curve, re, im, smallest)
+    taken = Picture(curve, *_pseudospectrum(a, curve, grid, memory_bytes, tell))
     with writing_store():
         _keep(store, key, taken, before)
     return taken
+
+
+def _has_grid(picture: Picture, grid: int) -> bool:
+    """Whether its pseudospectrum is that of the grid."""
+    re, im = _axes(picture.numerical_range, grid)
+    return np.array_equal(picture.re, re) and np.array_equal(picture.im, im)
 
 
 def _keep(store: RunStore, key: str, taken: Picture, before: Picture | None) -> None:

@@ -68,16 +68,31 @@ def test_a_count_of_a_run_allows_for_the_rounding_of_its_matrix(small, monkeypat
 
 def test_the_command_says_what_it_found_and_refuses_a_unit_that_is_not_there(small):
     execute(small / "run", OPTIONS | {"blocks": "1,4", "solver": "extremes"})
-    process = command(
-        "picture", small / "run", "--block", "4", "--function", "branch", "--grid", "4", "--trust", cwd=small
-    )
+    asked = ("picture", small / "run", "--block", "4", "--function", "branch", "--grid", "4", "--to", "drawn.png")
+    process = command(*asked, "--trust", cwd=small)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
+    assert (small / "drawn.png").read_bytes().startswith(b"\x89PNG")
     assert "numerical range: real parts" in printed
     assert "the smallest singular value is" in " ".join(printed.split())
     process = command("picture", small / "run", "--block", "9", cwd=small)
     assert "no unit of image 0, block 9" in process.communicate()[1]
     assert process.returncode == 2
+
+
+def test_a_picture_that_is_there_is_not_computed_again(small, monkeypatch):
+    run, _ = execute(small / "run", OPTIONS | {"blocks": "4", "functions": "block"})
+    taken = run.picture(block=4, grid=4, trust=True)
+
+    def built(*args):
+        raise AssertionError("the matrix was built again")
+
+    monkeypatch.setattr("stiffcore.picture.shifted_matrix", built)
+    for again in (run.picture(block=4, grid=4), run.picture(block=4)):
+        assert np.array_equal(again.numerical_range, taken.numerical_range)
+        assert np.array_equal(again.smallest, taken.smallest)
+    with pytest.raises(AssertionError, match="built again"):
+        run.picture(block=4, grid=5)
 
 
 def test_a_kept_matrix_that_was_damaged_is_said_to_be(small):

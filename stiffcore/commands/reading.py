@@ -93,13 +93,21 @@ def show(run: str, each: bool, as_json: bool) -> None:
     refuse_damaged(found)
 
 
-def picture(run: str, block: str, image: int, function: str, grid: int, memory: str | None, trust: bool) -> None:
+def picture(
+    run: str, block: str, image: int, function: str, grid: int, memory: str | None, to: Path | None, trust: bool
+) -> None:
     """Compute the numerical range of one unit and, with --grid, its pseudospectrum; both stay in the run.
 
     They are of the matrix that was solved, which has the eigenvalues of the block's Jacobian in another basis.
     """
     from rich.progress import Progress
 
+    if to is not None:
+        from stiffcore.exports import check_target
+        from stiffcore.spectra import drawing
+
+        plot = drawing("plot")
+        check_target(to, DRAWINGS)
     found = open_run(run)
 
     def take(trusting: bool) -> "Picture":
@@ -130,6 +138,13 @@ def picture(run: str, block: str, image: int, function: str, grid: int, memory: 
             f"pseudospectrum on {len(taken.re)} x {len(taken.im)} points of the upper half plane: the smallest "
             f"singular value is {taken.smallest.min():.3g}, at {at:.4g}",
         )
+    if to is not None:
+        from stiffcore.exports import whole_file
+
+        axis = plot(found.spectrum(image, block, function), picture=taken)
+        with whole_file(to, f"--to {to}") as beside:
+            axis.figure.savefig(beside, dpi=150)
+        say(out, f"drawn in {to}")
 
 
 def export(run: str, to: Path) -> None:
@@ -176,6 +191,8 @@ def compare(runs: Sequence[str], to: Path | None) -> None:
         refuse_damaged(run)
 
 
+# What `picture --to` draws into.
+DRAWINGS = (".png", ".svg", ".pdf")
 # `show` lists every spectrum of a run of so many at most; `show --each` of any.
 LISTED = 60
 

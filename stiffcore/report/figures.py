@@ -198,10 +198,10 @@ def _limits(points: np.ndarray) -> tuple[float, float, float]:
     return float(middle - half), float(middle + half), float(max(1.15 * top, 0.6 * half))
 
 
-def plot(spectrum: Spectrum, axis: Axes | None = None) -> Axes:
-    """See `Spectrum.plot`."""
+def plot(spectrum: Spectrum, axis: Axes | None = None, picture: Picture | None = None) -> Axes:
+    """See `Spectrum.plot`; with the picture of it, where there is one."""
     axis = axis if axis is not None else Figure(figsize=(5, 4), layout="constrained").subplots()
-    draw_spectrum(axis, spectrum)
+    draw_spectrum(axis, spectrum, picture)
     return axis
 
 
