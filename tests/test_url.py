@@ -83,10 +83,13 @@ def test_the_command_with_its_workers_gives_the_bytes_of_one_process_and_leaves_
         assert "Unclosed" not in errors
 
 
-def test_killed_at_an_event_a_run_continues_to_the_same_bytes(small, url):
+@pytest.mark.parametrize(
+    "share", [0.5, pytest.param(0.0, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow)]
+)
+def test_killed_at_an_event_a_run_continues_to_the_same_bytes(small, url, share):
     _, kinds = sessions(small, (small / "whole", 0))
     events = len(kinds[small / "whole"])
-    kills = (2, events // 2, events - 1)
+    kills = (min(max(2, int(share * events)), events - 1),)
     statuses, _ = sessions(small, *[(f"{url}{at}", kill) for at in kills for kill in (at, 0)])
     for at in kills:
         assert statuses[Path(f"{url}{at}"), at] == signal.SIGKILL
