@@ -102,10 +102,8 @@ def certify_ends(
             failures.append(f"two starts do not agree on the {name} real parts ({ends.note})")
     if not len(values):
         return replace(found, failures=(*failures, f"no eigenvalue converged ({ends.note})"))
-    real, slack = (
-        reduction.shift + values.real,
-        RANGE_SLACK * _scale(reduction, values, moments) + found.estimated_error,
-    )
+    real = reduction.shift + values.real
+    slack = RANGE_SLACK * _scale(reduction, values, moments) + found.estimated_error
     if ((real < ends.range_left - slack) | (real > ends.range_right + slack)).any():
         failures.append(
             f"an eigenvalue lies outside of the numerical range {ends.range_left:.6g}, {ends.range_right:.6g}"
