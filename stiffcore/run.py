@@ -244,7 +244,7 @@ class Run:
         images = {name: self._of_images(name) for name in IMAGE_ARRAYS[1:]}
         records, damaged = self.readable()
         rows = []
-        for key in sorted(self.header.units):
+        for key in sorted(self.header.units or {*records, *damaged}):
             try:
                 if key in damaged:
                     raise DamagedError(damaged[key])

@@ -209,6 +209,9 @@ def show_tables(run: Run, *, each: bool = False) -> None:
     from stiffcore.report.statistics import FEWEST
 
     rows = run.metrics()
+    if rows.empty:
+        say(out, "no unit is recorded in this run")
+        return
     listed = each or len(rows) <= LISTED
     if not listed:
         say(out, run.summary + "; --each lists every spectrum")

@@ -51,7 +51,7 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None, *, shar
         What was written, for people.
 
     Raises:
-        InputError: where the page or a figure exists, or cannot be written.
+        InputError: where the page or a figure exists, or cannot be written; where the run has no unit.
         StiffcoreError: where the disk is full or fails; nothing is left of what was written.
     """
     if to.suffix != ".html":
@@ -59,6 +59,8 @@ def write_report(run: Run, to: Path, figures_folder: Path | None = None, *, shar
     if to.exists():
         raise InputError(f"--to {to} exists: give a new file")
     rows = run.metrics()
+    if rows.empty:
+        raise InputError(f"no unit is recorded in {run.store.url}: there is nothing to report")
     drawn = _figures(run, rows, shared=shared, files=figures_folder is not None)
     wanted = [(figures_folder or Path()) / f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
     existing = [str(path) for path in wanted if path.exists()]

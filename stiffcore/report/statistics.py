@@ -129,7 +129,7 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> pd.Dat
         As `compared`.
 
     Raises:
-        InputError: for fewer than two runs, the same run twice, or an unknown metric.
+        InputError: for fewer than two runs, the same run twice, a run without a unit, or an unknown metric.
     """
     urls = [run.store.url for run in runs]
     if len(urls) < 2 or len(set(urls)) < len(urls):
@@ -141,6 +141,8 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> pd.Dat
     frames = {}
     for name, run in zip(short if len(set(short)) == len(short) else urls, runs, strict=True):
         rows, digests = run.metrics(), run.header.identity.images
+        if rows.empty:
+            raise InputError(f"no unit is recorded in {run.store.url}: there is nothing to compare")
         frames[name] = rows.assign(image_digest=[digests[i] for i in rows["image"]])
     return compared(frames, metrics)
 

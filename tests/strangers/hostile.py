@@ -158,6 +158,7 @@ COMMANDS: dict[str, list[str]] = {
     "export": ["export", "RUN", "--to", "out.csv"],
     "export h5": ["export", "RUN", "--to", "out.h5"],
     "report": ["report", "RUN", "--to", "out.html"],
+    "compare": ["compare", "RUN", "original"],
     "plan": ["plan", "RUN", "--trust"],
     "run": ["run", "RUN"],
     "run --trust": ["run", "RUN", "--trust"],

@@ -3,6 +3,7 @@
 import inspect
 import json
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,7 @@ from tests.strangers.hostile import DEEP, VICTIM, Change, changes, here, outcome
 
 # Of the thousands that there are; `bench/fuzz.py` takes the others. What starts to compute takes seconds.
 CASES, SHARES = 120, 4
-CHEAP = ("status", "show", "verify", "export", "status --json", "run")
+CHEAP = ("status", "show", "verify", "export", "status --json", "run", "compare")
 DEAR = ("plan", "export h5", "report", "run --trust")
 UNIT = "units/000000-layer1.1-block-matrix"
 WAITING = "units/000000-layer1.1-block-singular"
@@ -85,6 +86,11 @@ CODES = {
     ("run", link(".lock")): (1, "symbolic link"),
     ("status", link(UNIT)): (1, "symbolic link"),
     ("verify", link("images")): (1, "symbolic link"),
+    # without a list of its units, a run has those that are there
+    ("show", Change("no list of units", set_field("zarr.json", ("attributes", "stiffcore", "units"), KeyError))): (
+        0,
+        "2 layer1.1",
+    ),
     # one bad unit is named, and the others go on
     ("status", field(UNIT, "attributes.stage", 5)): (1, "stage: Input should be"),
     ("show", field(UNIT, "attributes.n", 1e30)): (1, "n: Input should be a valid integer"),
@@ -106,6 +112,17 @@ CODES = {
 def test_each_kind_of_hostile_run_has_its_own_error(folder, capsys, case):
     code, text = said(capsys, folder, case[1], case[0])
     assert (code, CODES[case][1] in " ".join(text.split())) == (CODES[case][0], True), text[-1500:]
+
+
+def test_a_run_without_a_unit_is_read(folder, capsys):
+    def none(run):
+        set_field("zarr.json", ("attributes", "stiffcore", "units"), [])(run)
+        for unit in (run / "units").iterdir():
+            if unit.is_dir():
+                shutil.rmtree(unit)
+
+    for command in ("status", "show", "export", "report", "verify", "compare"):
+        said(capsys, folder, Change("no unit", none), command)
 
 
 def test_a_holder_of_the_wrong_types_holds_nothing(folder, capsys):
