@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -159,9 +160,15 @@ def test_a_name_that_leaves_the_run_is_refused_by_every_store(tmp_path, name):
 
 def test_what_cannot_be_read_is_said_to_be_so_and_not_taken_for_damage(folder):
     """Its permissions may come back: it is not made anew, and nothing of it is deleted."""
-    program = Path(__file__).parents[1] / "programs/unreadable.py"
+    root = Path(__file__).parents[2]
     found = subprocess.run(
-        [sys.executable, program, folder], cwd=folder, check=True, capture_output=True, text=True, timeout=300
+        [sys.executable, root / "tests/programs/unreadable.py", folder],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     refused = 0
     for path, command, code, said, told, problems in json.loads(found.stdout):
