@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import fsspec
+import google_crc32c
 import numpy as np
 import pytest
 import scipy.sparse
@@ -792,6 +794,22 @@ def test_a_file_that_is_larger_than_what_it_declares_is_not_read(tmp_path, monke
         fs.pipe_file(f"{path}/{copy}", header + b" " * 60_000)
     with pytest.raises(StrangeError, match=r"zarr.json has .*bytes"):
         _ = RunStore(url).header
+
+
+@pytest.mark.parametrize("place", ["{}", "file://{}", "memory://{}"])
+@pytest.mark.parametrize("tile", [(0, 10**11), (0, 2**62), (2**62, 100), (2**63 + 5, 17), (0, 2**64 - 2), (8, 68)])
+def test_an_index_of_a_shard_that_points_beyond_it_is_damage_and_asks_for_no_memory(tmp_path, place, tile):
+    """Where a tile begins and how long it is stand in the shard itself, sealed by a checksum that anyone can make."""
+    url = place.format(f"{tmp_path}/run")
+    fs, path = fsspec.core.url_to_fs(url)
+    store = RunStore(url, create=True)
+    store.header = a_header()
+    fill(TiledMatrix.create(store.unit_group("u"), "matrix", (9, 9), np.dtype("f8"), 9, 9), np.eye(9))
+    (shard,) = fs.find(f"{path}/units/u/matrix/c")
+    whole, index = fs.cat_file(shard), struct.pack("<QQ", *tile)
+    fs.pipe_file(shard, whole[:-20] + index + google_crc32c.value(index).to_bytes(4, "little"))
+    with pytest.raises(DamagedError):
+        TiledMatrix(RunStore(url).unit_group("u"), "matrix").read()
 
 
 def test_a_run_on_a_url_works_as_one_in_a_folder(tmp_path):

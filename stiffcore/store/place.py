@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, RangeByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
@@ -98,6 +98,16 @@ def file_size(path: Path) -> int:
         return 0
 
 
+def check_range(path: Path, part: ByteRequest | None) -> None:
+    """Refuse to read what does not lie in a file: the index of a shard may say anything.
+
+    Raises:
+        StrangeError: where a range begins before it, or ends behind it.
+    """
+    if isinstance(part, RangeByteRequest) and not 0 <= part.start <= part.end <= file_size(path):
+        raise StrangeError(f"{path}: bytes {part.start} to {part.end} are asked for, and it has {file_size(path):,}")
+
+
 def files_below(root: Path, prefix: str) -> Iterator[str]:
     """The files in a folder of a run and in all folders in it, by name in the run.
 
@@ -129,6 +139,7 @@ class _LocalPlace(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         self._file(key)
+        check_range(self.root / key, byte_range)
         try:
             return await super().get(key, prototype, byte_range)
         except OSError as error:
@@ -138,6 +149,7 @@ class _LocalPlace(LocalStore):
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         self._file(key)
+        check_range(self.root / key, byte_range)
         try:
             return super().get_sync(key, prototype=prototype, byte_range=byte_range)
         except OSError as error:

@@ -17,6 +17,7 @@ from stiffcore.store.place import (
     check_metadata_size,
     check_name,
     check_path,
+    check_range,
     file_size,
     files_below,
     local_folder,
@@ -51,6 +52,9 @@ class _RemoteStore(FsspecStore):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         bounded = byte_range is None and key.endswith(".json")
+        folder = local_folder(self.fs, self.path)
+        if folder is not None:
+            check_range(folder / key, byte_range)
         with self._wire("read", key):
             # one byte too many is enough to know, without a second request for the size
             part = RangeByteRequest(0, METADATA_MOST + 1) if bounded else byte_range
@@ -62,10 +66,12 @@ class _RemoteStore(FsspecStore):
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        ranges = list(key_ranges)
-        for key, _ in ranges:
+        ranges, folder = list(key_ranges), local_folder(self.fs, self.path)
+        for key, part in ranges:
             with self._wire("read", key):
                 pass
+            if folder is not None:
+                check_range(folder / key, part)
         with self._wire("read"):
             return await super().get_partial_values(prototype, ranges)
 

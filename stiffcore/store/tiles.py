@@ -177,7 +177,10 @@ class TiledMatrix:
         numbers = band.T if self._by_column else band
         try:
             self._data[where] = numbers
-        except ValueError:  # Zarr looks into the file that it replaces, which a writer may have left torn
+        except (
+            ValueError,
+            DamagedError,
+        ):  # Zarr looks into the file that it replaces, which a writer may have left torn
             sync((self._data.store_path / self._file(first // self._band, start // self.shard)).delete())
             self._data[where] = numbers
 
