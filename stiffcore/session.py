@@ -154,7 +154,8 @@ def prepare(
         check_code(study, given.get("network", trusted), url)
         others = given.keys() & {"images", "index", "count", "per_label", "data_root", "download"}
         has_them = header is not None and IMAGES not in damaged and not others and study.images != IN_MEMORY
-        found = _surveyed(executor, study, module, images, workers, url if has_them else None)
+        stored = str(store.local or store.url) if store and has_them else None  # for workers in any folder
+        found = _surveyed(executor, study, module, images, workers, stored)
         if header:
             _check_same(asdict(header.identity), asdict(found.identity), url)
         study = found.study

@@ -1,6 +1,7 @@
 """A flipped byte anywhere in a run is found, and the next run makes just that anew."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,8 +10,11 @@ import pytest
 
 import stiffcore
 from stiffcore.asked import check_free
+from stiffcore.cluster import InProcess
+from stiffcore.errors import InputError
 from stiffcore.record import Stage
 from stiffcore.run import open_run
+from stiffcore.session import carry_out_plan, prepare
 from stiffcore.store import RunStore
 from stiffcore.verify import verify
 from tests.runs import OPTIONS, execute, ready, sessions, spectra_bytes
@@ -126,6 +130,34 @@ def test_what_is_damaged_alone_is_made_anew(whole):
     again(whole, events.append)
     assert {e.unit for e in events} == {keys[1], keys[2]}
     assert damage_of(str(whole)) == []
+
+
+class Elsewhere(InProcess):
+    """A worker in another folder than the client, as one of another machine is."""
+
+    def submit(self, function, *args, gpu=False):
+        here = os.getcwd()
+        os.chdir("/")
+        try:
+            return super().submit(function, *args, gpu=gpu)
+        finally:
+            os.chdir(here)
+
+
+def test_a_damaged_unit_is_made_anew_from_the_images_that_the_run_has(one, monkeypatch):
+    """Their source may be gone, and the worker that looks at them in another folder than a relative name means."""
+
+    def gone(study):
+        raise InputError("there is no file six.npz")
+
+    expected = spectra_bytes(one)
+    monkeypatch.setattr("stiffcore.survey.open_images", gone)
+    key = next(iter(open_run("run").records()))
+    flip(one / "units" / key / "zarr.json", 300)
+    executor = Elsewhere(lambda event: None)
+    prepared = prepare("run", {}, executor, trust=True)
+    assert carry_out_plan("run", prepared, executor, lambda event: None)[1].failed == {}
+    assert spectra_bytes(one) == expected
 
 
 def test_of_a_unit_under_way_the_stored_part_is_read_too(small):
