@@ -38,13 +38,16 @@ def existing(url: str) -> RunStore | None:
         return None
 
 
-def check_request(url: str, options: Mapping[str, Any], *, here: bool = True) -> None:
+def check_request(url: str, options: Mapping[str, Any], *, here: bool = True) -> bool:
     """Refuse what is surely wrong with a request by names alone; `session.prepare` looks at the rest.
 
     Args:
         url: of the run, which may exist.
         options: fields of `Study`; None means not given.
         here: whether files are looked for on this machine, and not on those of a cluster.
+
+    Returns:
+        Whether the run exists.
 
     Raises:
         InputError: naming everything that is wrong.
@@ -56,7 +59,7 @@ def check_request(url: str, options: Mapping[str, Any], *, here: bool = True) ->
     study = header.study.with_options(given) if header else Study.ask(given)
     refuse_no_run(url, exists=header is not None, given=given)
     if study.network == IN_MEMORY:
-        return
+        return header is not None
     named = {name: getattr(study, name) if name in given and here else None for name in ("weights", "images")}
     of_network = network_problems(study.network) + weights_problems(named["weights"])
     of_images = images_problems(named["images"])
@@ -67,6 +70,7 @@ def check_request(url: str, options: Mapping[str, Any], *, here: bool = True) ->
     either = (of_network and not images_open) or (of_images and not network_open)
     if of_blocks or either or (of_network and of_images):
         refuse([*of_network, *of_images, *of_blocks])
+    return header is not None
 
 
 def refuse_no_run(url: str, *, exists: bool, given: Mapping[str, Any]) -> None:

@@ -333,12 +333,12 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
 
 def _check_run(url: str, options: dict[str, Any], *, here: bool = True) -> None:
     """Refuse what can be refused before what works on a run is imported, which takes seconds."""
-    from stiffcore.asked import check_free, check_request, existing
+    from stiffcore.asked import check_free, check_request
     from stiffcore.commands.terminal import tell
 
     check_free(url, tell)
-    check_request(url, options, here=here)
-    tell(f"{url}: {'goes on' if existing(url) else 'a new run'}; libraries and network are being loaded")
+    exists = check_request(url, options, here=here)
+    tell(f"{url}: {'goes on' if exists else 'a new run'}; libraries and network are being loaded")
 
 
 def main() -> None:
