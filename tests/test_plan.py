@@ -15,7 +15,7 @@ from stiffcore.commands import progress
 from stiffcore.eigen.dense import LAPACK_MAX_ORDER
 from stiffcore.errors import InputError
 from stiffcore.plan import UNIT_SECONDS, Plan, check_budget, check_disk, make_plan, plan_below
-from stiffcore.record import Ended, UnitPlan
+from stiffcore.record import Ended, Failed, UnitPlan
 from stiffcore.solvers.projection import Machine
 from stiffcore.study import BlockFunction, Keep, Kind, Precision, Solver, Study, Unit
 
@@ -508,3 +508,5 @@ def test_what_is_left_follows_the_units_that_ended(monkeypatch):
     clock[0] += 60  # a minute for a unit that was to take seconds
     bars.event(Ended(plan.units[0].unit.key))
     assert [task.fields["note"] for task in bars.bars.tasks] == ["4 units, about 3.0 min left"]
+    bars.event(Failed(plan.units[1].unit.key, "out of memory"))  # at once, which says nothing of the others
+    assert [task.fields["note"] for task in bars.bars.tasks] == ["4 units, about 2.0 min left"]

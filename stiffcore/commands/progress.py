@@ -76,7 +76,10 @@ class Bars:
                     self.bars.remove_task(self._tasks.pop(key))
                 self._tasks[key] = self.bars.add_task(str(self._names.get(key, key)), total=None, note="opening")
             case Ended() | Failed():
-                self._ended.add(key)
+                if isinstance(event, Ended):
+                    self._ended.add(key)
+                else:
+                    self._planned.pop(key, None)  # how long it took says nothing of the others
                 self.bars.update(self._total, advance=1, note=self._left())
                 if key in self._tasks:
                     self.bars.remove_task(self._tasks.pop(key))
@@ -96,7 +99,7 @@ class Bars:
         left = sum(self._planned.values()) - done
         passed = time.monotonic() - self._began
         about = f", about {tables.seconds(left * passed / done)} left" if done and left > 0 else ""
-        return f"{len(self._planned)} units{about}"
+        return f"{len(self._names)} units{about}"
 
     def _report(self, event: Ended | Failed) -> None:
         key = event.unit
